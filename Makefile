@@ -1,0 +1,52 @@
+# DeepSeek, Measured. `make` alone prints what each target does.
+#
+# Every path here is relative and every tool is called as `.venv/bin/python -m …`: the folder may have a space in its
+# name, may be moved after the set-up, and may be built from elsewhere with `make -C`.
+
+.DEFAULT_GOAL := help
+.PHONY: help venv book test lab refresh record lint clean
+
+# The Python that makes .venv, 3.11 or newer:  make book PYTHON=python3.12
+PYTHON ?= python3
+# What refresh works on, all notebooks when empty:  make refresh NB=chapters/start/your_machine.ipynb
+NB ?=
+
+PY := .venv/bin/python
+
+# Nothing of the caller's may leak in: neither other packages, nor a plot backend that would swallow the figures.
+unexport PYTHONPATH PYTHONHOME MPLBACKEND
+export PYTHONNOUSERSITE := 1
+export JUPYTER_PREFER_ENV_PATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## print this list
+	@echo 'DeepSeek, Measured: the first run of any target sets up .venv; later runs start at once.'
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  PYTHON=python3.12 chooses the Python that .venv is made with (3.11 or newer).'
+
+venv: ## set up .venv, or repair it, if needed (every other target does this first)
+	@"$(PYTHON)" tools/setup_venv.py
+
+book: venv ## build the HTML book, check every page and link, print the page to open
+	@$(PY) -m tools.book build
+
+test: venv ## run the unit, parity and notebook tests
+	@$(PY) -m tools.run_tests
+
+lab: venv ## open JupyterLab on the chapters
+	@$(PY) -m jupyterlab chapters
+
+refresh: venv ## run the notebooks again and normalise them (NB=path for some of them)
+	@$(PY) -m tools.notebooks refresh $(NB)
+
+record: venv ## record this machine's measurements into data/recordings/
+	@$(PY) -m dslib.performance.record
+
+lint: venv ## check style and formatting of code and notebooks
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check
+
+clean: ## remove the built book and caches (keeps .venv)
+	@rm -rf _build dist .pytest_cache .ruff_cache
+	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
