@@ -1,0 +1,82 @@
+"""How a claim looks in a notebook: the card a chapter shows, and the table of the ledger page.
+
+Only markup, no rules: :mod:`dslib.lab.claims` decides, this module shows. The verdict always stands as a word; its
+symbol and the CSS class (``verdict-<verdict>``) repeat it for the eye.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dslib.lab.claims import Claim, Found
+
+# From a page in chapters/<part>/ to the two reference pages, in the built book.
+LEDGER_PAGE = "../reference/ledger.html"
+
+
+def card(claim: Claim, symbol: str) -> str:
+    """One settled claim. Quotes the ledger's figures and not the cell's, so it is the same on every machine."""
+    lines = [
+        f'<p class="claim-head"><strong>{_verdict(claim, symbol)}</strong> '
+        f'<a href="{LEDGER_PAGE}#{claim.id}">claim {claim.id}</a></p>',
+        f'<p class="claim-said"><em>The article:</em> {prose(claim.said)}</p>',
+        f'<p class="claim-because"><em>We find:</em> {prose(claim.because)}</p>',
+    ]
+    if claim.found:
+        found = ", ".join(f"<code>{name}</code> = {html.escape(shown(want))}" for name, want in claim.found.items())
+        lines.append(f'<p class="claim-found">Computed by this cell, as in the ledger: {found}.</p>')
+    if claim.sources:
+        lines.append(f'<p class="claim-sources">Sources: {_sources(claim)}.</p>')
+    body = "\n".join(lines)
+    return f'<div class="claim-card {_css(claim)}" id="{claim.anchor}">\n{body}\n</div>'
+
+
+def table(claims: Iterable[Claim], symbols: Mapping[str, str]) -> str:
+    """A table with one anchor a row, and the part and verdict of each as data attributes to filter by."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "The article says", "Verdict", "We find"))
+    rows = "\n".join(_row(claim, symbols[claim.verdict]) for claim in claims)
+    return f'<table class="ledger">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>'
+
+
+def shown(want: Found) -> str:
+    """A ``found`` value as a reader sees it."""
+    if isinstance(want, bool):
+        return "yes" if want else "no"
+    if isinstance(want, tuple):
+        return f"{want[0]:g} to {want[1]:g}"
+    if isinstance(want, int):
+        return f"{want:,}"
+    return f"{want:g} (within 1 %)" if isinstance(want, float) else want
+
+
+def prose(text: str) -> str:
+    """Escaped text in which `backticks` mark code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def _row(claim: Claim, symbol: str) -> str:
+    where = f'<a href="{claim.url}">{claim.chapter}</a>' if claim.url else f"{claim.chapter} (not written yet)"
+    sources = f" Sources: {_sources(claim)}." if claim.sources else ""
+    return (
+        f'<tr id="{claim.id}" class="{_css(claim)}" data-part="{claim.part}" data-verdict="{claim.verdict}">'
+        f'<th scope="row"><a href="#{claim.id}">{claim.id}</a></th>'
+        f"<td>{prose(claim.said)}</td>"
+        f'<td class="ledger-verdict">{_verdict(claim, symbol)}</td>'
+        f'<td>{prose(claim.because)} <span class="ledger-where">Settled in: {where}.{sources}</span></td></tr>'
+    )
+
+
+def _css(claim: Claim) -> str:
+    return "verdict-" + claim.verdict.replace(" ", "-")
+
+
+def _verdict(claim: Claim, symbol: str) -> str:
+    return f'<span aria-hidden="true">{html.escape(symbol)}</span> {claim.verdict}'
+
+
+def _sources(claim: Claim) -> str:
+    return ", ".join(f"<code>{html.escape(key)}</code>" for key in claim.sources)
