@@ -208,7 +208,11 @@ def execute(notebook, folder, timeout=600):
     Raises nbclient.exceptions.CellExecutionError on the first cell that fails.
     """
     client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--log-level=ERROR"],  # ipykernel warns of an unencrypted connection to this same machine
     )
     start = time.perf_counter()
     with client.setup_kernel():
