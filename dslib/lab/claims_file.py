@@ -24,8 +24,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: e.g. ``claims.yml line 41, row 's1.1-04', field 'verdict': got 'false', wanted one of ...``.
     """
-    text = path.read_text(encoding="utf-8")
-    loader = _Loader(text)
+    raw = path.read_bytes()
+    try:
+        loader = _Loader(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path.name} line {line}: not UTF-8 text") from error
     try:
         root = loader.get_single_node()
         rows = [_row(path.name, node, loader) for node in _row_nodes(path.name, root)]
@@ -44,8 +48,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _row_nodes(file: str, root: yaml.Node | None) -> Iterator[yaml.MappingNode]:
-    entries = {k.value: v for k, v in root.value} if isinstance(root, yaml.MappingNode) else {}
-    claims = entries.get("claims")
+    entries = root.value if isinstance(root, yaml.MappingNode) else []
+    claims = next((value for key, value in entries if key.value == "claims"), None)
     if not isinstance(claims, yaml.SequenceNode):
         raise ValueError(f"{file} line 1, field 'claims': wanted a list of rows under the key 'claims'")
     for node in claims.value:
@@ -64,6 +68,8 @@ def _row(file: str, node: yaml.MappingNode, loader: Any) -> dict[str, Any]:
         raise ValueError(f"{file} line {where}, row {name!r}, field {field!r}: {message}")
 
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            fail("?", "the name of a field has to be a word")
         if key.value in lines:
             fail(key.value, f"given twice, first at line {lines[key.value]}")
         lines[key.value] = _line(key)
