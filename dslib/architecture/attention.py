@@ -1,0 +1,158 @@
+"""Attention of the V1 decoder: rotary positions, grouped queries, and an optional local window.
+
+The window is the mechanism that the article gives its "V1". :func:`window_attention` computes it in blocks, so that
+its cost grows with length x window instead of length squared.
+
+Shapes: B batch, T new tokens, S keys, Hq query heads, Hk key-value heads, D head size, W window.
+
+Book: ``chapters/architecture/decoder.ipynb``. Sources: RoFormer (arXiv 2104.09864) for rotary positions, GQA (arXiv
+2305.13245) for grouped queries, Longformer (arXiv 2004.05150) and Mistral 7B (arXiv 2310.06825) for the window,
+StreamingLLM (arXiv 2309.17453) for sinks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dslib.architecture.kv_cache import KVCache, Step, visible
+from dslib.architecture.linear import Linear
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float, scaling: float = 1.0, dtype=torch.float32):
+    """Cosines and signed sines for :func:`apply_rope`.
+
+    Args:
+        positions: int64, (1 or B, T).
+        theta: base of the frequencies; pair i of a head turns by ``theta ** (-2 i / head_dim)`` a position.
+        scaling: linear position scaling (positions are divided by it), as deepseek-coder-1.3b uses with 4.
+
+    Returns:
+        (cos, sin), each (1 or B, T, 1, head_dim). The first half of ``sin`` is negated, see :func:`apply_rope`.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    inverse_frequency = 1.0 / (scaling * theta**exponent)  # (D/2,)
+    angle = positions.to(torch.float32).unsqueeze(-1) * inverse_frequency  # (B, T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, D)
+    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of every head by its angle: (B, T, H, D) -> the same shape.
+
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin). Rolling by half a head puts each element's partner in its
+    place; the minus sign waits in ``sin``. That is the layout of Llama checkpoints in the Hugging Face format.
+    """
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Causal self-attention over T tokens; with a window, each sees itself and the ``window - 1`` tokens before it.
+
+    Args:
+        q: (B, Hq, T, D). k, v: (B, Hk, T, D) with Hq a multiple of Hk.
+        sinks: the first ``sinks`` positions stay visible whatever the window.
+
+    Returns:
+        (B, Hq, T, D).
+    """
+    if window is None or window >= q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+    return window_attention(q, k, v, window, sinks)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, block: int | None = None) -> Tensor:
+    """Local causal attention in blocks: time and memory O(T (W + block)) instead of O(T²).
+
+    Queries are cut into blocks. A block's queries can only see keys from ``window - 1`` before its first token to its
+    last token, so each block attends to that slice alone, under one small mask that is the same for all blocks.
+
+    Args:
+        q: (B, Hq, T, D). k, v: (B, Hk, T, D).
+        window: W >= 1, the query's own position included (the convention of Mistral's ``sliding_window``).
+        sinks: the first ``sinks`` positions stay visible.
+        block: queries per block; None chooses half a window, at least 32.
+
+    Returns:
+        (B, Hq, T, D), equal to attention under a band mask.
+
+    Raises:
+        ValueError: window below 1, negative sinks, block below 1.
+    """
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", block or 1, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    batch, heads, tokens, dim = q.shape
+    block = block or max(32, window // 2)
+    reach = window - 1  # how far before a block's first query its keys begin
+    tail = -tokens % block  # fill the last block; what it computes there is cut off again
+    blocks = (tokens + tail) // block
+
+    # Blocks of queries (B, Hq, blocks, block, D), and of keys: overlapping slices, views without a copy.
+    queries = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))
+    keys = F.pad(k, (0, 0, reach, tail)).unfold(2, reach + block, block).transpose(-1, -2)  # (B, Hk, blocks, S', D)
+    values = F.pad(v, (0, 0, reach, tail)).unfold(2, reach + block, block).transpose(-1, -2)
+
+    # Positions inside the first block: the query's is 0..block-1, the key's starts `reach` before it.
+    query_at = torch.arange(block, device=q.device)
+    key_at = torch.arange(-reach, block, device=q.device)
+    mask = visible(query_at, key_at, window)  # (block, S'), the same for all blocks ...
+    start = torch.arange(blocks, device=q.device).view(-1, 1, 1) * block
+    key_at = key_at + start  # (blocks, 1, S')
+    mask = mask & (key_at >= 0)  # ... except that nothing lies before position 0: (blocks, block, S')
+
+    if sinks:
+        # The sinks come as extra keys, visible where the block's own slice does not show them already.
+        first = min(sinks, tokens)
+        show = (query_at.view(-1, 1) + start) - torch.arange(first, device=q.device) >= window
+        mask = torch.cat((show, mask), dim=-1)
+        keys = torch.cat((k[:, :, None, :first].expand(-1, -1, blocks, -1, -1), keys), dim=3)
+        values = torch.cat((v[:, :, None, :first].expand(-1, -1, blocks, -1, -1), values), dim=3)
+
+    # Fold the blocks into the batch, so that one call of the fused kernel does them all: (B * blocks, H, ., D).
+    queries, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (queries, keys, values))
+    mask = mask.expand(batch, *mask.shape).flatten(0, 1).unsqueeze(1)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=heads != k.shape[1])
+    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Attention of T new tokens over whatever the cache returned; (B, Hq, T, D) -> (B, Hq, T, D)."""
+    if step.causal:
+        return causal_attention(q, k, v, window, sinks)
+    if step.mask is None:
+        # One new token that may see every key. Query heads that share a key-value head become rows of one small
+        # attention problem, so that nothing has to be repeated: (B, Hq, 1, D) -> (B, Hk, Hq/Hk, D).
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
+        return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions, an optional window and an optional cache.
+
+    Queries, keys and values come from one matrix product (``qkv_proj``, rows in that order): the weights are read in
+    one sweep, and two kernel launches are saved.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.window, self.sinks = config.sliding_window, config.attention_sinks
+        heads = self.query_heads + 2 * self.kv_heads
+        self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
+        """(B, T, hidden_size) -> (B, T, hidden_size)."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv_proj(x).view(batch, tokens, -1, self.head_dim)  # (B, T, Hq + 2 Hk, D)
+        qk, v = qkv.split_with_sizes((self.query_heads + self.kv_heads, self.kv_heads), dim=2)
+        q, k = apply_rope(qk, *rope).split_with_sizes((self.query_heads, self.kv_heads), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        y = attend(q, k, v, step, self.window, self.sinks)  # (B, Hq, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))

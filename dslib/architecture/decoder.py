@@ -1,0 +1,248 @@
+"""V1: a decoder-only transformer, the design that the article describes and that real language models share.
+
+RMSNorm before each block, rotary positions, grouped-query attention with an optional local window, SwiGLU, tied or
+untied embeddings. With the right configuration it *is* Llama, Mistral, Qwen2 or deepseek-coder-1.3b: the tests load the
+same weights into ours and into transformers' classes and compare the logits.
+
+Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2) for the block, GLU variants
+(arXiv 2002.05202) for SwiGLU, RMSNorm (arXiv 1910.07467), DeepSeek LLM (arXiv 2401.02954) for DeepSeek's own dense model.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dslib.architecture.attention import Attention, rope_angles
+from dslib.architecture.kv_cache import GrowingCache, KVCache, PreallocatedCache, RollingCache, no_cache_step
+from dslib.architecture.linear import Linear
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder; names as in Hugging Face configs where one exists.
+
+    Attributes:
+        head_dim: size of a head; None means ``hidden_size / num_attention_heads``.
+        rope_scaling: linear factor by which positions are divided (1.0: none).
+        sliding_window: tokens that a token may look at, itself included; None for full causal attention.
+        attention_sinks: first positions that stay visible whatever the window.
+        qkv_bias: biases on the query, key and value projections (Qwen2 has them, Llama and Mistral do not).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rope_scaling: float = 1.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    attention_sinks: int = 0
+    qkv_bias: bool = False
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size: got {self.hidden_size}, expected a multiple of "
+                    f"num_attention_heads={self.num_attention_heads} (or give head_dim)"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: got {value}, expected at least {least}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}, expected an even number (rotary positions turn pairs)")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: got {self.num_key_value_heads}, expected a divisor of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Elements that the cache keeps for one token, all layers; times bytes an element gives bytes."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+_LEAST = {
+    "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 2, "max_position_embeddings": 1, "sliding_window": 1, "attention_sinks": 0,
+}  # fmt: skip
+
+PRESETS = {
+    # Trains on characters or bytes in seconds on a laptop.
+    "tiny": DecoderConfig(256, 128, 352, 4, 4, 2, max_position_embeddings=512, tie_word_embeddings=True),
+    # HuggingFaceTB/SmolLM2-135M-Instruct, the real model that the chapters run.
+    "smollm2-135m": DecoderConfig(
+        49152, 576, 1536, 30, 9, 3,
+        max_position_embeddings=8192, rope_theta=100_000.0, tie_word_embeddings=True,
+    ),
+    # deepseek-ai/deepseek-coder-1.3b: the one text-only 1.3B model that DeepSeek published.
+    "1.3b": DecoderConfig(
+        32256, 2048, 5504, 24, 16, 16,
+        max_position_embeddings=16384, rope_theta=100_000.0, rope_scaling=4.0, rms_norm_eps=1e-6,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **changes) -> DecoderConfig:
+    """A named configuration, with ``changes`` to some fields, e.g. ``preset("tiny", sliding_window=64)``.
+
+    Raises:
+        ValueError: unknown preset or unknown field.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(map(repr, PRESETS))}")
+    fields = {field.name for field in dataclasses.fields(DecoderConfig)}
+    if unknown := sorted(set(changes) - fields):
+        raise ValueError(f"preset {name!r}: unknown field {unknown[0]!r}, expected one of {', '.join(sorted(fields))}")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``, the mean square taken in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up share one matrix product (rows of gate first)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rope, step, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, step, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits out.
+
+    Example:
+        >>> model = Decoder(preset("tiny"))
+        >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
+        torch.Size([1, 5, 256])
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(_initialise)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, hidden_size), after the last norm.
+
+        Args:
+            input_ids: int64, the *new* tokens; the cache stands for those before them.
+            cache: filled in place.
+            positions: int64 (B, T), needed only when the sequences of a batch are at different positions.
+
+        Raises:
+            ValueError: ids of the wrong shape or dtype, or a cache made for another window.
+            IndexError: a token id outside the vocabulary (from the embedding).
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens) with tokens >= 1"
+            )
+        config, device = self.config, input_ids.device
+        if cache is None:
+            step = no_cache_step(input_ids.shape[1], positions, device)
+        else:
+            if (cache.window, cache.sinks) != (config.sliding_window, config.attention_sinks):
+                raise ValueError(
+                    f"cache: made for window={cache.window}, sinks={cache.sinks}, but the model has "
+                    f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
+                )
+            step = cache.begin(input_ids.shape[1], positions, device)
+        x = self.embed_tokens(input_ids)  # (B, T, hidden_size)
+        rope = rope_angles(step.positions, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, step, cache, index)
+        return self.norm(x)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, vocab_size) logits; arguments as in :meth:`hidden_states`."""
+        return self.lm_head(self.hidden_states(input_ids, cache, positions))
+
+    def make_cache(self, kind: str = "preallocated", *, batch_size: int = 1, max_length: int | None = None) -> KVCache:
+        """An empty cache that fits this model: ``"growing"``, ``"preallocated"`` or ``"rolling"``.
+
+        Raises:
+            ValueError: unknown kind, a rolling cache for a model without a window, a length below 1.
+        """
+        config, weight = self.config, self.embed_tokens.weight
+        window = {"window": config.sliding_window, "sinks": config.attention_sinks}
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads)
+        place = {"dtype": weight.dtype, "device": weight.device}
+        if kind == "growing":
+            return GrowingCache(config.num_hidden_layers, **window)
+        if kind == "preallocated":
+            length = config.max_position_embeddings if max_length is None else max_length
+            return PreallocatedCache(*shape, length, config.head_dim, **place, **window)
+        if kind == "rolling":
+            if config.sliding_window is None:
+                raise ValueError("kind: got 'rolling', but the model has no sliding_window; forgetting would change it")
+            return RollingCache(*shape, config.sliding_window, config.head_dim, **place, sinks=config.attention_sinks)
+        raise ValueError(f"kind: got {kind!r}, expected 'growing', 'preallocated' or 'rolling'")
+
+
+def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype=torch.float32) -> Decoder:
+    """A decoder with random weights. ``device="meta"`` gives shapes without memory, to count parameters of any size."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.device(device):
+        return Decoder(config).to(dtype)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)

