@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dslib.lab import roofline
+from dslib.lab import probes, roofline
 from dslib.lab.roofline import CODER_1_3B, Decoder, Roof, Workload, decode_floor, matmul, place, published_roof
 
 ROOF = Roof("made up", bandwidth=1e12, flops={"float16": 100e12}, memory_bytes=16e9, source="test")
@@ -130,10 +130,10 @@ def test_a_hardware_file_that_does_not_parse(tmp_path, monkeypatch, text, messag
 def test_small_measurements_are_of_the_right_kind():
     # No absolute speed is asserted: only that each figure is a rate, and that formats without a product are left out.
     size = 2**20
-    assert roofline.copy_bandwidth("cpu", size=size, max_seconds=0.05) > 0
-    assert roofline.read_bandwidth("cpu", size=size, max_seconds=0.05) > 0
-    assert roofline.product_rate("float32", "cpu", size=64, max_seconds=0.05) > 0
-    assert roofline.product_rate("int4", "cpu", size=64) is None
+    assert probes.copy_bandwidth("cpu", size=size, max_seconds=0.05) > 0
+    assert probes.read_bandwidth("cpu", size=size, max_seconds=0.05) > 0
+    assert probes.product_rate("float32", "cpu", size=64, max_seconds=0.05) > 0
+    assert probes.product_rate("int4", "cpu", size=64) is None
 
 
 def test_a_slow_format_does_not_grow_the_product(monkeypatch):
@@ -145,8 +145,8 @@ def test_a_slow_format_does_not_grow_the_product(monkeypatch):
         sides.append(fn().shape[0])
         return Timing((1.0, 1.0))
 
-    monkeypatch.setattr(roofline, "measure", slow)
-    assert roofline.product_rate("bfloat16", "cpu") == 2 * 128**3
+    monkeypatch.setattr(probes, "measure", slow)
+    assert probes.product_rate("bfloat16", "cpu") == 2 * 128**3
     assert sides == [128]
 
 
@@ -154,8 +154,8 @@ def test_buffers_are_larger_than_the_cache(monkeypatch):
     from types import SimpleNamespace
 
     def pretend(cache, memory):
-        monkeypatch.setattr(roofline, "describe", lambda d: SimpleNamespace(cache_bytes=cache, memory_bytes=memory))
-        return roofline.buffer_bytes()
+        monkeypatch.setattr(probes, "describe", lambda d: SimpleNamespace(cache_bytes=cache, memory_bytes=memory))
+        return probes.buffer_bytes()
 
     assert pretend(None, 64 * 2**30) == 256 * 2**20
     assert pretend(100 * 2**20, 64 * 2**30) == 800 * 2**20

@@ -1,0 +1,150 @@
+"""The measurements behind a machine's roof: how fast it moves bytes and multiplies matrices, at best.
+
+The best reading counts, not the median: a bound says what the machine *can* do, and whatever else runs on it only ever
+makes a reading worse. :func:`dslib.lab.roofline.measure_roof` puts the figures together.
+
+Chapter: ``chapters/start/your_machine.ipynb``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dslib.lab.device import as_device, describe
+from dslib.lab.timing import measure
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes of one number. Four-bit formats pack two to a byte.
+NUMBER_BYTES = {"float32": 4, "tfloat32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5}
+LARGEST_PRODUCT = {"cpu": 2048, "mps": 4096, "cuda": 8192}
+
+
+def copy_bandwidth(
+    device: str | torch.device | None = None, size: int | None = None, max_seconds: float = 1.0
+) -> float:
+    """Bytes per second, read plus written, when one large buffer is copied to another.
+
+    Args:
+        size: bytes of each buffer; by default larger than the last-level cache (:func:`buffer_bytes`).
+    """
+    here = as_device(device)
+    source = _filled(size or buffer_bytes(here), here)
+    target = source.clone()
+    timing = measure(lambda: target.copy_(source), device=here, max_seconds=max_seconds, min_runs=3)
+    return 2 * source.nbytes / timing.best
+
+
+def read_bandwidth(
+    device: str | torch.device | None = None, size: int | None = None, max_seconds: float = 1.0
+) -> float:
+    """Bytes per second when large buffers are read and next to nothing is written.
+
+    Decoding does that: it reads the weights and writes one vector. The better of a sum and a dot product counts.
+    """
+    here = as_device(device)
+    a = _filled(size or buffer_bytes(here), here)
+    b = a.clone()
+    total = measure(a.sum, device=here, max_seconds=max_seconds / 2, min_runs=3)
+    both = measure(lambda: a.dot(b), device=here, max_seconds=max_seconds / 2, min_runs=3)
+    return max(a.nbytes / total.best, 2 * a.nbytes / both.best)
+
+
+def product_rate(
+    dtype: Any, device: str | torch.device | None = None, size: int | None = None, max_seconds: float = 1.0
+) -> float | None:
+    """Operations per second of a square matrix product, or ``None`` where the device cannot do one in ``dtype``.
+
+    The size doubles until a product takes long enough, because a format without hardware support can be a thousand
+    times slower than its neighbour: at a fixed size that would take minutes.
+    """
+    here = as_device(device)
+    best = None
+    side = size or 128
+    while True:
+        pair = _pair(side, dtype, here)
+        if pair is None:
+            return None
+        for product in _products(*pair):
+            # The first call may set up a kernel; the budget is for the calls after it.
+            timing = measure(product, device=here, min_runs=2, warmup=1, max_seconds=max_seconds / 4)
+            best = max(best or 0.0, 2 * side**3 / timing.best)
+        # The next size needs eight times as long, and at least four calls.
+        if size or side >= LARGEST_PRODUCT[here.type] or 32 * timing.median > max_seconds:
+            return best
+        side *= 2
+
+
+def buffer_bytes(device: str | torch.device | None = None) -> int:
+    """A buffer large enough to have to come from memory: eight times the last-level cache, 256 MiB at least.
+
+    Never more than a sixteenth of the memory, so that the three buffers of a measurement fit beside a model.
+    """
+    machine = describe(device)
+    wanted = max(256 * 2**20, 8 * (machine.cache_bytes or 0))
+    return min(wanted, machine.memory_bytes // 16) if machine.memory_bytes else wanted
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float16"`` for ``torch.float16`` and ``"float16"`` alike. Raises ``ValueError`` for an unknown format."""
+    name = str(dtype).removeprefix("torch.")
+    name = "float8" if name.startswith("float8_") else name
+    if name not in NUMBER_BYTES:
+        raise ValueError(f"dtype: got {name!r}, wanted one of {', '.join(NUMBER_BYTES)}")
+    return name
+
+
+def positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: got {value!r}, wanted a number above 0")
+
+
+def not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name}: got {value!r}, wanted 0 or more")
+
+
+def _filled(size: int, device: torch.device) -> torch.Tensor:
+    """A float32 buffer of ``size`` bytes that has been written.
+
+    Memory that was asked for but never written has no pages of its own: every read of it is served from one shared page
+    of zeros, which sits in the cache, and the bandwidth comes out too good to be true.
+    """
+    import torch
+
+    positive("size", size)
+    return torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+
+
+def _pair(side: int, dtype: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Two square matrices, or ``None`` where the device has no product for them."""
+    import torch
+
+    kind = getattr(torch, dtype_name(dtype), None)
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    try:
+        a, b = (torch.randn(side, side, generator=generator).to(device, kind) for _ in range(2))
+        a @ b
+    except (RuntimeError, TypeError):
+        return None
+    return a, b
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], Any]]:
+    """The ways to multiply ``a`` and ``b`` that this build of PyTorch offers.
+
+    On a CPU a float32 product goes to MKL, which is slow on some processors; oneDNN, which PyTorch brings too, can be
+    more than twice as fast. The roof is the better one.
+    """
+    import torch
+
+    ways: list[Callable[[], Any]] = [lambda: a @ b]
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if linear is not None:
+            ways.append(lambda: linear(a, b, None, "none", [], ""))
+    return ways
