@@ -39,10 +39,11 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.:/])/(?:home|root|work|tmp|Users|opt|usr)/|\b[A-Z]:\\{1,2}(?:Users|Windows|Program|Temp)|file:///"
 )
 
+SETUP_TAGS = ("setup", "hide-input")  # every page has it, so the built one folds it away
 SETUP = """\
 import sys
 
-if "google.colab" in sys.modules:  # Colab brings its own torch and transformers: they stay as they are
+if "google.colab" in sys.modules:  # its own torch and transformers stay
     %pip install -q "dslib @ git+{url}"
     %pip install -q --no-deps {models}
 
@@ -98,7 +99,7 @@ def setup_source():
 def inject_setup(notebook):
     """Put the setup cell in second place, in place of an older one."""
     cells = [cell for cell in notebook.cells if cell.get("id") != "setup" and "setup" not in tags(cell)]
-    cell = nbformat.v4.new_code_cell(setup_source(), id="setup", metadata={"tags": ["setup"]})
+    cell = nbformat.v4.new_code_cell(setup_source(), id="setup", metadata={"tags": list(SETUP_TAGS)})
     notebook.cells = [*cells[:1], cell, *cells[1:]]
 
 
@@ -336,7 +337,7 @@ def check_frame(notebook):
     if not run or "Last executed" not in run.group():
         yield "has no run line; make refresh writes it"
     second = cells[1] if len(cells) > 1 else None
-    if second is None or second.get("id") != "setup" or second.source != setup_source() or tags(second) != ["setup"]:
+    if second is None or (second.get("id"), second.source, tags(second)) != ("setup", setup_source(), list(SETUP_TAGS)):
         yield "its second cell is not the setup cell that make refresh writes"
 
 
@@ -376,7 +377,8 @@ def main(arguments=None):
                 print(f"{path}: {seconds:.0f} s, {peak / 2**30:.2f} GiB", flush=True)
             except Exception as error:  # go on with the others; the file on disk is left as it was
                 failed += 1
-                print(f"{path}: failed, not written\n{error}", file=sys.stderr, flush=True)
+                plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+                print(f"{path}: failed, not written\n{plain}", file=sys.stderr, flush=True)
         elif options.command == "normalise":
             write(path, normalise(read(path)))
         else:
