@@ -12,12 +12,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from dslib.lab.roofline import Placement, Roof
 
 # Okabe and Ito's colours (2008), told apart under every common colour blindness; the two palest are left out because
 # thin lines in them are hard to see on white. Line styles and markers repeat the signal without colour.
@@ -64,6 +67,29 @@ def use_style() -> None:
             "legend.fontsize": 9,
         }
     )
+
+
+def draw_roofs(ax: Any, roofs: Sequence[Roof], dtype: str, low: float = 0.5, high: float = 4096) -> None:
+    """Draw the roofs for one number format: a slope (the memory) up to the ridge, then level (the arithmetic).
+
+    Args:
+        low, high: ends of the axis of operations per byte.
+    """
+    for roof in roofs:
+        corners = [low, roof.ridge(dtype), high]
+        ax.plot(corners, [min(roof.bandwidth * x, roof.rate(dtype)) / 1e12 for x in corners], label=roof.name)
+    ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte", ylabel="TFLOP/s at best")
+
+
+def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
+    """Mark workloads on their roofs, each with its name beside it."""
+    for placed, marker in zip(placements, itertools.cycle(MARKERS), strict=False):
+        height = placed.workload.flops / placed.seconds / 1e12
+        ax.plot(placed.intensity, height, marker, color=INK, markersize=8, zorder=3)
+        side = (8, "left") if placed.intensity < placed.ridge else (-8, "right")
+        ax.annotate(
+            placed.workload.name, (placed.intensity, height), (side[0], -14), textcoords="offset points", ha=side[1]
+        )
 
 
 class Picture:

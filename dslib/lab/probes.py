@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dslib.lab.device import as_device, describe
-from dslib.lab.timing import measure
+from dslib.lab.timing import Stopwatch, Timing, measure
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,21 @@ def product_rate(
         if size or side >= LARGEST_PRODUCT[here.type] or 32 * timing.median > max_seconds:
             return best
         side *= 2
+
+
+def launch_gap(side: int = 8192, rounds: int = 9) -> dict[str, Timing]:
+    """When a matrix product on the best device *returns*, and when it is *finished*: on a GPU these differ."""
+    here = as_device()
+    pair = _pair(side, "float16" if here.type == "cuda" else "float32", here)
+    returned, finished = [], []
+    for _ in range(rounds + 2):
+        watch = Stopwatch(here)
+        product = pair[0] @ pair[1]
+        returned.append(watch.lap(wait=False))
+        finished.append(watch.lap())
+        del product
+    # The first two rounds warm up.
+    return {"call returned": Timing(tuple(returned[2:])), "work finished": Timing(tuple(finished[2:]))}
 
 
 def buffer_bytes(device: str | torch.device | None = None) -> int:

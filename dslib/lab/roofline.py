@@ -138,22 +138,31 @@ class Decoder:
         not_negative("tokens", tokens)
         return 2 * self.layers * self.kv_width * NUMBER_BYTES[dtype_name(dtype)] * tokens
 
-    def decode(self, context: int, batch: int = 1, dtype: Any = "float16") -> Workload:
-        """One step that gives each of ``batch`` sequences its next token, each after ``context`` tokens."""
-        return self._pass("decode", batch, 1, context, dtype)
+    def weight_bytes(self, dtype: Any = "float16") -> float:
+        """Bytes of the weights stored in ``dtype``, without the scales that 4- and 8-bit formats add."""
+        return self.parameters * NUMBER_BYTES[dtype_name(dtype)]
 
-    def prefill(self, prompt: int, batch: int = 1, dtype: Any = "float16") -> Workload:
-        """One pass over a prompt of ``prompt`` tokens for each of ``batch`` sequences."""
-        return self._pass("prefill", batch, prompt, 0, dtype)
+    def decode(self, context: int, batch: int = 1, dtype: Any = "float16", weights: Any = None) -> Workload:
+        """One step that gives each of ``batch`` sequences its next token, each after ``context`` tokens.
 
-    def _pass(self, kind: str, batch: int, new: int, context: int, dtype: Any) -> Workload:
+        Args:
+            dtype: format of the arithmetic and of the cache.
+            weights: format the weights are stored in; ``None`` for ``dtype``.
+        """
+        return self._pass("decode", batch, 1, context, dtype, weights)
+
+    def prefill(self, prompt: int, batch: int = 1, dtype: Any = "float16", weights: Any = None) -> Workload:
+        """One pass over a prompt of ``prompt`` tokens for each of ``batch`` sequences; formats as in :meth:`decode`."""
+        return self._pass("prefill", batch, prompt, 0, dtype, weights)
+
+    def _pass(self, kind: str, batch: int, new: int, context: int, dtype: Any, weights: Any) -> Workload:
         positive("batch", batch)
         positive("prompt", new)
         not_negative("context", context)
         name = dtype_name(dtype)
         # Weights once for everybody, keys and values for each sequence by itself. Activations are left out: they are
         # small beside the weights and mostly stay in cache.
-        moved = self.parameters * NUMBER_BYTES[name] + batch * self.kv_bytes(context + new, name)
+        moved = self.weight_bytes(weights or name) + batch * self.kv_bytes(context + new, name)
         # Two operations per weight and token; in attention four per width and pair of tokens (scores, then values),
         # where a causal mask leaves a new token the context, its predecessors and itself.
         pairs = new * context + new * (new + 1) / 2
@@ -245,6 +254,15 @@ def measure_roof(
         memory_bytes=machine.memory_bytes,
         source="measured here",
     )
+
+
+def roof_figures(
+    dtypes: Sequence[str] = ("float32", "bfloat16", "float16"), max_seconds: float = 1.0
+) -> dict[str, float]:
+    """:func:`measure_roof` on the best device as plain data, for a recording: GB/s and TFLOP/s."""
+    roof = measure_roof(dtypes=dtypes, max_seconds=max_seconds)
+    figures = {"copy, GB/s": roof.bandwidth / 1e9, "read, GB/s": roof.read_bandwidth / 1e9}
+    return figures | {f"matrix product in {dtype}, TFLOP/s": rate / 1e12 for dtype, rate in roof.flops.items()}
 
 
 @cache

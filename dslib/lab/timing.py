@@ -189,6 +189,7 @@ class Stopwatch:
     """A clock for code that is not a function to repeat, such as a training run or a stream of tokens.
 
     ``lap()`` waits for the device and gives the seconds since the start; ``seconds`` is the last lap.
+    ``lap(wait=False)`` reads the clock while the device may still be at work: what a careless timing does.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
@@ -197,8 +198,9 @@ class Stopwatch:
         self._start = time.perf_counter()
         self.seconds = 0.0
 
-    def lap(self) -> float:
-        synchronize(self._device)
+    def lap(self, wait: bool = True) -> float:
+        if wait:
+            synchronize(self._device)
         self.seconds = time.perf_counter() - self._start
         return self.seconds
 

@@ -53,6 +53,21 @@ def test_a_busy_picture_is_made_smaller():
     assert int.from_bytes(busy.png[16:20], "big") < int.from_bytes(plain.png[16:20], "big")
 
 
+def test_a_roof_bends_at_its_ridge_and_work_lies_on_it():
+    from dslib.lab.roofline import Roof, Workload, place
+
+    roof = Roof("r", bandwidth=1e12, flops={"float16": 100e12}, memory_bytes=1e9, source="test")
+    fig, ax = pyplot.subplots()
+    plots.draw_roofs(ax, [roof], "float16", low=1, high=1000)
+    plots.draw_places(ax, [place(Workload("w", 1e9, work, "float16"), roof) for work in (10e9, 500e9)])
+    line, below, above = ax.get_lines()
+    assert list(line.get_xdata()) == [1, 100, 1000]
+    assert list(line.get_ydata()) == [1, 100, 100]
+    assert (below.get_xdata()[0], below.get_ydata()[0]) == (10, 10)
+    assert (above.get_xdata()[0], above.get_ydata()[0]) == (500, 100)
+    pyplot.close(fig)
+
+
 @pytest.mark.parametrize("alt", ["", "  \n", None, 3])
 def test_no_figure_without_words(alt):
     with pytest.raises(ValueError, match="alt: got"):

@@ -40,6 +40,19 @@ def test_a_decode_step_reads_the_weights_once_for_the_whole_batch():
     assert one.flops == 2 * 1000 + 4 * 2 * 8 * 11
 
 
+def test_weights_may_be_stored_smaller_than_they_are_computed_with():
+    plain, small = CODER_1_3B.decode(100), CODER_1_3B.decode(100, weights="int4")
+    assert plain.bytes - small.bytes == 1.3e9 * 1.5
+    assert (plain.flops, plain.dtype) == (small.flops, small.dtype)
+
+
+def test_with_a_cache_no_batch_reaches_the_ridge():
+    # Each sequence brings its own cache: at 1024 tokens the intensity tends to 14, and the A100's ridge is 153.
+    roof = published_roof("A100_80GB")
+    assert place(CODER_1_3B.decode(1024, batch=10**6), roof).bound == "bandwidth"
+    assert place(CODER_1_3B.decode(0, batch=1000), roof).bound == "compute"
+
+
 def test_prefill_equals_decoding_the_same_tokens_in_operations():
     model = Decoder("m", parameters=1000, layers=2, hidden=8, kv_width=4)
     assert model.prefill(5).flops == sum(model.decode(done).flops for done in range(5))
@@ -161,3 +174,19 @@ def test_buffers_are_larger_than_the_cache(monkeypatch):
     assert pretend(100 * 2**20, 64 * 2**30) == 800 * 2**20
     assert pretend(100 * 2**20, 2**30) == 64 * 2**20
     assert pretend(None, 0) == 256 * 2**20
+
+
+def test_launch_gap_is_ordered():
+    gap = probes.launch_gap(side=64, rounds=3)
+    assert gap["call returned"].median <= gap["work finished"].median
+    assert gap["call returned"].n == 3
+
+
+def test_roof_figures_are_plain(monkeypatch):
+    roof = Roof("r", 2e9, {"float32": 3e12}, 1e9, "test", read_bandwidth=4e9)
+    monkeypatch.setattr(roofline, "measure_roof", lambda **_: roof)
+    assert roofline.roof_figures() == {
+        "copy, GB/s": 2.0,
+        "read, GB/s": 4.0,
+        "matrix product in float32, TFLOP/s": 3.0,
+    }

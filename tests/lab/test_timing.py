@@ -101,6 +101,16 @@ def test_stopwatch_laps(clock):
     assert watch.seconds == pytest.approx(1.0)
 
 
+def test_a_lap_may_be_told_not_to_wait(monkeypatch):
+    waits = []
+    monkeypatch.setattr(timing, "synchronize", waits.append)
+    watch = timing.Stopwatch("cpu")
+    watch.lap(wait=False)
+    assert waits == ["cpu"]
+    watch.lap()
+    assert waits == ["cpu", "cpu"]
+
+
 def test_the_device_is_waited_for(monkeypatch):
     events = []
     monkeypatch.setattr(timing, "synchronize", lambda device: events.append("wait"))
