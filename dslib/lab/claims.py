@@ -37,7 +37,7 @@ VERDICTS = {
     "misleading": "Something in it is right, and a reader who relies on it would still be led to a wrong conclusion.",
     "inconsistent": "It contradicts another statement of the article, or its own arithmetic.",
     "wrong": "A published source, a count or a measurement says otherwise.",
-    "impossible": "No hardware or no set-up of the kind described could do it, whatever the software.",
+    "impossible": "No hardware could do it, or nothing set up as described could, whatever the software.",
     "broken code": "The code as printed does not run, or does not do what it is shown for.",
     "unsupported": "We found no source and none is given, so there is nothing to confirm or refute it with.",
     "opinion": "A framing, a premise or a piece of advice that no measurement can settle.",
@@ -147,6 +147,12 @@ class Ledger(Mapping[str, Claim]):
         order = {"verdict": list(VERDICTS), "part": list(PARTS)}.get(by, list(count))
         return {name: count[name] for name in order}
 
+    def summary(self) -> "Html":
+        """How many rows have which verdict, by part of the book, as an HTML table."""
+        counts = {part: self.filter(part=part).counts() for part in PARTS}
+        rows = {verdict: [counts[part][verdict] for part in PARTS] for verdict in VERDICTS}
+        return Html(claims_html.summary(rows, PARTS, SYMBOLS), f"<verdicts of {len(self)} claims by part>")
+
     def table(self) -> "Html":
         """The rows as an HTML table with one anchor a row; what the ledger page shows."""
         return Html(claims_html.table(self.values(), SYMBOLS), f"<ledger of {len(self)} claims>")
@@ -164,6 +170,11 @@ class Html:
 
     def __repr__(self) -> str:
         return self.text
+
+
+def legend() -> Html:
+    """The verdicts and what each means, as an HTML table."""
+    return Html(claims_html.legend(VERDICTS, SYMBOLS), "\n".join(f"{name}: {text}" for name, text in VERDICTS.items()))
 
 
 def load(path: str | Path | None = None) -> Ledger:

@@ -42,6 +42,24 @@ def table(claims: Iterable[Claim], symbols: Mapping[str, str]) -> str:
     return f'<table class="ledger">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>'
 
 
+def legend(verdicts: Mapping[str, str], symbols: Mapping[str, str]) -> str:
+    """The verdicts with their meaning."""
+    rows = [f"<tr>{_verdict_head(name, symbols)}<td>{html.escape(text)}</td></tr>" for name, text in verdicts.items()]
+    return _small_table(("Verdict", "What it means"), rows)
+
+
+def summary(counts: Mapping[str, list[int]], parts: tuple[str, ...], symbols: Mapping[str, str]) -> str:
+    """Counts by verdict and part, with sums."""
+    rows = []
+    for verdict, row in counts.items():
+        cells = "".join(f"<td>{count or '–'}</td>" for count in [*row, sum(row)])
+        rows.append(f"<tr>{_verdict_head(verdict, symbols)}{cells}</tr>")
+    sums = [sum(column) for column in zip(*counts.values(), strict=True)]
+    cells = "".join(f"<td><strong>{count}</strong></td>" for count in [*sums, sum(sums)])
+    rows.append(f'<tr><th scope="row">all</th>{cells}</tr>')
+    return _small_table(("Verdict", *(part.capitalize() for part in parts), "All"), rows)
+
+
 def shown(want: Found) -> str:
     """A ``found`` value as a reader sees it."""
     if isinstance(want, bool):
@@ -68,6 +86,19 @@ def _row(claim: Claim, symbol: str) -> str:
         f'<td class="ledger-verdict">{_verdict(claim, symbol)}</td>'
         f'<td>{prose(claim.because)} <span class="ledger-where">Settled in: {where}.{sources}</span></td></tr>'
     )
+
+
+def _small_table(head: tuple[str, ...], rows: list[str]) -> str:
+    # A div with the class, not the table: verdicts get their colours, but not the layout of the full ledger.
+    names = "".join(f'<th scope="col">{name}</th>' for name in head)
+    body = "\n".join(rows)
+    return f'<div class="ledger"><table class="table">\n<thead><tr>{names}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _verdict_head(verdict: str, symbols: Mapping[str, str]) -> str:
+    symbol = html.escape(symbols[verdict])
+    css = "verdict-" + verdict.replace(" ", "-")
+    return f'<th scope="row" class="{css} ledger-verdict"><span aria-hidden="true">{symbol}</span> {verdict}</th>'
 
 
 def _css(claim: Claim) -> str:

@@ -211,6 +211,13 @@ def test_table_has_a_row_with_an_anchor_for_each_claim(ledger):
     assert claims.load().table().html == table, "the table does not depend on when it is made"
 
 
+def test_summary_adds_up(ledger):
+    table = ledger.summary().html
+    assert '<th scope="col">Performance</th>' in table
+    assert table.rstrip().endswith("</table></div>") and "<td><strong>3</strong></td></tr>" in table
+    assert all(f"<td>{meaning}</td>" in claims.legend().html for meaning in VERDICTS.values())
+
+
 # ---------------------------------------------------------------- faulty files
 
 
