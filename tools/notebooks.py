@@ -99,7 +99,9 @@ def setup_source():
 def inject_setup(notebook):
     """Put the setup cell in second place, in place of an older one."""
     cells = [cell for cell in notebook.cells if cell.get("id") != "setup" and "setup" not in tags(cell)]
-    cell = nbformat.v4.new_code_cell(setup_source(), id="setup", metadata={"tags": list(SETUP_TAGS)})
+    fold = {"code_prompt_show": "Show the set-up cell", "code_prompt_hide": "Hide the set-up cell"}
+    metadata = {"mystnb": fold, "tags": list(SETUP_TAGS)}
+    cell = nbformat.v4.new_code_cell(setup_source(), id="setup", metadata=metadata)
     notebook.cells = [*cells[:1], cell, *cells[1:]]
 
 

@@ -5,6 +5,8 @@ each is tried on a small notebook with one fault in it, built from a good one.
 """
 
 import copy
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -243,6 +245,24 @@ def test_refresh_of_a_failing_notebook_leaves_the_file(tmp_path, capsys):
     assert notebooks.main(["refresh", str(path)]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert path.read_text() == before
+
+
+def test_nbval_compares_a_picture_by_its_words_only(tmp_path):
+    """Another machine draws other bytes; sanitize.cfg leaves the text alternative to compare, and that is compared."""
+
+    def cell(label, shown, stored):
+        code = f"from IPython.display import HTML\nHTML({picture(shown)!r})"
+        stored = {"text/plain": "<IPython.core.display.HTML object>", "text/html": picture(stored)}
+        return new_code_cell(code, id=label, execution_count=1, outputs=[result("", **stored)])
+
+    def picture(words):
+        return f'<img alt="{words.split("|")[0]}" src="data:image/png;base64,{words.split("|")[1]}">'
+
+    cells = [cell("bytes", "a line|aaaa", "a line|bbbb"), cell("words", "a line|aaaa", "a bar|aaaa")]
+    nbformat.write(new_notebook(cells=cells), str(tmp_path / "page.ipynb"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--nbval", "--tb=no", str(tmp_path)]
+    said = subprocess.run(command, cwd=notebooks.ROOT, capture_output=True, text=True).stdout
+    assert "1 failed, 1 passed" in said, said
 
 
 def test_setup_cell_names_repository_and_weights_once():
