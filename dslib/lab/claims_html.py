@@ -91,8 +91,8 @@ def _row(claim: Claim, symbol: str) -> str:
 def _small_table(head: tuple[str, ...], rows: list[str]) -> str:
     # A div with the class, not the table: verdicts get their colours, but not the layout of the full ledger.
     names = "".join(f'<th scope="col">{name}</th>' for name in head)
-    body = "\n".join(rows)
-    return f'<div class="ledger"><table class="table">\n<thead><tr>{names}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    lines = ['<div class="ledger"><table class="table">', f"<thead><tr>{names}</tr></thead>", "<tbody>"]
+    return "\n".join([*lines, *rows, "</tbody>", "</table></div>"])
 
 
 def _verdict_head(verdict: str, symbols: Mapping[str, str]) -> str:

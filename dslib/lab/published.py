@@ -11,6 +11,7 @@ Plain Python and PyYAML only.
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -60,15 +61,33 @@ def figure(entry: str, name: str) -> Figure:
     return figures[name] if name in figures else _unknown(f"figure of {entry}", name, figures)
 
 
-@lru_cache(maxsize=1)
 def entries() -> dict[str, dict[str, Figure]]:
     """Every figure, by entry and name. Read once."""
-    document = yaml.safe_load(data_path("published.yml").read_text(encoding="utf-8"))
-    raw = {**document.pop("models"), **document}
-    return {entry: {name: _figure(row) for name, row in fields["figures"].items()} for entry, fields in raw.items()}
+    return _read(data_path("published.yml"))
 
 
-def _figure(row: dict[str, Any]) -> Figure:
+@lru_cache(maxsize=4)
+def _read(path: Path) -> dict[str, dict[str, Figure]]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = {**document.pop("models"), **document}
+        figures = {entry: dict(fields["figures"]) for entry, fields in raw.items()}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name}: wanted 'models' and entries with 'figures' each; {error!r}") from error
+    return {
+        entry: {name: _figure(f"{path.name}, {entry}, figure {name!r}", row) for name, row in rows.items()}
+        for entry, rows in figures.items()
+    }
+
+
+def _figure(where: str, row: Any) -> Figure:
+    if not isinstance(row, dict) or not {"value", "source", "tier"} <= set(row):
+        raise ValueError(f"{where}: got {row!r}, wanted value, source and tier")
+    if row["tier"] not in TIERS:
+        raise ValueError(f"{where}, field 'tier': got {row['tier']!r}, wanted one of {', '.join(TIERS)}")
     value = tuple(row["value"]) if isinstance(row["value"], list) else row["value"]
     source = row["source"] if isinstance(row["source"], list) else [row["source"]]
     return Figure(value, row.get("unit", ""), tuple(source), row["tier"], str(row.get("at", "")), row.get("note", ""))

@@ -224,5 +224,26 @@ def test_unknown_figures_name_the_nearest():
         published.figure("deepseek_v3", "param_total")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [", r"published\.yml line \d: not valid YAML"),
+        ("", r"published\.yml: wanted 'models'"),
+        ("models: {m: {}}", r"published\.yml: wanted 'models' and entries with 'figures'"),
+        ("models: {m: {figures: {layers: 3}}}", r"published\.yml, m, figure 'layers': got 3, wanted value, source"),
+        (
+            "models: {m: {figures: {layers: {value: 3, source: a, tier: good}}}}",
+            r"published\.yml, m, figure 'layers', field 'tier': got 'good', wanted one of primary",
+        ),
+    ],
+)
+def test_a_faulty_file_says_where(tmp_path, monkeypatch, text, message):
+    path = tmp_path / "published.yml"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(published, "data_path", lambda name: path)
+    with pytest.raises(ValueError, match=message):
+        published.entries()
+
+
 def _each(value):
     return [v for v in (value if isinstance(value, tuple) else (value,)) if v is not None]
