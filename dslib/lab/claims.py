@@ -27,6 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dslib.lab import claims_html
+from dslib.lab.claims_file import read_rows
 from dslib.lab.claims_html import shown
 from dslib.lab.paths import data_path
 
@@ -188,9 +189,8 @@ def load(path: str | Path | None = None) -> Ledger:
 
 @lru_cache(maxsize=8)
 def _load(path: Path) -> Ledger:
-    from dslib.lab.claims_file import read_rows  # imports this module's vocabulary, hence not at the top
-
-    return Ledger([Claim(**row) for row in read_rows(path)], path)
+    words = {"verdict": VERDICTS, "checks": CHECKS, "part": PARTS}
+    return Ledger([Claim(**row) for row in read_rows(path, words)], path)
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,21 @@ Kept apart from :mod:`dslib.lab.claims` because it is about text and line number
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from dslib.lab.claims import CHECKS, PARTS, PENDING, VERDICTS
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times as fast and just as safe
 _REQUIRED = ("id", "chapter", "said", "value", "checks", "verdict", "because", "evidence", "sources")
 _OPTIONAL = ("found",)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, words: Mapping[str, Collection[str]]) -> list[dict[str, Any]]:
     """Rows of the ledger file as keyword arguments of :class:`dslib.lab.claims.Claim`, in file order.
+
+    ``words`` are the words that the fields ``verdict``, ``checks`` and ``part`` (of the chapter) may use.
 
     Raises:
         ValueError: e.g. ``claims.yml line 41, row 's1.1-04', field 'verdict': got 'false', wanted one of ...``.
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path.name} line {line}: not UTF-8 text") from error
     try:
         root = loader.get_single_node()
-        rows = [_row(path.name, node, loader) for node in _row_nodes(path.name, root)]
+        rows = [_row(path.name, node, loader, words) for node in _row_nodes(path.name, root)]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
@@ -58,7 +58,7 @@ def _row_nodes(file: str, root: yaml.Node | None) -> Iterator[yaml.MappingNode]:
         yield node
 
 
-def _row(file: str, node: yaml.MappingNode, loader: Any) -> dict[str, Any]:
+def _row(file: str, node: yaml.MappingNode, loader: Any, words: Mapping[str, Collection[str]]) -> dict[str, Any]:
     row: dict[str, Any] = {"line": _line(node)}
     lines: dict[str, int] = {}
     name = next((v.value for k, v in node.value if k.value == "id"), None)
@@ -79,11 +79,11 @@ def _row(file: str, node: yaml.MappingNode, loader: Any) -> dict[str, Any]:
     for field in _REQUIRED:
         if field not in row:
             fail(field, "missing")
-    _check_fields(row, fail)
+    _check_fields(row, fail, words)
     return row
 
 
-def _check_fields(row: dict[str, Any], fail: Any) -> None:
+def _check_fields(row: dict[str, Any], fail: Any, words: Mapping[str, Collection[str]]) -> None:
     for field in ("id", "chapter", "said", "verdict", "because", "evidence"):
         if not isinstance(row[field], str) or not row[field].strip():
             fail(field, f"got {row[field]!r}, wanted text")
@@ -91,19 +91,19 @@ def _check_fields(row: dict[str, Any], fail: Any) -> None:
         fail("value", f"got {row['value']!r}, wanted text in quotes, or null")
     if not re.fullmatch(r"[a-z0-9][A-Za-z0-9.-]*", row["id"]):
         fail("id", f"got {row['id']!r}, wanted letters, digits, dots and dashes")
-    if not re.fullmatch(rf"({'|'.join(PARTS)})/[a-z0-9_]+", row["chapter"]):
-        fail("chapter", f"got {row['chapter']!r}, wanted part/chapter with part one of {', '.join(PARTS)}")
-    if row["verdict"] not in VERDICTS:
-        fail("verdict", f"got {row['verdict']!r}, wanted one of {', '.join(VERDICTS)}")
-    if not re.fullmatch(rf"{PENDING}|claim-[a-z0-9-]+", row["evidence"]):
-        fail("evidence", f"got {row['evidence']!r}, wanted {PENDING!r} or a cell id such as 'claim-s1-1-04'")
+    if not re.fullmatch(rf"({'|'.join(words['part'])})/[a-z0-9_]+", row["chapter"]):
+        fail("chapter", f"got {row['chapter']!r}, wanted part/chapter with part one of {', '.join(words['part'])}")
+    if row["verdict"] not in words["verdict"]:
+        fail("verdict", f"got {row['verdict']!r}, wanted one of {', '.join(words['verdict'])}")
+    if not re.fullmatch(r"pending|claim-[a-z0-9-]+", row["evidence"]):
+        fail("evidence", f"got {row['evidence']!r}, wanted 'pending' or a cell id such as 'claim-s1-1-04'")
     for field in ("checks", "sources"):
         if not isinstance(row[field], list) or not all(isinstance(item, str) for item in row[field]):
             fail(field, f"got {row[field]!r}, wanted a list of names")
         row[field] = tuple(row[field])
-    unknown = [item for item in row["checks"] if item not in CHECKS]
+    unknown = [item for item in row["checks"] if item not in words["checks"]]
     if unknown or not row["checks"]:
-        fail("checks", f"got {list(row['checks'])}, wanted one or more of {', '.join(CHECKS)}")
+        fail("checks", f"got {list(row['checks'])}, wanted one or more of {', '.join(words['checks'])}")
     if "found" in row:
         row["found"] = _found(row["found"], fail)
 

@@ -1,24 +1,20 @@
 """How a claim looks in a notebook: the card a chapter shows, and the table of the ledger page.
 
 Only markup, no rules: :mod:`dslib.lab.claims` decides, this module shows. The verdict always stands as a word; its
-symbol and the CSS class (``verdict-<verdict>``) repeat it for the eye.
+symbol and the CSS class (``verdict-<verdict>``) repeat it for the eye. ``claim`` is a
+``dslib.lab.claims.Claim`` throughout; that module imports this one, so the type is not named here.
 """
-
-from __future__ import annotations
 
 import html
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dslib.lab.claims import Claim, Found
+from typing import Any
 
 # From a page in chapters/<part>/ to the two reference pages, in the built book.
 LEDGER_PAGE = "../reference/ledger.html"
 
 
-def card(claim: Claim, symbol: str) -> str:
+def card(claim: Any, symbol: str) -> str:
     """One settled claim. Quotes the ledger's figures and not the cell's, so it is the same on every machine."""
     lines = [
         f'<p class="claim-head"><strong>{_verdict(claim, symbol)}</strong> '
@@ -35,7 +31,7 @@ def card(claim: Claim, symbol: str) -> str:
     return f'<div class="claim-card {_css(claim)}" id="{claim.anchor}">\n{body}\n</div>'
 
 
-def table(claims: Iterable[Claim], symbols: Mapping[str, str]) -> str:
+def table(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
     """A table with one anchor a row, and the part and verdict of each as data attributes to filter by."""
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "The article says", "Verdict", "We find"))
     rows = "\n".join(_row(claim, symbols[claim.verdict]) for claim in claims)
@@ -60,7 +56,7 @@ def summary(counts: Mapping[str, list[int]], parts: tuple[str, ...], symbols: Ma
     return _small_table(("Verdict", *(part.capitalize() for part in parts), "All"), rows)
 
 
-def shown(want: Found) -> str:
+def shown(want: bool | int | float | str | tuple) -> str:
     """A ``found`` value as a reader sees it."""
     if isinstance(want, bool):
         return "yes" if want else "no"
@@ -76,7 +72,7 @@ def prose(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
-def _row(claim: Claim, symbol: str) -> str:
+def _row(claim: Any, symbol: str) -> str:
     where = f'<a href="{claim.url}">{claim.chapter}</a>' if claim.url else f"{claim.chapter} (not written yet)"
     sources = f" Sources: {_sources(claim)}." if claim.sources else ""
     return (
@@ -101,13 +97,13 @@ def _verdict_head(verdict: str, symbols: Mapping[str, str]) -> str:
     return f'<th scope="row" class="{css} ledger-verdict"><span aria-hidden="true">{symbol}</span> {verdict}</th>'
 
 
-def _css(claim: Claim) -> str:
+def _css(claim: Any) -> str:
     return "verdict-" + claim.verdict.replace(" ", "-")
 
 
-def _verdict(claim: Claim, symbol: str) -> str:
+def _verdict(claim: Any, symbol: str) -> str:
     return f'<span aria-hidden="true">{html.escape(symbol)}</span> {claim.verdict}'
 
 
-def _sources(claim: Claim) -> str:
+def _sources(claim: Any) -> str:
     return ", ".join(f"<code>{html.escape(key)}</code>" for key in claim.sources)
