@@ -277,3 +277,10 @@ def test_a_file_that_is_not_text_says_where(tmp_path):
     path.write_bytes(ROW.encode().replace(b"cheap", b"ch\xffap"))
     with pytest.raises(ValueError, match=r"claims\.yml line 14: not UTF-8 text"):
         claims.load(path)
+
+
+def test_a_file_with_a_control_character_is_refused(tmp_path):
+    path = tmp_path / "claims.yml"
+    path.write_text(ROW.replace("cheap", "ch\x00ap"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"claims\.yml.*: not valid YAML"):
+        claims.load(path)
