@@ -38,7 +38,7 @@ VERDICTS = {
     "misleading": "Something in it is right, and a reader who relies on it would still be led to a wrong conclusion.",
     "inconsistent": "It contradicts another statement of the article, or its own arithmetic.",
     "wrong": "A published source, a count or a measurement says otherwise.",
-    "impossible": "No hardware could do it, or nothing set up as described could, whatever the software.",
+    "impossible": "No hardware or no set-up of the kind described could do it, whatever the software.",
     "broken code": "The code as printed does not run, or does not do what it is shown for.",
     "unsupported": "We found no source and none is given, so there is nothing to confirm or refute it with.",
     "opinion": "A framing, a premise or a piece of advice that no measurement can settle.",

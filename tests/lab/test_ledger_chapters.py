@@ -6,7 +6,8 @@ fault each, so that the check itself is known to work. The convention it enforce
 - a cell that settles claims has the id ``claim-<first id, dots as dashes>``, calls ``claims.check("<id>", ...)`` with
   the id written out, and is what the row's ``evidence`` names;
 - a row is ``pending`` exactly as long as its chapter has no notebook;
-- a number in a sentence that names a claim stands in that claim's row, up to rounding.
+- a number in a sentence that names a claim stands in that claim's row, up to rounding;
+- the verdicts that the reading guide explains are the ones the ledger uses, in the same words.
 """
 
 import ast
@@ -20,7 +21,8 @@ from dslib.lab import claims
 from dslib.lab.claims import Claim, Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
-CLAIM_ID = re.compile(r"(?<![\w-])(?:s\d(?:\.\d)?-[A-Za-z0-9]+(?:-V\d)?|(?:intro|end|global)-\d+)(?![\w-])")
+# Section 0 is left free for made-up examples.
+CLAIM_ID = re.compile(r"(?<![\w-])(?:s[1-9](?:\.\d)?-[A-Za-z0-9]+(?:-V\d)?|(?:intro|end|global)-\d+)(?![\w-])")
 # A number, its grouping and decimals, and a scale; not part of a word (FP16), a version or an ordinal (4-bit).
 NUMBER = re.compile(
     r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+)(?:\.(\d+))?\s?(%|per cent|k\b|K\b|M\b|B\b|T\b|million\b|billion\b|trillion\b)?"
@@ -161,6 +163,13 @@ def test_the_ledger_and_the_chapters_agree():
     assert disagreements(claims.load(), *read_book()) == []
 
 
+def test_the_reading_guide_has_the_same_verdicts():
+    guide = (ROOT / "chapters/start/how_to_read.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|\s*(\S+) ([a-z ]+?)\s*\|\s*(.+?)\s*\|$", guide, re.MULTILINE)
+    explained = {name: (symbol, text) for symbol, name, text in rows if name in claims.VERDICTS}
+    assert explained == {name: (claims.SYMBOLS[name], text) for name, text in claims.VERDICTS.items()}
+
+
 # ---------------------------------------------------------------- the check itself
 
 ROWS = [
@@ -270,6 +279,7 @@ def test_a_source_has_to_be_in_the_bibliography():
         "Three lines above s1.1-04. The next sentence has 12,345 of its own.",
         "[s1.1-04](../reference/ledger.html#s1.1-99) and s1.1-* as a group.",
         "| s1.1-04 | 1.3B |\n| other | 999 |",
+        "An example such as s0.0-00 with 17 of anything is no claim.",
         "Both s1.1-04 and s2.1-02 hold: 82 ms, 1.3B.",
     ],
 )
