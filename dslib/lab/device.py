@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dslib.lab.tables import html_table
+
 if TYPE_CHECKING:
     import torch
 
@@ -126,6 +128,9 @@ class Machine:
         if self.cache_bytes:
             lines.append(("last-level cache", f"{self.cache_bytes / 2**20:.0f} MiB"))
         return lines + list(self.versions().items())
+
+    def _repr_html_(self) -> str:
+        return html_table("This machine", self.rows())
 
     def _repr_markdown_(self) -> str:
         body = "\n".join(f"| {label} | {text} |" for label, text in self.rows())

@@ -79,6 +79,13 @@ def draw_roofs(ax: Any, roofs: Sequence[Roof], dtype: str, low: float = 0.5, hig
         corners = [low, roof.ridge(dtype), high]
         ax.plot(corners, [min(roof.bandwidth * x, roof.rate(dtype)) / 1e12 for x in corners], label=roof.name)
     ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte", ylabel="TFLOP/s at best")
+    plain_ticks(ax.xaxis, ax.yaxis)
+
+
+def plain_ticks(*axes: Any) -> None:
+    """Write the ticks of logarithmic axes as numbers (0.1, 100), not as powers."""
+    for axis in axes:
+        axis.set_major_formatter("{x:g}")
 
 
 def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
@@ -86,9 +93,15 @@ def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
     for placed, marker in zip(placements, itertools.cycle(MARKERS), strict=False):
         height = placed.workload.flops / placed.seconds / 1e12
         ax.plot(placed.intensity, height, marker, color=INK, markersize=8, zorder=3)
-        side = (8, "left") if placed.intensity < placed.ridge else (-8, "right")
+        offset, align = ((9, -13), "left") if placed.intensity < placed.ridge else ((0, -19), "center")
+        # The paper behind the words keeps a roof that passes under them from striking them through.
         ax.annotate(
-            placed.workload.name, (placed.intensity, height), (side[0], -14), textcoords="offset points", ha=side[1]
+            placed.workload.name,
+            (placed.intensity, height),
+            offset,
+            textcoords="offset points",
+            ha=align,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
         )
 
 

@@ -33,8 +33,7 @@ def copy_bandwidth(
     here = as_device(device)
     source = _filled(size or buffer_bytes(here), here)
     target = source.clone()
-    timing = measure(lambda: target.copy_(source), device=here, max_seconds=max_seconds, min_runs=3)
-    return 2 * source.nbytes / timing.best
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), here, max_seconds)
 
 
 def read_bandwidth(
@@ -47,9 +46,8 @@ def read_bandwidth(
     here = as_device(device)
     a = _filled(size or buffer_bytes(here), here)
     b = a.clone()
-    total = measure(a.sum, device=here, max_seconds=max_seconds / 2, min_runs=3)
-    both = measure(lambda: a.dot(b), device=here, max_seconds=max_seconds / 2, min_runs=3)
-    return max(a.nbytes / total.best, 2 * a.nbytes / both.best)
+    total, both = _best(a.sum, here, max_seconds / 2), _best(lambda: a.dot(b), here, max_seconds / 2)
+    return max(a.nbytes / total, 2 * a.nbytes / both)
 
 
 def product_rate(
@@ -68,11 +66,11 @@ def product_rate(
         if pair is None:
             return None
         for product in _products(*pair):
-            # The first call may set up a kernel; the budget is for the calls after it.
-            timing = measure(product, device=here, min_runs=2, warmup=1, max_seconds=max_seconds / 4)
-            best = max(best or 0.0, 2 * side**3 / timing.best)
+            # A format whose products are slow gets no budget beyond the fewest calls.
+            seconds = _best(product, here, max_seconds / 8)
+            best = max(best or 0.0, 2 * side**3 / seconds)
         # The next size needs eight times as long, and at least four calls.
-        if size or side >= LARGEST_PRODUCT[here.type] or 32 * timing.median > max_seconds:
+        if size or side >= LARGEST_PRODUCT[here.type] or 32 * seconds > max_seconds:
             return best
         side *= 2
 
@@ -119,6 +117,12 @@ def positive(name: str, value: float) -> None:
 def not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{name}: got {value!r}, wanted 0 or more")
+
+
+def _best(fn: Callable[[], Any], device: torch.device, max_seconds: float) -> float:
+    """The shortest time of a call, looked for until the budget ends: readings may agree and all be disturbed."""
+    timing = measure(fn, device=device, max_seconds=max_seconds, min_runs=2, max_runs=300, warmup=1, target_spread=1e-9)
+    return timing.best
 
 
 def _filled(size: int, device: torch.device) -> torch.Tensor:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import html
 import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +27,7 @@ from typing import Any
 
 from dslib.lab.paths import data_path
 from dslib.lab.recordings_file import Recording, parse
+from dslib.lab.tables import html_table
 from dslib.lab.timing import Timing
 
 ORIGINS = ("live", "recorded", "absent")
@@ -38,6 +41,14 @@ class Shown:
     origin: str  # "live", "recorded" or "absent"
     note: str
     stale: bool = False
+
+    def _repr_html_(self) -> str:
+        note = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(self.note))
+        note = re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"`(.+?)`", r"<code>\1</code>", note))
+        if self.result is None:
+            return f"<p>{note}</p>"
+        rows = self.result.items() if isinstance(self.result, Mapping) else [("result", self.result)]
+        return f"<p>{note}</p>" + html_table("", [(str(name), _cell(value)) for name, value in rows])
 
     def _repr_markdown_(self) -> str:
         if not isinstance(self.result, Mapping):

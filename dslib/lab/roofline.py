@@ -30,6 +30,7 @@ from dslib.lab.probes import (
     product_rate,
     read_bandwidth,
 )
+from dslib.lab.tables import html_table
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +72,18 @@ class Roof:
         """Operations per byte from which on the arithmetic, not the memory, is the bound."""
         return self.rate(dtype) / self.bandwidth
 
-    def _repr_markdown_(self) -> str:
-        rows = [("bandwidth, read and write", f"{self.bandwidth / 1e9:.3g} GB/s")]
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each figure."""
+        lines = [("bandwidth, read and write", f"{self.bandwidth / 1e9:.3g} GB/s")]
         if self.read_bandwidth:
-            rows.append(("bandwidth, read only", f"{self.read_bandwidth / 1e9:.3g} GB/s"))
-        rows += [(f"matrix product, {dtype}", f"{rate / 1e12:.3g} TFLOP/s") for dtype, rate in self.flops.items()]
-        body = "\n".join(f"| {label} | {text} |" for label, text in rows)
+            lines.append(("bandwidth, read only", f"{self.read_bandwidth / 1e9:.3g} GB/s"))
+        return lines + [(f"matrix product, {d}", f"{rate / 1e12:.3g} TFLOP/s") for d, rate in self.flops.items()]
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.name} ({self.source})", self.rows())
+
+    def _repr_markdown_(self) -> str:
+        body = "\n".join(f"| {label} | {text} |" for label, text in self.rows())
         return f"| {self.name} ({self.source}) | |\n|---|---|\n{body}"
 
 

@@ -38,6 +38,7 @@ def test_description_of_this_machine():
     assert here.torch == torch.__version__
     assert here.memory_bytes > 10**8
     assert here.name in here._repr_markdown_()
+    assert "<caption" in here._repr_html_()
     assert here.driver is None
 
 

@@ -73,6 +73,7 @@ def test_without_a_recording_the_page_says_so(folder, no_cuda):
     shown = recordings.live_or_recorded(speed, size=3)
     assert (shown.origin, shown.result) == ("absent", None)
     assert "no recording" in shown._repr_markdown_()
+    assert "<code>" in shown._repr_html_()
 
 
 def test_a_missing_folder_is_no_recording(monkeypatch, no_cuda):
@@ -92,6 +93,8 @@ def test_the_recording_of_the_same_call_is_shown(folder, no_cuda):
     text = repr(shown)
     assert "Recorded on NVIDIA A100-SXM4-80GB" in text
     assert "2 ms (1.5 to 2.5, n=3)" in text
+    assert "2 ms (1.5 to 2.5, n=3)" in shown._repr_html_()
+    assert "<em>Recorded on" in shown._repr_html_()
     assert recordings.live_or_recorded(speed, size=4).origin == "absent"
     assert recordings.live_or_recorded(speed, size=3, seed=1).origin == "absent"
 
