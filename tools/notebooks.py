@@ -262,6 +262,8 @@ def check_outputs_present(notebook):
         )
         if shows and last == last.lstrip() and not cell.outputs and last not in ("pass", "break", "continue"):
             yield f"cell {cell.id!r} ends in {last!r} but has no output"
+        if last.split("#")[0].rstrip().endswith(";"):
+            yield f"cell {cell.id!r} ends in a semicolon: nbval shows the value all the same; write `_ = …`"
 
 
 def check_clean_outputs(notebook):

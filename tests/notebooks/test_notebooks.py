@@ -115,6 +115,7 @@ FAULTS = {
     "no outputs": ("executed", strip_outputs),
     "one output missing": ("outputs_present", lambda n: edit(n, "shape", outputs=[])),
     "name without output": ("outputs_present", lambda n: edit(n, "sum", source="total", outputs=[])),
+    "hidden by a semicolon": ("outputs_present", lambda n: edit(n, "sum", source="1 + 1;", outputs=[])),
     "card missing": ("outputs_present", lambda n: edit(n, "sum", source='claims.check("s1", n=1)', outputs=[])),
     "error": ("clean_outputs", lambda n: edit(n, "sum", outputs=[new_output("error", ename="E", evalue="no")])),
     "stderr": ("clean_outputs", lambda n: edit(n, "sum", outputs=[stream("UserWarning: x\n", "stderr")])),
