@@ -30,6 +30,7 @@ TAGS = frozenset(
     "setup hide-input hide-output hide-cell remove-cell gpu exercise solution widget raises-exception".split()
 ) | {IGNORE}
 MAX_LINES = 15
+MAX_SECONDS, MAX_GIB = 60, 3
 COMPARED = 2 / 3
 CORES = 2  # what the run line speaks of, and what a small hosted machine has
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -345,6 +346,13 @@ def check_frame(notebook):
         yield "its second cell is not the setup cell that make refresh writes"
 
 
+def check_budget(notebook):
+    """Within 60 s and 3 GiB, as measured when the notebook was last refreshed."""
+    found = re.search(r"Runs in (\d+) s with ([\d.]+) GiB", notebook.cells[0].source if notebook.cells else "")
+    if found and (int(found[1]) > MAX_SECONDS or float(found[2]) > MAX_GIB):
+        yield f"is too heavy: {found[1]} s and {found[2]} GiB; at most {MAX_SECONDS} s and {MAX_GIB} GiB"
+
+
 def check_normal(notebook):
     if nbformat.writes(normalise(copy.deepcopy(notebook))) != nbformat.writes(notebook):
         yield "is not normalised: run python -m tools.notebooks normalise on it"
@@ -358,6 +366,7 @@ CHECKS = (
     check_compared,
     check_cells,
     check_frame,
+    check_budget,
     check_normal,
 )
 

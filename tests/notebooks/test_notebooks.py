@@ -152,6 +152,8 @@ FAULTS = {
     "no run line": ("frame", drop_run_line),
     "setup by hand": ("frame", own_setup),
     "setup missing": ("frame", remove_setup),
+    "too slow": ("budget", lambda n: notebooks.fill_run_line(n, 61, 2**30)),
+    "too large": ("budget", lambda n: notebooks.fill_run_line(n, 5, 3.2 * 2**30)),
     "timing in metadata": ("normal", timing_metadata),
     "kernel version": ("normal", later_kernel),
 }
