@@ -77,7 +77,7 @@ class Roof:
         lines = [("bandwidth, read and write", f"{self.bandwidth / 1e9:.3g} GB/s")]
         if self.read_bandwidth:
             lines.append(("bandwidth, read only", f"{self.read_bandwidth / 1e9:.3g} GB/s"))
-        return lines + [(f"matrix product, {d}", f"{rate / 1e12:.3g} TFLOP/s") for d, rate in self.flops.items()]
+        return lines + [(f"matrix product, {dtype}", _speed(rate)) for dtype, rate in self.flops.items()]
 
     def _repr_html_(self) -> str:
         return html_table(f"{self.name} ({self.source})", self.rows())
@@ -252,11 +252,12 @@ def measure_roof(
         rate = product_rate(dtype, here, max_seconds=max_seconds)
         if rate:
             flops[dtype_name(dtype)] = rate
-    machine = describe(here)
+    machine, copied = describe(here), copy_bandwidth(here, max_seconds=max_seconds)
     return Roof(
         name=machine.name,
-        bandwidth=copy_bandwidth(here, max_seconds=max_seconds),
-        read_bandwidth=read_bandwidth(here, max_seconds=max_seconds),
+        bandwidth=copied,
+        # What a memory moves both ways it can also move one way; a busy moment may have hidden it.
+        read_bandwidth=max(copied, read_bandwidth(here, max_seconds=max_seconds)),
         flops=flops,
         memory_bytes=machine.memory_bytes,
         source="measured here",
@@ -270,6 +271,10 @@ def roof_figures(
     roof = measure_roof(dtypes=dtypes, max_seconds=max_seconds)
     figures = {"copy, GB/s": roof.bandwidth / 1e9, "read, GB/s": roof.read_bandwidth / 1e9}
     return figures | {f"matrix product in {dtype}, TFLOP/s": rate / 1e12 for dtype, rate in roof.flops.items()}
+
+
+def _speed(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
 @cache
