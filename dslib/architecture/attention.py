@@ -66,13 +66,14 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
     """Local causal attention in blocks: time and memory O(T (W + block)) instead of O(T²).
 
     Queries are cut into blocks. A block's queries can only see keys from ``window - 1`` before its first token to its
-    last token, so each block attends to that slice alone, under one small mask that is the same for all blocks.
+    last token, so each block attends to that slice alone, under one small mask that is the same for all blocks. The
+    first tokens, whose slice would begin before the text does, are one small dense problem; so is a last, short block.
 
     Args:
         q: (B, Hq, T, D). k, v: (B, Hk, T, D).
         window: W >= 1, the query's own position included (the convention of Mistral's ``sliding_window``).
         sinks: the first ``sinks`` positions stay visible.
-        block: queries per block; None chooses half a window, at least 32.
+        block: queries per block; None chooses an eighth of the window, at least 32.
 
     Returns:
         (B, Hq, T, D), equal to attention under a band mask.
@@ -80,41 +81,46 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
     Raises:
         ValueError: window below 1, negative sinks, block below 1.
     """
-    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", block or 1, 1)):
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", 1 if block is None else block, 1)):
         if value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
-    batch, heads, tokens, dim = q.shape
-    block = block or max(32, window // 2)
-    reach = window - 1  # how far before a block's first query its keys begin
-    tail = -tokens % block  # fill the last block; what it computes there is cut off again
-    blocks = (tokens + tail) // block
+    batch, tokens, device = q.shape[0], q.shape[2], q.device
+    grouped = q.shape[1] != k.shape[1]
+    block = block or max(32, window // 8)
+    reach = window - 1  # how far before a query its keys begin
+    # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
+    start = min(tokens, -(-(reach + sinks) // block) * block)
+    blocks = (tokens - start) // block
+    stop = start + blocks * block
 
-    # Blocks of queries (B, Hq, blocks, block, D), and of keys: overlapping slices, views without a copy.
-    queries = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))
-    keys = F.pad(k, (0, 0, reach, tail)).unfold(2, reach + block, block).transpose(-1, -2)  # (B, Hk, blocks, S', D)
-    values = F.pad(v, (0, 0, reach, tail)).unfold(2, reach + block, block).transpose(-1, -2)
+    at = torch.arange(max(start, reach + block), device=device)
+    first = F.scaled_dot_product_attention(
+        q[:, :, :start], k[:, :, :start], v[:, :, :start],
+        attn_mask=visible(at[:start], at[:start], window, sinks), enable_gqa=grouped,
+    )  # fmt: skip
+    parts = [first]
 
-    # Positions inside the first block: the query's is 0..block-1, the key's starts `reach` before it.
-    query_at = torch.arange(block, device=q.device)
-    key_at = torch.arange(-reach, block, device=q.device)
-    mask = visible(query_at, key_at, window)  # (block, S'), the same for all blocks ...
-    start = torch.arange(blocks, device=q.device).view(-1, 1, 1) * block
-    key_at = key_at + start  # (blocks, 1, S')
-    mask = mask & (key_at >= 0)  # ... except that nothing lies before position 0: (blocks, block, S')
+    def slices(x: Tensor) -> Tensor:
+        """Overlapping slices of keys or values, one a block: views, no copy. -> (B * blocks, Hk, reach + block, D)."""
+        cut = x[:, :, start - reach : stop].unfold(2, reach + block, block).permute(0, 2, 1, 4, 3)
+        if sinks:
+            cut = torch.cat((x[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1), cut), dim=3)
+        return cut.flatten(0, 1)
 
-    if sinks:
-        # The sinks come as extra keys, visible where the block's own slice does not show them already.
-        first = min(sinks, tokens)
-        show = (query_at.view(-1, 1) + start) - torch.arange(first, device=q.device) >= window
-        mask = torch.cat((show, mask), dim=-1)
-        keys = torch.cat((k[:, :, None, :first].expand(-1, -1, blocks, -1, -1), keys), dim=3)
-        values = torch.cat((v[:, :, None, :first].expand(-1, -1, blocks, -1, -1), values), dim=3)
-
-    # Fold the blocks into the batch, so that one call of the fused kernel does them all: (B * blocks, H, ., D).
-    queries, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (queries, keys, values))
-    mask = mask.expand(batch, *mask.shape).flatten(0, 1).unsqueeze(1)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=heads != k.shape[1])
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+    # In a slice, the query number i is key number reach + i.
+    mask = visible(at[reach : reach + block], at[: reach + block], window)  # (block, reach + block)
+    mask = torch.cat((mask.new_ones(block, sinks), mask), dim=1)
+    if blocks:
+        # Blocks are folded into the batch, so that one call of the fused kernel does them all.
+        queries = q[:, :, start:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+        out = F.scaled_dot_product_attention(queries, slices(k), slices(v), attn_mask=mask, enable_gqa=grouped)
+        parts.append(out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3))
+    if rest := tokens - stop:
+        keys, values = (torch.cat((x[:, :, :sinks], x[:, :, stop - reach :]), dim=2) for x in (k, v))
+        mask = mask[:rest, : sinks + reach + rest]
+        last = F.scaled_dot_product_attention(q[:, :, stop:], keys, values, attn_mask=mask, enable_gqa=grouped)
+        parts.append(last)
+    return torch.cat(parts, dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:

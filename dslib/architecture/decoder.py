@@ -69,7 +69,7 @@ class DecoderConfig:
             )
 
     @property
-    def kv_bytes_per_token(self) -> int:
+    def kv_elements_per_token(self) -> int:
         """Elements that the cache keeps for one token, all layers; times bytes an element gives bytes."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 

@@ -46,7 +46,8 @@ def visible(query: Tensor, key: Tensor, window: int | None = None, sinks: int = 
     q, k = query.unsqueeze(-1), key.unsqueeze(-2)
     seen = k <= q
     if window is not None:
-        seen &= (k > q - window) | (k < sinks)
+        recent = k > q - window
+        seen &= recent | (k < sinks) if sinks else recent  # only differences count then: positions may be relative
     return seen
 
 
@@ -82,6 +83,26 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of one layer; return all that the queries need, as (keys, values)."""
         raise NotImplementedError
+
+    def append(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Room for one more token: per layer the slot to write, (2, B, Hk, D), and the keys and values to attend to.
+
+        The views for all layers are made in one go, which is what makes a decoding loop quick. The keys and values
+        already include the slot: write it first.
+
+        Raises:
+            ValueError: the cache is full, or of a kind that has no slots.
+        """
+        raise ValueError(f"cache: {type(self).__name__} has no slots to write to; use 'preallocated' or 'rolling'")
+
+    @staticmethod
+    def _views(buffer: Tensor, slot: int, first: int, stop: int):
+        keys, values = buffer.select(1, 0), buffer.select(1, 1)
+        return (
+            buffer.select(4, slot).unbind(0),
+            keys.narrow(3, first, stop - first).unbind(0),
+            values.narrow(3, first, stop - first).unbind(0),
+        )
 
     def _uniform(self, tokens: int, positions: Tensor | None, device: torch.device) -> Tensor:
         if positions is not None:
@@ -163,6 +184,11 @@ class PreallocatedCache(KVCache):
         keys = torch.arange(stop, device=device).unsqueeze(0)
         return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
 
+    def append(self):
+        if self.begin(1, None, self.buffer.device).mask is not None:
+            raise ValueError("cache: sinks and window leave a gap that needs a mask; use a rolling cache")
+        return self._views(self.buffer, self._start, self._from or 0, self._stop)
+
     def _begin_ragged(self, positions: Tensor) -> Step:
         batch = self.buffer.shape[2]
         if positions.ndim != 2 or positions.shape[0] != batch:
@@ -236,6 +262,10 @@ class RollingCache(KVCache):
         self._held = self._slot(held)
         keys = torch.cat((held, new[0])).unsqueeze(0)
         return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def append(self):
+        self.begin(1, None, self.buffer.device)
+        return self._views(self.buffer, int(self._write), 0, self._filled)
 
     def update(self, layer, k, v):
         keys, values = self._layers[layer]

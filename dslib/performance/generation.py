@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dslib.architecture.decoder import Decoder
+from dslib.architecture.token_step import TokenStep
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,15 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, kind, 
         hidden = model.hidden_states(ids, cache, positions)  # (B, T, C)
         rows = torch.arange(len(sequences), device=device)
         logits = model.lm_head(hidden[rows, last].unsqueeze(1))  # only the last real token of each prompt is needed
+    # One sequence on a CPU has a leaner way to the same numbers (sinks need a mask, which it does not do).
+    lean = len(sequences) == 1 and device.type == "cpu" and kind != "growing" and not model.config.attention_sinks
+    one_token = TokenStep(model) if lean else None
     alive = set(range(len(sequences)))
     for count in range(1, max_new_tokens + 1):
         with torch.inference_mode():
             token = sampling.choose(logits[:, -1], generator)  # (B,)
-        for index, value in enumerate(token.tolist()):
+        values = token.tolist()
+        for index, value in enumerate(values):
             if index in alive:
                 done = value in ends
                 yield index, value, "eos" if done else "length"
@@ -156,6 +161,9 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, kind, 
                     alive.discard(index)
         if not alive or count == max_new_tokens:
             return
+        if one_token is not None:
+            logits = one_token(values[0], cache).unsqueeze(1)
+            continue
         with torch.inference_mode():
             # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
             where = (last + count).unsqueeze(1) if ragged else None

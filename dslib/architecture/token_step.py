@@ -1,0 +1,116 @@
+"""One token of one sequence on a CPU: the decoder's forward pass with everything but the arithmetic taken away.
+
+Decoding a small model on a CPU spends a third of its time outside the matrix products: some 45 tiny operations a layer,
+and the module calls around them, each running with caches that the weights have just swept clean. :class:`TokenStep`
+computes what :class:`~dslib.architecture.decoder.Decoder` computes with about 20 operations a layer. What it leaves out:
+
+* module calls: the loop runs over plain tensors, collected once;
+* residual additions: ``baddbmm`` adds while it multiplies;
+* the copies of key and value: both are written to the cache by one copy, as they lie side by side in the projection;
+* most of the norm: ``x / hypot(|x|, sqrt(C eps))`` times ``sqrt(C) weight`` is RMSNorm in four operations.
+
+The weights are those of the model, not copies. ``tests/architecture/test_token_step.py`` holds it to the decoder.
+
+Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dslib.architecture.attention import rope_angles
+from dslib.architecture.decoder import Decoder
+from dslib.architecture.kv_cache import KVCache
+
+
+class TokenStep:
+    """Callable that extends one sequence by one token: ``step(token_id, cache)`` -> (1, vocab_size) logits.
+
+    Make it when decoding begins and drop it when it ends: it keeps views of the model's weights.
+
+    Raises:
+        ValueError: the model is not on a CPU (elsewhere, kernel launches and not Python set the pace).
+    """
+
+    def __init__(self, model: Decoder):
+        weight = model.embed_tokens.weight
+        if weight.device.type != "cpu":
+            raise ValueError(f"model: on device {weight.device}, expected cpu")
+        self.config, self.dtype, self.embedding = model.config, weight.dtype, weight
+        config = model.config
+        size, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
+        # A float32 row runs on one thread unless the rows of W are cut into a batch, see linear.py. Other dtypes have
+        # a threaded kernel of their own.
+        rows = (heads * config.head_dim, size, 2 * config.intermediate_size, config.vocab_size)
+        split = self.dtype is torch.float32 and model.lm_head.split_rows
+        self.chunks = next(c for c in ((4, 2, 1) if split else (1,)) if not any(n % c for n in rows))
+        self.eps = torch.tensor(math.sqrt(size * config.rms_norm_eps))
+        self.layers = [
+            (
+                self._norm(layer.input_layernorm.weight),
+                self._matrix(layer.self_attn.qkv_proj.weight),
+                self._bias(layer.self_attn.qkv_proj.bias),
+                self._matrix(layer.self_attn.o_proj.weight),
+                self._norm(layer.post_attention_layernorm.weight),
+                self._matrix(layer.mlp.gate_up_proj.weight),
+                self._matrix(layer.mlp.down_proj.weight),
+            )
+            for layer in model.layers
+        ]
+        self.last_norm, self.head = self._norm(model.norm.weight), self._matrix(model.lm_head.weight)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """(out, in) -> a view (chunks, in, out / chunks)."""
+        return weight.detach().unflatten(0, (self.chunks, -1)).transpose(1, 2)
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else bias.detach().view(self.chunks, 1, -1)
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        scaled = weight.detach().float() * math.sqrt(weight.numel())
+        return scaled.expand(self.chunks, 1, -1)  # so that the product comes out once per chunk of the next matrix
+
+    def __call__(self, token: int, cache: KVCache) -> Tensor:
+        """Append ``token`` to ``cache`` (at the cache's one position) and return the logits that follow it.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        config, chunks, dtype = self.config, self.chunks, self.dtype
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        size, inner = config.hidden_size, config.intermediate_size
+        # Looked up once: the loop below runs them thirty times over.
+        norm, hypot, mul, div, float32 = torch.linalg.vector_norm, torch.hypot, torch.mul, torch.div, torch.float32
+        bmm, baddbmm, attention, eps = torch.bmm, torch.baddbmm, F.scaled_dot_product_attention, self.eps
+
+        position = torch.tensor([[cache.length]])
+        cos, sin = rope_angles(position, dim, config.rope_theta, config.rope_scaling, dtype)
+        # Values are not rotated: for their heads, the cosine is one and the sine zero.
+        turn = (heads + kv_heads, dim)
+        cos = torch.cat((cos.view(1, dim).expand(turn), cos.new_ones(kv_heads, dim)))  # (Hq + 2 Hk, D)
+        sin = torch.cat((sin.view(1, dim).expand(turn), sin.new_zeros(kv_heads, dim)))
+        slots, keys, values = cache.append()
+
+        with torch.inference_mode():
+            h = torch.empty(chunks, 1, size, dtype=dtype)
+            x = self.embedding[token].view(chunks, 1, -1)  # (chunks, 1, C / chunks), one row cut up
+            for (n1, w_qkv, b_qkv, w_o, n2, w_gate_up, w_down), slot, k, v in zip(
+                self.layers, slots, keys, values, strict=True
+            ):
+                row = x.view(1, 1, size)
+                div(mul(row, n1), hypot(norm(row, dtype=float32), eps), out=h)
+                qkv = (bmm(h, w_qkv) if b_qkv is None else baddbmm(b_qkv, h, w_qkv)).view(-1, dim)  # (Hq + 2 Hk, D)
+                qkv = torch.addcmul(qkv * cos, qkv.roll(dim // 2, -1), sin)
+                q, kv = qkv.split_with_sizes((heads, 2 * kv_heads))
+                slot.copy_(kv.view(2, 1, kv_heads, dim))
+                y = attention(q.view(1, kv_heads, -1, dim), k, v)  # query heads of a group as rows
+                x = baddbmm(x, y.view(1, 1, -1).expand(chunks, 1, -1), w_o)
+                row = x.view(1, 1, size)
+                div(mul(row, n2), hypot(norm(row, dtype=float32), eps), out=h)
+                gate, up = bmm(h, w_gate_up).view(2, inner).unbind(0)
+                x = baddbmm(x, F.silu(gate).mul_(up).expand(chunks, 1, inner), w_down)
+            row = x.view(1, 1, size)
+            div(mul(row, self.last_norm), hypot(norm(row, dtype=float32), eps), out=h)
+            return bmm(h, self.head).view(1, -1)

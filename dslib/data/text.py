@@ -1,0 +1,46 @@
+"""Real text that needs no network: 27 chapters of *Moby-Dick* (1851, public domain), shipped in ``data/text``.
+
+Book: used wherever a chapter trains or evaluates a language model. Origin and licence: ``data/README.md``.
+"""
+
+import torch
+from torch import Tensor
+
+from dslib.lab.paths import data_path
+
+
+def moby_dick() -> str:
+    """The text, chapters 1 to 27, about 240,000 characters of English."""
+    return data_path("text/moby_dick.txt").read_text(encoding="utf-8")
+
+
+def to_bytes(text: str) -> Tensor:
+    """UTF-8 bytes as int64 token ids 0 to 255: the vocabulary of the ``tiny`` preset."""
+    return torch.tensor(list(text.encode("utf-8")))
+
+
+def slices(tokens: Tensor, length: int, count: int) -> Tensor:
+    """``count`` slices of ``length`` tokens, spread evenly over ``tokens`` and not overlapping: (count, length).
+
+    Raises:
+        ValueError: the text is too short for that many.
+    """
+    if count < 1 or length < 1:
+        raise ValueError(f"length and count: got {length} and {count}, expected at least 1 each")
+    if count * length > len(tokens):
+        raise ValueError(f"count: {count} slices of {length} tokens need {count * length}, the text has {len(tokens)}")
+    step = len(tokens) // count
+    return torch.stack([tokens[start : start + length] for start in range(0, count * step, step)])
+
+
+def random_batch(tokens: Tensor, length: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs and next-token targets from random places: two (batch_size, length) tensors.
+
+    Raises:
+        ValueError: the text is shorter than ``length + 1``.
+    """
+    if len(tokens) <= length:
+        raise ValueError(f"length: got {length}, expected less than the text's {len(tokens)} tokens")
+    starts = torch.randint(len(tokens) - length, (batch_size,), generator=generator)
+    rows = torch.stack([tokens[start : start + length + 1] for start in starts])
+    return rows[:, :-1], rows[:, 1:]

@@ -1,0 +1,175 @@
+"""Speed, measured: decoding and windowed attention, beside the bound and beside what people use.
+
+Every function returns plain data, so that it can be shown live, recorded on a GPU (``make record``) or printed
+(``python -m dslib.performance.bench``).
+
+Book: ``chapters/architecture/decoder.ipynb``; the speed chapter will add to it. Source of the bound: Pope et al. 2022
+(arXiv 2211.05102, section 2.1): decoding one sequence takes at least the time to read every weight once a token.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dslib.architecture.attention import causal_attention, window_attention
+from dslib.architecture.checkpoint import to_hf_state_dict
+from dslib.architecture.decoder import Decoder, build, preset
+from dslib.architecture.kv_cache import visible
+from dslib.architecture.linear import set_split_rows
+from dslib.lab.device import as_device
+from dslib.lab.roofline import measure_roof
+from dslib.lab.timing import Timing, compare, measure, ratio
+from dslib.performance.generation import generate
+
+
+def bytes_per_token(model: Decoder, context: int = 0) -> int:
+    """Bytes that one decoding step has to read: every weight but the unused rows of the embedding, and the cache.
+
+    A tied embedding is read whole, as the output head; of an untied one, one row is.
+    """
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding = model.embed_tokens.weight
+    if model.lm_head.weight is not embedding:
+        total -= embedding.numel() * embedding.element_size()
+    return total + context * model.config.kv_elements_per_token * embedding.element_size()
+
+
+def decode_speed(
+    name: str = "1.3b",
+    dtype: str = "bfloat16",
+    batch_size: int = 1,
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Decode ``new_tokens`` with random weights of a preset's shape on the best device, prompt included.
+
+    Returns:
+        ``seconds`` for the whole of it (a Timing), ``tokens_per_second``, ``bytes_per_token``, and ``share_of_read``:
+        the bytes that had to be read over the measured read bandwidth, as a share of the time it took.
+    """
+    device = as_device(None)
+    model = build(preset(name), seed=seed, device=device, dtype=getattr(torch, dtype)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+    timing = measure(lambda: generate(model, prompts, new_tokens), device=device, min_runs=3, max_runs=7, warmup=1)
+    roof = measure_roof(device, dtypes=(dtype,), max_seconds=0.5)
+    read = bytes_per_token(model, prompt_tokens + new_tokens // 2)
+    return {
+        "seconds": timing,
+        "tokens_per_second": batch_size * new_tokens / timing.median,
+        "bytes_per_token": read,
+        "share_of_read": read * new_tokens / roof.read_bandwidth / timing.median,
+    }
+
+
+def window_speed(
+    length: int = 4096, window: int = 256, heads: int = 8, head_dim: int = 64, dtype: str = "float32", rounds: int = 5
+) -> dict[str, Any]:
+    """Windowed attention in blocks against full causal attention and against a band mask, side by side.
+
+    Returns:
+        Timings ``blocks``, ``causal``, ``band``; ``times_causal`` and ``times_band``: how many times as fast blocks are
+        (median of paired rounds); ``largest_difference`` between blocks and band mask.
+    """
+    device = as_device(None)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, length, head_dim, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)
+    )
+    at = torch.arange(length, device=device)
+    mask = visible(at, at, window)
+    ways = {
+        "blocks": lambda: window_attention(q, k, v, window),
+        "causal": lambda: causal_attention(q, k, v),
+        "band": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+    }
+    with torch.inference_mode():
+        difference = (ways["blocks"]() - ways["band"]()).abs().max().item()
+        times = compare(ways, rounds=rounds, device=device)
+    return {
+        **times,
+        "times_causal": ratio(times["causal"], times["blocks"]).median,
+        "times_band": ratio(times["band"], times["blocks"]).median,
+        "largest_difference": difference,
+    }
+
+
+def hf_twin(model: Decoder) -> Any:
+    """The same weights in transformers' ``LlamaForCausalLM``, with the same dtype, on the same device, in eval mode.
+
+    Raises:
+        ValueError: the model has a window or biases, which Llama has not.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+    if config.sliding_window is not None or config.qkv_bias:
+        raise ValueError("model: has a window or biases, expected plain Llama")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling != 1.0:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling}
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+    )  # fmt: skip
+    weight = model.embed_tokens.weight
+    with torch.device("meta"):
+        twin = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope))
+    twin = twin.to(weight.dtype).to_empty(device=weight.device)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config).to(weight.device)  # its buffers were on meta
+    twin.load_state_dict(to_hf_state_dict(model), strict=False)
+    twin.tie_weights()
+    return twin.eval()
+
+
+def decode_comparison(
+    model: Decoder, prompt: list[int], new_tokens: int = 128, rounds: int = 3, kernels: bool = True
+) -> dict[str, Any]:
+    """Greedy decoding of one prompt, ours against ``transformers.generate`` with its default cache, side by side.
+
+    Args:
+        kernels: also time ours with the one-row path off, so that both sides use the same matrix product.
+
+    Returns:
+        Timings ``transformers``, ``ours`` and (with ``kernels``) ``ours_same_kernel``; ``times`` and
+        ``times_same_kernel``: how many times as fast ours is; ``same_tokens``; ``tokens_per_second``.
+    """
+    twin = hf_twin(model)
+    ids = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+
+    @torch.inference_mode()
+    def theirs() -> list[int]:
+        out = twin.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return out[0, len(prompt) :].tolist()
+
+    def ours() -> list[int]:
+        return generate(model, [prompt], new_tokens)[0].tokens
+
+    def ours_same_kernel() -> list[int]:
+        set_split_rows(model, False)
+        try:
+            return ours()
+        finally:
+            set_split_rows(model, True)
+
+    ways = {"transformers": theirs, "ours": ours} | ({"ours_same_kernel": ours_same_kernel} if kernels else {})
+    same = theirs() == ours()
+    times: dict[str, Timing] = compare(ways, rounds=rounds, warmup=0)
+    out: dict[str, Any] = {
+        **times,
+        "times": ratio(times["transformers"], times["ours"]).median,
+        "same_tokens": same,
+        "tokens_per_second": new_tokens / times["ours"].median,
+    }
+    if kernels:
+        out["times_same_kernel"] = ratio(times["transformers"], times["ours_same_kernel"]).median
+    return out
