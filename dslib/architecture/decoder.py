@@ -4,8 +4,9 @@ RMSNorm before each block, rotary positions, grouped-query attention with an opt
 untied embeddings. With the right configuration it *is* Llama, Mistral, Qwen2 or deepseek-coder-1.3b: the tests load the
 same weights into ours and into transformers' classes and compare the logits.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2) for the block, GLU variants
-(arXiv 2002.05202) for SwiGLU, RMSNorm (arXiv 1910.07467), DeepSeek LLM (arXiv 2401.02954) for DeepSeek's own dense model.
+Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2) for the block, GLU
+variants (arXiv 2002.05202) for SwiGLU, RMSNorm (arXiv 1910.07467), DeepSeek LLM (arXiv 2401.02954) for DeepSeek's own
+dense model.
 """
 
 import dataclasses

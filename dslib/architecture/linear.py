@@ -1,9 +1,9 @@
 """The linear layer of our models: ``nn.Linear``, with both CPU cores at work when there is only one row.
 
 Decoding multiplies one row by every weight matrix, so its speed is the speed at which weights are read. On a CPU,
-``F.linear`` hands a single float32 row to a matrix-vector routine that runs on *one* thread (measured in the chapter:
-the same time with one thread and with two). Cutting the weight's rows into a few chunks turns the same sum into a batch of
-products, which torch does spread over the threads. It is a view: no weight is copied.
+``F.linear`` hands a single float32 row to a matrix-vector routine that runs on *one* thread (measured in the chapter).
+Cutting the weight's rows into a few chunks turns the same sum into a batch of products, which torch does spread over
+the threads. It is a view: no weight is copied.
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 """

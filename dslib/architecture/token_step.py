@@ -1,8 +1,9 @@
 """One token of one sequence on a CPU: the decoder's forward pass with everything but the arithmetic taken away.
 
-Decoding a small model on a CPU spends a third of its time outside the matrix products: some 45 tiny operations a layer,
-and the module calls around them, each running with caches that the weights have just swept clean. :class:`TokenStep`
-computes what :class:`~dslib.architecture.decoder.Decoder` computes with about 20 operations a layer. What it leaves out:
+Decoding a small model on a CPU spends a third of its time outside the matrix products: dozens of tiny operations a
+layer, and the module calls around them, each running with caches that the weights have just swept clean.
+:class:`TokenStep` computes what :class:`~dslib.architecture.decoder.Decoder` computes with about half the operations.
+What it leaves out:
 
 * module calls: the loop runs over plain tensors, collected once;
 * residual additions: ``baddbmm`` adds while it multiplies;
