@@ -52,8 +52,13 @@ def config_from_hf(config: Any) -> DecoderConfig:
     if kind not in ("default", "linear"):
         raise ValueError(f"rope_type: got {kind!r}, expected 'default' or 'linear'")
     window = get("sliding_window")
-    if family == "qwen2" and not get("use_sliding_window", False):
-        window = None  # Qwen2 configs carry a window that is switched off
+    if family == "qwen2":
+        # Qwen2 configs carry a window that is switched off, or that only the layers from max_window_layers on have.
+        layers, full = get("num_hidden_layers"), get("max_window_layers", 28)
+        if not get("use_sliding_window", False) or full >= layers:
+            window = None
+        elif window is not None and full > 0:
+            raise ValueError(f"max_window_layers: got {full}, expected 0 or {layers} (one window for all layers)")
     return DecoderConfig(
         vocab_size=get("vocab_size"),
         hidden_size=get("hidden_size"),
@@ -88,6 +93,12 @@ def _sources(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def _rows(config: DecoderConfig, parts: tuple[str, ...], ours: Tensor) -> list[int]:
+    """How many rows of our tensor come from each of the Hugging Face tensors that it stacks."""
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {3: [query, key, key], 2: [config.intermediate_size] * 2, 1: [ours.shape[0]]}[len(parts)]
+
+
 def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Decoder:
     """Copy the weights of a Llama, Mistral or Qwen2 ``ForCausalLM`` into ``model``, in place; returns ``model``.
 
@@ -112,11 +123,10 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
     if not problems:
         misshapen = []
         for name, parts in sources.items():
-            rows = sum(given[part].shape[0] for part in parts)
-            shapes_fit = all(given[part].shape[1:] == ours[name].shape[1:] for part in parts)
-            if rows != ours[name].shape[0] or not shapes_fit:
-                got = " + ".join(f"{part} {tuple(given[part].shape)}" for part in parts)
-                misshapen.append(f"{got}, expected {tuple(ours[name].shape)} in all")
+            for part, rows in zip(parts, _rows(config, parts, ours[name]), strict=True):
+                expected = (rows, *ours[name].shape[1:])
+                if given[part].shape != expected:
+                    misshapen.append(f"{part} {tuple(given[part].shape)}, expected {expected}")
         problems = _listed("misshapen", misshapen)
     if problems:
         raise ValueError("state dict does not fit the config: " + "; ".join(problems))
@@ -128,12 +138,9 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
 
 def to_hf_state_dict(model: Decoder) -> dict[str, Tensor]:
     """The model's weights under the names of a Hugging Face ``ForCausalLM`` (views of the same memory)."""
-    config, parameters, out = model.config, dict(model.named_parameters()), {}
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    for name, parts in _sources(config).items():
-        sizes = {3: (query, key, key), 2: (config.intermediate_size,) * 2, 1: None}[len(parts)]
-        pieces = (parameters[name],) if sizes is None else parameters[name].split(sizes)
+    parameters, out = dict(model.named_parameters()), {}
+    for name, parts in _sources(model.config).items():
+        pieces = parameters[name].split(_rows(model.config, parts, parameters[name]))
         out.update(zip(parts, (piece.detach() for piece in pieces), strict=True))
     return out
 
