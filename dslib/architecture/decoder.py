@@ -50,6 +50,12 @@ class DecoderConfig:
     qkv_bias: bool = False
 
     def __post_init__(self):
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in ("head_dim", "sliding_window"):
+                continue
+            if value is None or value < least:
+                raise ValueError(f"{name}: got {value}, expected at least {least}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -57,10 +63,6 @@ class DecoderConfig:
                     f"num_attention_heads={self.num_attention_heads} (or give head_dim)"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: got {value}, expected at least {least}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: got {self.head_dim}, expected an even number (rotary positions turn pairs)")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -107,6 +109,8 @@ def preset(name: str, **changes) -> DecoderConfig:
     fields = {field.name for field in dataclasses.fields(DecoderConfig)}
     if unknown := sorted(set(changes) - fields):
         raise ValueError(f"preset {name!r}: unknown field {unknown[0]!r}, expected one of {', '.join(sorted(fields))}")
+    if {"hidden_size", "num_attention_heads"} & set(changes):
+        changes.setdefault("head_dim", None)  # derived from the new sizes, not kept from the old ones
     return dataclasses.replace(PRESETS[name], **changes)
 
 
@@ -187,7 +191,10 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens) with tokens >= 1"
             )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
         config, device = self.config, input_ids.device
+        x = self.embed_tokens(input_ids)  # (B, T, hidden_size); first, so that a bad id leaves the cache untouched
         if cache is None:
             step = no_cache_step(input_ids.shape[1], positions, device)
         else:
@@ -197,7 +204,6 @@ class Decoder(nn.Module):
                     f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
                 )
             step = cache.begin(input_ids.shape[1], positions, device)
-        x = self.embed_tokens(input_ids)  # (B, T, hidden_size)
         rope = rope_angles(step.positions, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, step, cache, index)
@@ -206,6 +212,16 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, vocab_size) logits; arguments as in :meth:`hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, cache, positions))
+
+    def with_window(self, window: int | None, sinks: int = 0) -> "Decoder":
+        """The same weights, shared and not copied, behind another attention window."""
+        config = dataclasses.replace(self.config, sliding_window=window, attention_sinks=sinks)
+        with torch.device("meta"):
+            twin = Decoder(config)
+        twin.load_state_dict(self.state_dict(), assign=True)
+        if config.tie_word_embeddings:
+            twin.lm_head.weight = twin.embed_tokens.weight
+        return twin.train(self.training)
 
     def make_cache(self, kind: str = "preallocated", *, batch_size: int = 1, max_length: int | None = None) -> KVCache:
         """An empty cache that fits this model: ``"growing"``, ``"preallocated"`` or ``"rolling"``.

@@ -8,7 +8,8 @@ Chapter: ``chapters/start/your_machine.ipynb``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dslib.lab.device import as_device, describe
@@ -37,16 +38,23 @@ def copy_bandwidth(
 
 
 def read_bandwidth(
-    device: str | torch.device | None = None, size: int | None = None, max_seconds: float = 1.0
+    device: str | torch.device | None = None,
+    size: int | None = None,
+    max_seconds: float = 1.0,
+    threads: int | None = None,
 ) -> float:
     """Bytes per second when large buffers are read and next to nothing is written.
 
     Decoding does that: it reads the weights and writes one vector. The better of a sum and a dot product counts.
+
+    Args:
+        threads: CPU threads to read with; ``None`` for as many as PyTorch is set to.
     """
     here = as_device(device)
     a = _filled(size or buffer_bytes(here), here)
     b = a.clone()
-    total, both = _best(a.sum, here, max_seconds / 2), _best(lambda: a.dot(b), here, max_seconds / 2)
+    with _threads(threads):
+        total, both = _best(a.sum, here, max_seconds / 2), _best(lambda: a.dot(b), here, max_seconds / 2)
     return max(a.nbytes / total, 2 * a.nbytes / both)
 
 
@@ -117,6 +125,21 @@ def positive(name: str, value: float) -> None:
 def not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{name}: got {value!r}, wanted 0 or more")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch set to ``count`` CPU threads inside the block, and as before after it."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        positive("threads", count)
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _best(fn: Callable[[], Any], device: torch.device, max_seconds: float) -> float:

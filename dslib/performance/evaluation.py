@@ -63,3 +63,16 @@ def perplexity(losses: Tensor) -> Perplexity:
     t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
     half = t * statistics.stdev(means) / math.sqrt(n)
     return Perplexity(math.exp(centre), math.exp(centre - half), math.exp(centre + half), n)
+
+
+def perplexity_ratio(losses: Tensor, baseline: Tensor) -> Perplexity:
+    """How many times the baseline's perplexity, from losses on the same slices: (n, T) each.
+
+    The interval is of the paired differences, so it is not widened by some slices being harder than others.
+
+    Raises:
+        ValueError: the two have different shapes.
+    """
+    if losses.shape != baseline.shape:
+        raise ValueError(f"baseline: got shape {tuple(baseline.shape)}, expected {tuple(losses.shape)}")
+    return perplexity(losses - baseline)
