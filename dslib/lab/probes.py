@@ -8,8 +8,7 @@ Chapter: ``chapters/start/your_machine.ipynb``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dslib.lab.device import as_device, describe
@@ -24,17 +23,22 @@ LARGEST_PRODUCT = {"cpu": 2048, "mps": 4096, "cuda": 8192}
 
 
 def copy_bandwidth(
-    device: str | torch.device | None = None, size: int | None = None, max_seconds: float = 1.0
+    device: str | torch.device | None = None,
+    size: int | None = None,
+    max_seconds: float = 1.0,
+    threads: int | None = None,
 ) -> float:
     """Bytes per second, read plus written, when one large buffer is copied to another.
 
     Args:
         size: bytes of each buffer; by default larger than the last-level cache (:func:`buffer_bytes`).
+        threads: CPU threads to copy with; ``None`` for the better of all and one. On a machine that is busy with other
+            things, a second thread that has to wait for its turn makes the first one wait too.
     """
     here = as_device(device)
     source = _filled(size or buffer_bytes(here), here)
     target = source.clone()
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), here, max_seconds)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), here, max_seconds, threads)
 
 
 def read_bandwidth(
@@ -43,18 +47,15 @@ def read_bandwidth(
     max_seconds: float = 1.0,
     threads: int | None = None,
 ) -> float:
-    """Bytes per second when large buffers are read and next to nothing is written.
+    """Bytes per second when large buffers are read and next to nothing is written; arguments as in the copy.
 
     Decoding does that: it reads the weights and writes one vector. The better of a sum and a dot product counts.
-
-    Args:
-        threads: CPU threads to read with; ``None`` for as many as PyTorch is set to.
     """
     here = as_device(device)
     a = _filled(size or buffer_bytes(here), here)
     b = a.clone()
-    with _threads(threads):
-        total, both = _best(a.sum, here, max_seconds / 2), _best(lambda: a.dot(b), here, max_seconds / 2)
+    total = _best(a.sum, here, max_seconds / 2, threads)
+    both = _best(lambda: a.dot(b), here, max_seconds / 2, threads)
     return max(a.nbytes / total, 2 * a.nbytes / both)
 
 
@@ -66,6 +67,8 @@ def product_rate(
     The size doubles until a product takes long enough, because a format without hardware support can be a thousand
     times slower than its neighbour: at a fixed size that would take minutes.
     """
+    import torch
+
     here = as_device(device)
     best = None
     side = size or 128
@@ -75,7 +78,7 @@ def product_rate(
             return None
         for product in _products(*pair):
             # A format whose products are slow gets no budget beyond the fewest calls.
-            seconds = _best(product, here, max_seconds / 8)
+            seconds = _best(product, here, max_seconds / 8, torch.get_num_threads())
             best = max(best or 0.0, 2 * side**3 / seconds)
         # The next size needs eight times as long, and at least four calls.
         if size or side >= LARGEST_PRODUCT[here.type] or 32 * seconds > max_seconds:
@@ -127,25 +130,33 @@ def not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted 0 or more")
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """PyTorch set to ``count`` CPU threads inside the block, and as before after it."""
+def _best(fn: Callable[[], Any], device: torch.device, max_seconds: float, threads: int | None = None) -> float:
+    """The shortest time of a call, looked for until the budget ends: readings may agree and all be disturbed.
+
+    PyTorch's number of threads is as before afterwards.
+    """
     import torch
 
     before = torch.get_num_threads()
-    if count is not None:
-        positive("threads", count)
-        torch.set_num_threads(count)
+    counts = [before] if device.type != "cpu" else [before, 1] if threads is None else [threads]
+    best = float("inf")
     try:
-        yield
+        for count in counts:
+            positive("threads", count)
+            torch.set_num_threads(count)
+            timing = measure(
+                fn,
+                device=device,
+                max_seconds=max_seconds / len(counts),
+                min_runs=2,
+                max_runs=300,
+                warmup=1,
+                target_spread=1e-9,
+            )
+            best = min(best, timing.best)
     finally:
         torch.set_num_threads(before)
-
-
-def _best(fn: Callable[[], Any], device: torch.device, max_seconds: float) -> float:
-    """The shortest time of a call, looked for until the budget ends: readings may agree and all be disturbed."""
-    timing = measure(fn, device=device, max_seconds=max_seconds, min_runs=2, max_runs=300, warmup=1, target_spread=1e-9)
-    return timing.best
+    return best
 
 
 def _filled(size: int, device: torch.device) -> torch.Tensor:

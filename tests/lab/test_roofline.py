@@ -149,6 +149,14 @@ def test_small_measurements_are_of_the_right_kind():
     assert probes.product_rate("int4", "cpu", size=64) is None
 
 
+def test_the_number_of_threads_is_restored():
+    before = torch.get_num_threads()
+    assert probes.read_bandwidth("cpu", size=2**16, max_seconds=0.02, threads=1) > 0
+    with pytest.raises(ValueError, match="threads: got 0"):
+        probes.read_bandwidth("cpu", size=2**16, threads=0)
+    assert torch.get_num_threads() == before
+
+
 def test_a_slow_format_does_not_grow_the_product(monkeypatch):
     from dslib.lab.timing import Timing
 
