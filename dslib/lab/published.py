@@ -66,11 +66,22 @@ def entries() -> dict[str, dict[str, Figure]]:
     return _read(data_path("published.yml"))
 
 
+def hub_ids() -> dict[str, tuple[str, ...]]:
+    """Names on the Hugging Face hub under which each model is published, by entry (if it has any)."""
+    models = _document(data_path("published.yml"))["models"]
+    return {entry: tuple(model["hub_ids"]) for entry, model in models.items() if model.get("hub_ids")}
+
+
+@lru_cache(maxsize=4)
+def _document(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 @lru_cache(maxsize=4)
 def _read(path: Path) -> dict[str, dict[str, Figure]]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        raw = {**document.pop("models"), **document}
+        document = _document(path)
+        raw = {**document["models"], **{key: value for key, value in document.items() if key != "models"}}
         figures = {entry: dict(fields["figures"]) for entry, fields in raw.items()}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"

@@ -1,0 +1,37 @@
+"""The shipped text and how it is cut."""
+
+import pytest
+import torch
+
+from dslib.data import text
+
+
+def test_the_novel_is_whole():
+    novel = text.moby_dick()
+    assert novel.startswith("CHAPTER 1. Loomings.") and "CHAPTER 27" in novel and "CHAPTER 28" not in novel
+    assert len(novel) > 200_000 and "\r" not in novel
+
+
+def test_bytes_come_back_as_text():
+    sample = "never mind how long precisely — Ишмаэль"
+    assert bytes(text.to_bytes(sample).tolist()).decode() == sample
+
+
+def test_slices_are_spread_and_do_not_overlap():
+    cut = text.slices(torch.arange(100), length=7, count=4)
+    assert cut[:, 0].tolist() == [0, 25, 50, 75] and (cut.diff(dim=1) == 1).all()
+
+
+@pytest.mark.parametrize(("length", "count", "what"), [(51, 2, "102"), (0, 1, "length"), (1, 0, "count")])
+def test_slices_that_cannot_be_cut(length, count, what):
+    with pytest.raises(ValueError, match=what):
+        text.slices(torch.arange(100), length, count)
+
+
+def test_random_batches_shift_by_one_and_repeat_with_the_seed():
+    tokens = torch.arange(1000)
+    x, y = text.random_batch(tokens, 16, 5, torch.Generator().manual_seed(3))
+    again, _ = text.random_batch(tokens, 16, 5, torch.Generator().manual_seed(3))
+    assert x.shape == (5, 16) and torch.equal(y, x + 1) and torch.equal(x, again)
+    with pytest.raises(ValueError, match="1000"):
+        text.random_batch(tokens, 1000, 1, torch.Generator())
