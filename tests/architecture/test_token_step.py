@@ -1,0 +1,107 @@
+"""The lean step computes what the decoder computes."""
+
+import pytest
+import torch
+
+from dslib.architecture.decoder import DecoderConfig, build
+from dslib.architecture.linear import set_split_rows
+from dslib.architecture.token_step import TokenStep
+
+SIZES = {
+    # vocab, hidden, intermediate, layers, heads, kv heads, head_dim; cut in 4, in 2, or not at all
+    "chunks of 4": (64, 32, 48, 2, 4, 2, None),
+    "chunks of 2": (50, 36, 50, 2, 3, 1, 12),
+    "no chunks": (51, 33, 25, 2, 3, 3, 10),
+    "heads larger than hidden": (40, 16, 24, 2, 4, 2, 20),
+}
+
+
+def noisy(size, dtype=torch.float32, **changes):
+    model = build(DecoderConfig(*size, rope_scaling=2.0, **changes), seed=0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def both(model, kind, prompt=5, steps=20):
+    """Logits of the lean step and of the decoder on one text, token by token after a prompt; (steps, vocab) each."""
+    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
+    caches = [model.make_cache(kind, max_length=prompt + steps) for _ in range(2)]
+    if prompt:
+        for cache in caches:
+            model(ids[:, :prompt], cache)
+    step = TokenStep(model)
+    lean = torch.cat([step(token, caches[0]) for token in ids[0, prompt:].tolist()])
+    full = torch.cat([model(token, caches[1])[:, 0] for token in ids[:, prompt:].split(1, dim=1)])
+    assert caches[0].length == caches[1].length == prompt + steps
+    return lean, full, model(ids)[0, prompt:]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind, window", [("preallocated", None), ("preallocated", 7), ("rolling", 7), ("rolling", 1)])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_equals_the_decoder_in_float32(size, kind, window, bias, tied):
+    model = noisy(size, sliding_window=window, qkv_bias=bias, tie_word_embeddings=tied)
+    lean, full, uncached = both(model, kind)
+    assert full.std() > 0.3
+    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(lean, uncached, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("kind, window", [("preallocated", None), ("rolling", 7)])
+def test_is_as_near_to_float32_as_the_decoder_in_bfloat16(size, kind, window):
+    """bfloat16 rounds to 1 part in 256, in another order here and there: compare both errors, not the values."""
+    changes = {"sliding_window": window, "qkv_bias": True}
+    lean, full, _ = both(noisy(size, torch.bfloat16, **changes), kind)
+    exact = both(noisy(size, torch.bfloat16, **changes).float(), kind)[1]
+    assert lean.dtype is torch.bfloat16
+    lean_error, full_error = ((t.float() - exact).norm() / exact.norm() for t in (lean, full))
+    assert full_error < 0.05
+    assert lean_error < 1.5 * full_error
+
+
+def test_starts_without_a_prompt():
+    lean, _, uncached = both(noisy(SIZES["chunks of 4"]), "preallocated", prompt=0)
+    torch.testing.assert_close(lean, uncached, atol=3e-5, rtol=1e-4)
+
+
+def test_rolling_cache_with_sinks():
+    lean, full, _ = both(noisy(SIZES["chunks of 4"], sliding_window=4, attention_sinks=2), "rolling")
+    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
+
+
+def test_a_gap_between_sinks_and_window_is_refused():
+    with pytest.raises(ValueError, match="sinks and window leave a gap"):
+        both(noisy(SIZES["chunks of 4"], sliding_window=4, attention_sinks=2), "preallocated")
+
+
+@pytest.mark.parametrize("size, chunks", [("chunks of 4", 4), ("chunks of 2", 2), ("no chunks", 1)])
+def test_cuts_the_weights_only_where_it_divides_and_only_for_float32(size, chunks):
+    model = noisy(SIZES[size])
+    assert TokenStep(model).chunks == chunks
+    assert TokenStep(noisy(SIZES[size], torch.bfloat16)).chunks == 1
+    set_split_rows(model, False)
+    assert TokenStep(model).chunks == 1
+
+
+def test_keeps_views_of_the_weights_not_copies():
+    model = noisy(SIZES["chunks of 4"], tie_word_embeddings=True)
+    step = TokenStep(model)
+    assert step.head.data_ptr() == model.embed_tokens.weight.data_ptr()
+    assert step.layers[1][1].data_ptr() == model.layers[1].self_attn.qkv_proj.weight.data_ptr()
+
+
+def test_a_full_cache_says_so():
+    model = noisy(SIZES["chunks of 4"])
+    step, cache = TokenStep(model), model.make_cache(max_length=1)
+    step(3, cache)
+    with pytest.raises(ValueError, match=r"max_length=1 positions: 1 new tokens after 1 do not fit"):
+        step(3, cache)
+
+
+def test_is_for_the_cpu():
+    with pytest.raises(ValueError, match="model: on device meta, expected cpu"):
+        TokenStep(build(DecoderConfig(*SIZES["chunks of 4"]), device="meta"))
