@@ -51,14 +51,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pair(config_class, model_class, changes, attention="sdpa"):
     """(ours, theirs) with the same noisy weights, biases and norms included: nothing is left at its easy default."""
     torch.manual_seed(0)
