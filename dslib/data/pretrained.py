@@ -158,9 +158,27 @@ def _writable(target: Path) -> Path:
 
 def _unpack(gguf: Path, target: Path) -> Path:
     """Dequantise ``gguf`` into ``target``: written beside it and moved into place whole, so never half there."""
+    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent if target.parent.is_dir() else None))
+    try:
+        _dequantise(gguf, work)
+        sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
+        (work / _MANIFEST).write_text(json.dumps({"source": gguf.name, "bytes": sizes}, indent=1), encoding="utf-8")
+        if target.exists() and not _complete(target):
+            shutil.rmtree(target, ignore_errors=True)  # left half-written by an interrupted run
+        try:
+            work.rename(target)
+        except OSError:
+            if not _complete(target):  # otherwise another process was quicker, with the same result
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # after an error or Ctrl-C; once moved, nothing is there
+    return target
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Read ``gguf`` with transformers and save model (bfloat16) and tokenizer in ``folder``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent if target.parent.is_dir() else None))
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -172,24 +190,12 @@ def _unpack(gguf: Path, target: Path) -> Path:
             )
             # The weights are plain numbers now; without this, save_pretrained refuses a "quantised" model.
             model.hf_quantizer, model.is_quantized = None, False
-            model.to(torch.bfloat16).save_pretrained(work)
-            tokenizer.save_pretrained(work)
+            model.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except Exception as error:
-        shutil.rmtree(work, ignore_errors=True)
         raise ValueError(
             f"{gguf}: cannot be read as GGUF ({error}). Is it complete? To replace it: {_INSTALL}"
         ) from error
-    sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
-    (work / _MANIFEST).write_text(json.dumps({"source": gguf.name, "bytes": sizes}, indent=1), encoding="utf-8")
-    try:
-        if target.exists() and not _complete(target):
-            shutil.rmtree(target, ignore_errors=True)  # left half-written by an interrupted run
-        work.rename(target)
-    except OSError:
-        if not _complete(target):  # otherwise another process was quicker, with the same result
-            raise
-        shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 @contextlib.contextmanager
