@@ -163,7 +163,7 @@ def test_window_attention_needs_memory_for_blocks_not_for_length_squared():
 
 @pytest.mark.parametrize(
     "named, changes",
-    [("window", {"window": 0}), ("window", {"window": -3}), ("sinks", {"sinks": -1}), ("block", {"block": -1})],
+    [("window", {"window": 0}), ("window", {"window": -3}), ("sinks", {"sinks": -1}), ("block", {"block": 0})],
 )
 def test_window_attention_refuses(named, changes):
     with pytest.raises(ValueError, match=f"^{named}: got -?\\d+, expected at least"):
