@@ -51,7 +51,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"rope_type: got {kind!r}, expected 'default' or 'linear'")
-    window = get("sliding_window")
+    window = get("sliding_window", 4096 if family == "mistral" else None)  # Mistral's default where a file has no key
     if family == "qwen2":
         # Qwen2 configs carry a window that is switched off, or that only the layers from max_window_layers on have.
         layers, full = get("num_hidden_layers"), get("max_window_layers", 28)

@@ -203,6 +203,8 @@ class Decoder(nn.Module):
                     f"cache: made for window={cache.window}, sinks={cache.sinks}, but the model has "
                     f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
                 )
+            if cache.batch_size not in (None, input_ids.shape[0]):
+                raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {input_ids.shape[0]}")
             step = cache.begin(input_ids.shape[1], positions, device)
         rope = rope_angles(step.positions, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
         for index, layer in enumerate(self.layers):

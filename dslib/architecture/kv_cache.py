@@ -65,6 +65,7 @@ class KVCache:
         _at_least("window", window, 1)
         _at_least("sinks", sinks, 0)
         self.window, self.sinks = window, sinks
+        self.batch_size: int | None = None  # None: any
         self.length = 0  # tokens seen so far (the same for the whole batch unless positions are passed)
 
     def tensors(self) -> list[Tensor]:
@@ -154,6 +155,7 @@ class PreallocatedCache(KVCache):
         super().__init__(window, sinks)
         _at_least("max_length", max_length, 1)
         _at_least("batch_size", batch_size, 1)
+        self.batch_size = batch_size
         self.max_length = max_length
         # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
         self.buffer = torch.zeros(
@@ -229,6 +231,7 @@ class RollingCache(KVCache):
         _at_least("window", window, 1)
         super().__init__(window, sinks)
         _at_least("batch_size", batch_size, 1)
+        self.batch_size = batch_size
         size = sinks + window
         self.buffer = torch.zeros(
             num_layers, 2, batch_size, num_key_value_heads, size, head_dim, dtype=dtype, device=device

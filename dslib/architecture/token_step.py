@@ -77,8 +77,13 @@ class TokenStep:
         """Append ``token`` to ``cache`` (at the cache's one position) and return the logits that follow it.
 
         Raises:
-            ValueError: the cache is full.
+            ValueError: the cache is full, or made for several sequences.
+            IndexError: a token id outside the vocabulary.
         """
+        if not 0 <= token < self.config.vocab_size:
+            raise IndexError(f"token: got {token}, expected 0 to {self.config.vocab_size - 1}")
+        if cache.batch_size not in (None, 1):
+            raise ValueError(f"cache: made for {cache.batch_size} sequences, expected one")
         config, chunks, dtype = self.config, self.chunks, self.dtype
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         size, inner = config.hidden_size, config.intermediate_size

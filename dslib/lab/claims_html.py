@@ -12,6 +12,7 @@ from typing import Any
 
 # From a page in chapters/<part>/ to the two reference pages, in the built book.
 LEDGER_PAGE = "../reference/ledger.html"
+BIBLIOGRAPHY_PAGE = "../reference/bibliography.html"
 
 
 def card(claim: Any, symbol: str) -> str:
@@ -106,4 +107,8 @@ def _verdict(claim: Any, symbol: str) -> str:
 
 
 def _sources(claim: Any) -> str:
-    return ", ".join(f"<code>{html.escape(key)}</code>" for key in claim.sources)
+    """Keys of references.bib, each a link to its entry; the page's anchors have dashes for underscores."""
+    return ", ".join(
+        f'<a href="{BIBLIOGRAPHY_PAGE}#{html.escape(key.replace("_", "-"))}"><code>{html.escape(key)}</code></a>'
+        for key in claim.sources
+    )

@@ -186,7 +186,7 @@ def _checked(model: Decoder, prompts, max_new_tokens: int) -> list[list[int]]:
             raise ValueError(
                 f"prompts[{index}]: got an empty prompt, expected at least one token (a start token will do)"
             )
-        bad = next((i for i in ids if not isinstance(i, int) or not 0 <= i < config.vocab_size), None)
+        bad = next((i for i in ids if not hasattr(i, "__index__") or not 0 <= i < config.vocab_size), None)
         if bad is not None:
             raise ValueError(
                 f"prompts[{index}]: token id {bad!r} is outside the vocabulary, 0 to {config.vocab_size - 1}"

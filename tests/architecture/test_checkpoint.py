@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import MistralConfig
 
 from dslib.architecture.checkpoint import config_from_hf, decoder_from_hf, load_hf_state_dict, to_hf_state_dict
 from dslib.architecture.decoder import DecoderConfig, build
@@ -156,3 +157,10 @@ def test_a_window_on_some_layers_only_is_refused():
     config = {**LLAMA, "model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1, "use_sliding_window": True}
     with pytest.raises(ValueError, match="max_window_layers: got 1, expected 0 or 2"):
         config_from_hf(config)
+
+
+def test_a_mistral_file_without_a_window_has_mistrals_default():
+    file = MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96).to_dict()
+    assert config_from_hf(file).sliding_window == file.pop("sliding_window") == 4096
+    assert config_from_hf(file).sliding_window == 4096
+    assert config_from_hf({**file, "sliding_window": None}).sliding_window is None

@@ -209,3 +209,10 @@ def test_sizes_below_one_or_not_whole_are_refused(named, make, bad):
 def test_growing_has_no_slots_to_append_to():
     with pytest.raises(ValueError, match="GrowingCache has no slots"):
         noisy().make_cache("growing").append()
+
+
+@pytest.mark.parametrize("kind", ["preallocated", "rolling"])
+def test_a_cache_for_another_batch_is_refused(kind):
+    model = noisy(sliding_window=4)
+    with pytest.raises(ValueError, match="made for 3 sequences, input_ids has 2"):
+        model(torch.zeros(2, 1, dtype=torch.long), model.make_cache(kind, batch_size=3, max_length=8))

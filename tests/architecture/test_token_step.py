@@ -105,3 +105,13 @@ def test_a_full_cache_says_so():
 def test_is_for_the_cpu():
     with pytest.raises(ValueError, match="model: on device meta, expected cpu"):
         TokenStep(build(DecoderConfig(*SIZES["chunks of 4"]), device="meta"))
+
+
+def test_what_a_step_refuses():
+    model = noisy(SIZES["chunks of 4"])
+    step = TokenStep(model)
+    for token in (-1, model.config.vocab_size):
+        with pytest.raises(IndexError, match=f"got {token}"):
+            step(token, model.make_cache(max_length=4))
+    with pytest.raises(ValueError, match="made for 2 sequences"):
+        step(0, model.make_cache(batch_size=2, max_length=4))

@@ -1,5 +1,6 @@
 """Generation: the tokens of a loop written by hand, whatever the cache; where it stops; what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,14 +11,6 @@ VOCAB = 40
 KINDS = ("growing", "preallocated", "rolling")
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1]]  # three lengths
 SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.95)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def noisy(**changes):
@@ -257,3 +250,10 @@ def test_unknown_caches_and_options_are_named():
 def test_bad_sampling_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}: got {value}, expected"):
         Sampling(**{field: value})
+
+
+def test_numpy_ids_are_ids():
+    model = noisy()
+    assert generate(model, [np.array([1, 2, 3])], 4)[0].tokens == generate(model, [[1, 2, 3]], 4)[0].tokens
+    with pytest.raises(ValueError, match=r"token id 1\.5"):
+        generate(model, [[1.5]], 1)
