@@ -6,7 +6,7 @@ layer, and the module calls around them, each running with caches that the weigh
 What it leaves out:
 
 * module calls: the loop runs over plain tensors, collected once;
-* residual additions: ``baddbmm`` adds while it multiplies;
+* residual additions: ``baddbmm`` (or ``addmm``) adds while it multiplies;
 * the copies of key and value: both are written to the cache by one copy, as they lie side by side in the projection;
 * most of the norm: ``x / hypot(|x|, sqrt(C eps))`` times ``sqrt(C) weight`` is RMSNorm in four operations.
 
@@ -47,6 +47,8 @@ class TokenStep:
         rows = (heads * config.head_dim, size, 2 * config.intermediate_size, config.vocab_size)
         split = self.dtype is torch.float32 and model.lm_head.split_rows
         self.chunks = next(c for c in ((4, 2, 1) if split else (1,)) if not any(n % c for n in rows))
+        # The one row, and with chunks one copy of it for each: (1, size) or (chunks, 1, size).
+        self.lead = (1,) if self.chunks == 1 else (self.chunks, 1)
         self.eps = torch.tensor(math.sqrt(size * config.rms_norm_eps))
         self.layers = [
             (
@@ -63,15 +65,16 @@ class TokenStep:
         self.last_norm, self.head = self._norm(model.norm.weight), self._matrix(model.lm_head.weight)
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        """(out, in) -> a view (chunks, in, out / chunks)."""
-        return weight.detach().unflatten(0, (self.chunks, -1)).transpose(1, 2)
+        """(out, in) -> a view (in, out), or with chunks (chunks, in, out / chunks)."""
+        weight = weight.detach()
+        return weight.t() if self.chunks == 1 else weight.unflatten(0, (self.chunks, -1)).transpose(1, 2)
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else bias.detach().view(self.chunks, 1, -1)
+        return None if bias is None else bias.detach().view(*self.lead, -1)
 
     def _norm(self, weight: Tensor) -> Tensor:
         scaled = weight.detach().float() * math.sqrt(weight.numel())
-        return scaled.expand(self.chunks, 1, -1)  # so that the product comes out once per chunk of the next matrix
+        return scaled.expand(*self.lead, -1)  # so that the product comes out once per chunk of the next matrix
 
     def __call__(self, token: int, cache: KVCache) -> Tensor:
         """Append ``token`` to ``cache`` (at the cache's one position) and return the logits that follow it.
@@ -84,12 +87,13 @@ class TokenStep:
             raise IndexError(f"token: got {token}, expected 0 to {self.config.vocab_size - 1}")
         if cache.batch_size not in (None, 1):
             raise ValueError(f"cache: made for {cache.batch_size} sequences, expected one")
-        config, chunks, dtype = self.config, self.chunks, self.dtype
+        config, lead, dtype = self.config, self.lead, self.dtype
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         size, inner = config.hidden_size, config.intermediate_size
         # Looked up once: the loop below runs them thirty times over.
         norm, hypot, mul, div, float32 = torch.linalg.vector_norm, torch.hypot, torch.mul, torch.div, torch.float32
-        bmm, baddbmm, attention, eps = torch.bmm, torch.baddbmm, F.scaled_dot_product_attention, self.eps
+        attention, eps = F.scaled_dot_product_attention, self.eps
+        product, add_product = (torch.mm, torch.addmm) if self.chunks == 1 else (torch.bmm, torch.baddbmm)
 
         position = torch.tensor([[cache.length]])
         cos, sin = rope_angles(position, dim, config.rope_theta, config.rope_scaling, dtype)
@@ -100,23 +104,25 @@ class TokenStep:
         slots, keys, values = cache.append()
 
         with torch.inference_mode():
-            h = torch.empty(chunks, 1, size, dtype=dtype)
-            x = self.embedding[token].view(chunks, 1, -1)  # (chunks, 1, C / chunks), one row cut up
+            h = torch.empty(*lead, size, dtype=dtype)
+            x = self.embedding[token].view(*lead, -1)  # (1, C) or (chunks, 1, C / chunks): one row, cut up
             for (n1, w_qkv, b_qkv, w_o, n2, w_gate_up, w_down), slot, k, v in zip(
                 self.layers, slots, keys, values, strict=True
             ):
-                row = x.view(1, 1, size)
+                row = x.view(1, size)
                 div(mul(row, n1), hypot(norm(row, dtype=float32), eps), out=h)
-                qkv = (bmm(h, w_qkv) if b_qkv is None else baddbmm(b_qkv, h, w_qkv)).view(-1, dim)  # (Hq + 2 Hk, D)
+                qkv = (product(h, w_qkv) if b_qkv is None else add_product(b_qkv, h, w_qkv)).view(
+                    -1, dim
+                )  # (Hq + 2 Hk, D)
                 qkv = torch.addcmul(qkv * cos, qkv.roll(dim // 2, -1), sin)
                 q, kv = qkv.split_with_sizes((heads, 2 * kv_heads))
                 slot.copy_(kv.view(2, 1, kv_heads, dim))
                 y = attention(q.view(1, kv_heads, -1, dim), k, v)  # query heads of a group as rows
-                x = baddbmm(x, y.view(1, 1, -1).expand(chunks, 1, -1), w_o)
-                row = x.view(1, 1, size)
+                x = add_product(x, y.view(1, -1).expand(*lead, -1), w_o)
+                row = x.view(1, size)
                 div(mul(row, n2), hypot(norm(row, dtype=float32), eps), out=h)
-                gate, up = bmm(h, w_gate_up).view(2, inner).unbind(0)
-                x = baddbmm(x, F.silu(gate).mul_(up).expand(chunks, 1, inner), w_down)
-            row = x.view(1, 1, size)
+                gate, up = product(h, w_gate_up).view(2, inner).unbind(0)
+                x = add_product(x, F.silu(gate).mul_(up).expand(*lead, inner), w_down)
+            row = x.view(1, size)
             div(mul(row, self.last_norm), hypot(norm(row, dtype=float32), eps), out=h)
-            return bmm(h, self.head).view(1, -1)
+            return product(h, self.head).view(1, -1)
