@@ -37,7 +37,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 RUN_LINE = re.compile(r"<!-- run:begin -->.*?<!-- run:end -->", re.DOTALL)
 # A page that names the machine it was run on does not reproduce elsewhere.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.:/])/(?:home|root|work|tmp|Users|opt|usr)/|\b[A-Z]:\\{1,2}(?:Users|Windows|Program|Temp)|file:///"
+    r"(?<![\w.:/])/(?:home|root|tmp|Users|opt|usr|mnt|srv|var|work(?:space)?s?)/|\b[A-Z]:\\{1,2}(?:Users|Windows|Program|Temp)|file:///"
 )
 
 SETUP_TAGS = ("setup", "hide-input")  # every page has it, so the built one folds it away

@@ -128,7 +128,7 @@ FAULTS = {
         "clean_outputs",
         lambda n: edit(n, "sum", outputs=[result("x", **{"text/html": "<b>/root/x</b>"})]),
     ),
-    "path in source": ("clean_outputs", lambda n: edit(n, "shape", source="print(open('/work/x').read())")),
+    "path in source": ("clean_outputs", lambda n: edit(n, "shape", source="print(open('/srv/x').read())")),
     "path in prose": ("clean_outputs", lambda n: edit(n, "title", source=n.cells[0].source + " See /home/me/x.")),
     "widget state": ("clean_outputs", widget_state),
     "live widget only": (
