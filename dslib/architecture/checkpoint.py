@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dslib.architecture.decoder import Decoder, DecoderConfig
+from dslib.architecture.decoder import Decoder, DecoderConfig, build
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 # Where each of our fused matrices comes from, rows in this order.
@@ -147,11 +147,8 @@ def to_hf_state_dict(model: Decoder) -> dict[str, Tensor]:
 
 def decoder_from_hf(config: Any, state_dict: Mapping[str, Tensor], *, dtype=torch.float32, device="cpu") -> Decoder:
     """A decoder with the shape of a Hugging Face config and the weights of its state dict, in eval mode."""
-    with torch.device("meta"):
-        model = Decoder(config_from_hf(config))
-    model = model.to(dtype).to_empty(device=device)
-    if model.config.tie_word_embeddings:  # to_empty gave each its own memory
-        model.lm_head.weight = model.embed_tokens.weight
+    model = build(config_from_hf(config), device="meta", dtype=dtype).to_empty(device=device)
+    model.tie_weights()  # to_empty gave each its own memory
     return load_hf_state_dict(model, state_dict).eval()
 
 

@@ -172,7 +172,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(_initialise)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one tensor where the configuration says so; needed after either was replaced."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
@@ -218,11 +222,9 @@ class Decoder(nn.Module):
     def with_window(self, window: int | None, sinks: int = 0) -> "Decoder":
         """The same weights, shared and not copied, behind another attention window."""
         config = dataclasses.replace(self.config, sliding_window=window, attention_sinks=sinks)
-        with torch.device("meta"):
-            twin = Decoder(config)
+        twin = build(config, device="meta")
         twin.load_state_dict(self.state_dict(), assign=True)
-        if config.tie_word_embeddings:
-            twin.lm_head.weight = twin.embed_tokens.weight
+        twin.tie_weights()
         return twin.train(self.training)
 
     def make_cache(self, kind: str = "preallocated", *, batch_size: int = 1, max_length: int | None = None) -> KVCache:

@@ -96,15 +96,6 @@ class KVCache:
         """
         raise ValueError(f"cache: {type(self).__name__} has no slots to write to; use 'preallocated' or 'rolling'")
 
-    @staticmethod
-    def _views(buffer: Tensor, slot: int, first: int, stop: int):
-        keys, values = buffer.select(1, 0), buffer.select(1, 1)
-        return (
-            buffer.select(4, slot).unbind(0),
-            keys.narrow(3, first, stop - first).unbind(0),
-            values.narrow(3, first, stop - first).unbind(0),
-        )
-
     def _uniform(self, tokens: int, positions: Tensor | None, device: torch.device) -> Tensor:
         if positions is not None:
             raise ValueError(
@@ -112,6 +103,17 @@ class KVCache:
                 "use PreallocatedCache for sequences at different positions"
             )
         return torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
+
+    def _in_order(self, new: Tensor) -> Step:
+        """The step for ``new`` positions (1, T) behind keys kept in order from position 0 on; counts them in."""
+        first, self.length = self.length == 0, self.length + new.shape[1]
+        self._from = _first_visible(new.shape[1], self.length, self.window, self.sinks)
+        if first:
+            return Step(new, causal=True)
+        if self._from is not None:
+            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
+        keys = torch.arange(self.length, device=new.device).unsqueeze(0)
+        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
 
 
 class GrowingCache(KVCache):
@@ -125,15 +127,7 @@ class GrowingCache(KVCache):
         return [t for pair in self.layers if pair is not None for t in pair]
 
     def begin(self, tokens, positions, device):
-        new = self._uniform(tokens, positions, device)
-        first, self.length = self.length == 0, self.length + tokens
-        self._from = _first_visible(tokens, self.length, self.window, self.sinks)
-        if first:
-            return Step(new, causal=True)
-        if self._from is not None:
-            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
-        keys = torch.arange(self.length, device=device).unsqueeze(0)
-        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+        return self._in_order(self._uniform(tokens, positions, device))
 
     def update(self, layer, k, v):
         held = self.layers[layer]
@@ -143,7 +137,34 @@ class GrowingCache(KVCache):
         return (k[:, :, self._from :], v[:, :, self._from :]) if self._from else (k, v)
 
 
-class PreallocatedCache(KVCache):
+class _BufferCache(KVCache):
+    """A cache with a fixed number of slots in one buffer, made once."""
+
+    def __init__(self, num_layers, batch_size, num_key_value_heads, slots, head_dim, *, dtype, device, window, sinks):
+        super().__init__(window, sinks)
+        _at_least("batch_size", batch_size, 1)
+        self.batch_size = batch_size
+        # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
+        self.buffer = torch.zeros(
+            num_layers, 2, batch_size, num_key_value_heads, slots, head_dim, dtype=dtype, device=device
+        )
+        # One (keys, values) pair of views a layer, made once: indexing costs more than it seems in a decoding loop.
+        self._layers = [(pair[0], pair[1]) for pair in self.buffer]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer]
+
+    def _views(self, slot: int, first: int, stop: int):
+        """What ``append`` returns: the slot to write, and the keys and values in slots ``first`` to ``stop``."""
+        keys, values = self.buffer.select(1, 0), self.buffer.select(1, 1)
+        return (
+            self.buffer.select(4, slot).unbind(0),
+            keys.narrow(3, first, stop - first).unbind(0),
+            values.narrow(3, first, stop - first).unbind(0),
+        )
+
+
+class PreallocatedCache(_BufferCache):
     """A buffer for ``max_length`` positions, made once; slot = position.
 
     Sequences of a batch may be at different positions: pass ``positions`` (B, T) to the model. Right-padded prompts
@@ -152,20 +173,10 @@ class PreallocatedCache(KVCache):
 
     def __init__(self, num_layers, batch_size, num_key_value_heads, max_length, head_dim, *, dtype, device="cpu",
                  window: int | None = None, sinks: int = 0):  # fmt: skip
-        super().__init__(window, sinks)
         _at_least("max_length", max_length, 1)
-        _at_least("batch_size", batch_size, 1)
-        self.batch_size = batch_size
+        shape = (num_layers, batch_size, num_key_value_heads, max_length, head_dim)
+        super().__init__(*shape, dtype=dtype, device=device, window=window, sinks=sinks)
         self.max_length = max_length
-        # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
-        self.buffer = torch.zeros(
-            num_layers, 2, batch_size, num_key_value_heads, max_length, head_dim, dtype=dtype, device=device
-        )
-        # One (keys, values) pair of views a layer, made once: indexing costs more than it seems in a decoding loop.
-        self._layers = [(pair[0], pair[1]) for pair in self.buffer]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.buffer]
 
     def begin(self, tokens, positions, device):
         if positions is not None:
@@ -176,23 +187,16 @@ class PreallocatedCache(KVCache):
                 f"the cache holds max_length={self.max_length} positions: "
                 f"{tokens} new tokens after {start} do not fit; make a longer cache or shorten the prompt"
             )
-        new = torch.arange(start, stop, device=device).unsqueeze(0)
-        self._slots, self._start, self._stop, self.length = None, start, stop, stop
-        self._from = _first_visible(tokens, stop, self.window, self.sinks)
-        if start == 0:
-            return Step(new, causal=True)
-        if self._from is not None:
-            return Step(new)
-        keys = torch.arange(stop, device=device).unsqueeze(0)
-        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+        self._slots, self._start, self._stop = None, start, stop
+        return self._in_order(self._uniform(tokens, None, device))
 
     def append(self):
         if self.begin(1, None, self.buffer.device).mask is not None:
             raise ValueError("cache: sinks and window leave a gap that needs a mask; use a rolling cache")
-        return self._views(self.buffer, self._start, self._from or 0, self._stop)
+        return self._views(self._start, self._from or 0, self._stop)
 
     def _begin_ragged(self, positions: Tensor) -> Step:
-        batch = self.buffer.shape[2]
+        batch = self.batch_size
         if positions.ndim != 2 or positions.shape[0] != batch:
             raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected ({batch}, tokens)")
         last, first = int(positions.max()), int(positions.min())
@@ -219,7 +223,7 @@ class PreallocatedCache(KVCache):
         return keys.narrow(2, first, self._stop - first), values.narrow(2, first, self._stop - first)
 
 
-class RollingCache(KVCache):
+class RollingCache(_BufferCache):
     """A ring of ``window`` slots, plus ``sinks`` slots that keep the first positions for good.
 
     Position p lies in slot p while p < sinks, and in slot ``sinks + (p - sinks) % window`` afterwards. Keys carry
@@ -229,17 +233,9 @@ class RollingCache(KVCache):
     def __init__(self, num_layers, batch_size, num_key_value_heads, window, head_dim, *, dtype, device="cpu",
                  sinks: int = 0):  # fmt: skip
         _at_least("window", window, 1)
-        super().__init__(window, sinks)
-        _at_least("batch_size", batch_size, 1)
-        self.batch_size = batch_size
-        size = sinks + window
-        self.buffer = torch.zeros(
-            num_layers, 2, batch_size, num_key_value_heads, size, head_dim, dtype=dtype, device=device
-        )
-        self._layers = [(pair[0], pair[1]) for pair in self.buffer]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.buffer]
+        _at_least("sinks", sinks, 0)
+        shape = (num_layers, batch_size, num_key_value_heads, sinks + window, head_dim)
+        super().__init__(*shape, dtype=dtype, device=device, window=window, sinks=sinks)
 
     def _slot(self, positions: Tensor) -> Tensor:
         ring = self.sinks + (positions - self.sinks) % self.window
@@ -268,7 +264,7 @@ class RollingCache(KVCache):
 
     def append(self):
         self.begin(1, None, self.buffer.device)
-        return self._views(self.buffer, int(self._write), 0, self._filled)
+        return self._views(int(self._write), 0, self._filled)
 
     def update(self, layer, k, v):
         keys, values = self._layers[layer]

@@ -12,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# More chunks than threads even out the load; 4 was best or equal best from 576x576 to 49152x576 with two threads.
-_CHUNKS = (4, 2)
+
+def row_chunks(*rows: int) -> int:
+    """Into how many chunks matrices with so many rows are cut: 4 or 2 if that divides all of them, else 1.
+
+    More chunks than threads even out the load; 4 was best or equal best from 576x576 to 49152x576 with two threads.
+    """
+    return next((chunks for chunks in (4, 2) if not any(n % chunks for n in rows)), 1)
+
+
+def cut_rows(weight: Tensor, chunks: int) -> Tensor:
+    """(out_features, in_features) -> a view (chunks, in_features, out_features / chunks), ready for ``torch.bmm``."""
+    return weight.unflatten(0, (chunks, -1)).transpose(1, 2)
 
 
 def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -27,11 +37,11 @@ def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
         (..., out_features). Falls back to ``F.linear`` if no chunk count divides ``out_features``.
     """
     rows, columns = weight.shape
-    for chunks in _CHUNKS:
-        if rows % chunks == 0:
-            parts = weight.view(chunks, rows // chunks, columns).transpose(1, 2)  # (chunks, in, out / chunks)
-            return torch.bmm(x.reshape(1, 1, columns).expand(chunks, 1, columns), parts).view(*x.shape[:-1], rows)
-    return F.linear(x, weight)
+    chunks = row_chunks(rows)
+    if chunks == 1:
+        return F.linear(x, weight)
+    copies = x.reshape(1, 1, columns).expand(chunks, 1, columns)
+    return torch.bmm(copies, cut_rows(weight, chunks)).view(*x.shape[:-1], rows)
 
 
 class Linear(nn.Linear):

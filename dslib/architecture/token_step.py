@@ -24,6 +24,7 @@ from torch import Tensor
 from dslib.architecture.attention import rope_angles
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.kv_cache import KVCache
+from dslib.architecture.linear import cut_rows, row_chunks
 
 
 class TokenStep:
@@ -46,7 +47,7 @@ class TokenStep:
         # a threaded kernel of their own.
         rows = (heads * config.head_dim, size, 2 * config.intermediate_size, config.vocab_size)
         split = self.dtype is torch.float32 and model.lm_head.split_rows
-        self.chunks = next(c for c in ((4, 2, 1) if split else (1,)) if not any(n % c for n in rows))
+        self.chunks = row_chunks(*rows) if split else 1
         # The one row, and with chunks one copy of it for each: (1, size) or (chunks, 1, size).
         self.lead = (1,) if self.chunks == 1 else (self.chunks, 1)
         self.eps = torch.tensor(math.sqrt(size * config.rms_norm_eps))
@@ -67,7 +68,7 @@ class TokenStep:
     def _matrix(self, weight: Tensor) -> Tensor:
         """(out, in) -> a view (in, out), or with chunks (chunks, in, out / chunks)."""
         weight = weight.detach()
-        return weight.t() if self.chunks == 1 else weight.unflatten(0, (self.chunks, -1)).transpose(1, 2)
+        return weight.t() if self.chunks == 1 else cut_rows(weight, self.chunks)
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias.detach().view(*self.lead, -1)

@@ -112,24 +112,19 @@ def _packaged_gguf() -> Path | None:
 
 
 def _from_hub(hub_id: str, revision: str | None = None) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     for offline in (True, False):  # what was fetched before needs no network
         # Network libraries raise many kinds of OSError and of HTTP error when there is no network.
-        with contextlib.suppress(OSError, HfHubHTTPError, ValueError, *_network_errors()):
+        with contextlib.suppress(OSError, HfHubHTTPError, ValueError, httpx.HTTPError):
             folder = snapshot_download(
                 hub_id, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=offline, etag_timeout=10
             )
             if any(Path(folder).glob("*.safetensors")):
                 return Path(folder)
     raise WeightsNotFound(f"{hub_id}: not in the local hub cache, and the hub is out of reach or has no such model")
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    import httpx
-
-    return (httpx.HTTPError,)
 
 
 def _complete(folder: Path) -> bool:
@@ -158,7 +153,7 @@ def _writable(target: Path) -> Path:
 
 def _unpack(gguf: Path, target: Path) -> Path:
     """Dequantise ``gguf`` into ``target``: written beside it and moved into place whole, so never half there."""
-    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent if target.parent.is_dir() else None))
+    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
     try:
         _dequantise(gguf, work)
         sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}

@@ -11,7 +11,7 @@ import torch
 
 from dslib.data.pretrained import load_smollm2
 from dslib.lab.device import describe
-from dslib.lab.roofline import measure_roof
+from dslib.lab.probes import read_bandwidth
 from dslib.performance.speed import bytes_per_token, decode_comparison, window_speed
 
 PROMPT = "The history of the steam engine begins"
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def decode(options: argparse.Namespace) -> None:
-    read = measure_roof(dtypes=("float32",)).read_bandwidth
+    read = read_bandwidth("cpu")
     print(f"read bandwidth {read / 1e9:.1f} GB/s; SmolLM2-135M, batch 1, {options.tokens} new tokens, greedy")
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_smollm2(dtype=dtype)

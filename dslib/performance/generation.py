@@ -118,8 +118,7 @@ def stream(model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, 
     kind = options.pop("cache", "preallocated")
     if options:
         raise TypeError(f"stream: unknown option {sorted(options)[0]!r}, expected one of {', '.join((*keys, 'cache'))}")
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-    for _, token, _ in _decode(model, [ids], max_new_tokens, *chosen.values(), kind, []):
+    for _, token, _ in _decode(model, [prompt], max_new_tokens, *chosen.values(), kind, []):
         yield token
 
 

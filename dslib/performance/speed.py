@@ -18,7 +18,7 @@ from dslib.architecture.decoder import Decoder, build, preset
 from dslib.architecture.kv_cache import visible
 from dslib.architecture.linear import set_split_rows
 from dslib.lab.device import as_device
-from dslib.lab.roofline import measure_roof
+from dslib.lab.probes import read_bandwidth
 from dslib.lab.timing import Timing, compare, measure, ratio
 from dslib.performance.generation import generate
 
@@ -54,13 +54,12 @@ def decode_speed(
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     timing = measure(lambda: generate(model, prompts, new_tokens), device=device, min_runs=3, max_runs=7, warmup=1)
-    roof = measure_roof(device, dtypes=(dtype,), max_seconds=0.5)
     read = bytes_per_token(model, prompt_tokens + new_tokens // 2)
     return {
         "seconds": timing,
         "tokens_per_second": batch_size * new_tokens / timing.median,
         "bytes_per_token": read,
-        "share_of_read": read * new_tokens / roof.read_bandwidth / timing.median,
+        "share_of_read": read * new_tokens / read_bandwidth(device) / timing.median,
     }
 
 
