@@ -30,8 +30,12 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float, scaling: float =
         (cos, sin), each (1 or B, T, 1, head_dim). The first half of ``sin`` is negated, see :func:`apply_rope`.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    inverse_frequency = 1.0 / (scaling * theta**exponent)  # (D/2,)
-    angle = positions.to(torch.float32).unsqueeze(-1) * inverse_frequency  # (B, T, D/2)
+    return cos_and_sin(positions, 1.0 / (scaling * theta**exponent), dtype)
+
+
+def cos_and_sin(positions: Tensor, frequency: Tensor, dtype=torch.float32):
+    """As :func:`rope_angles`, for any frequencies: float32, (D/2,), the angle by which a pair turns a position."""
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (B, T, D/2)
     cos, sin = angle.cos(), angle.sin()
     cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, D)
     return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)

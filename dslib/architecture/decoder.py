@@ -4,19 +4,18 @@ RMSNorm before each block, rotary positions, grouped-query attention with an opt
 untied embeddings. With the right configuration it *is* Llama, Mistral, Qwen2 or deepseek-coder-1.3b: the tests load the
 same weights into ours and into transformers' classes and compare the logits.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2) for the block, GLU
-variants (arXiv 2002.05202) for SwiGLU, RMSNorm (arXiv 1910.07467), DeepSeek LLM (arXiv 2401.02954) for DeepSeek's own
-dense model.
+Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2), DeepSeek LLM (arXiv
+2401.02954) for DeepSeek's own dense model.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.attention import Attention, rope_angles
+from dslib.architecture.blocks import Block, RMSNorm, SwiGLU
 from dslib.architecture.kv_cache import GrowingCache, KVCache, PreallocatedCache, RollingCache, no_cache_step
 from dslib.architecture.linear import Linear
 
@@ -71,10 +70,19 @@ class DecoderConfig:
                 f"num_attention_heads={self.num_attention_heads}"
             )
 
+    def model(self) -> "Decoder":
+        """A model of this shape; :func:`build` is the way to get one."""
+        return Decoder(self)
+
     @property
     def kv_elements_per_token(self) -> int:
         """Elements that the cache keeps for one token, all layers; times bytes an element gives bytes."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @property
+    def multiplications_per_pair(self) -> int:
+        """Multiplications by which one token looks at one other in one layer: the score, and the weighted sum."""
+        return 2 * self.num_attention_heads * self.head_dim
 
 
 _LEAST = {
@@ -99,60 +107,20 @@ PRESETS = {
 
 
 def preset(name: str, **changes) -> DecoderConfig:
-    """A named configuration, with ``changes`` to some fields, e.g. ``preset("tiny", sliding_window=64)``.
+    """A named configuration, with ``changes`` to some fields, e.g. ``preset("tiny", sliding_window=64)``."""
+    return choose(PRESETS, name, changes)
 
-    Raises:
-        ValueError: unknown preset or unknown field.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(map(repr, PRESETS))}")
-    fields = {field.name for field in dataclasses.fields(DecoderConfig)}
+
+def choose(presets: dict[str, DecoderConfig], name: str, changes: dict) -> DecoderConfig:
+    """:func:`preset` for any table of configurations; a ValueError names an unknown preset or field."""
+    if name not in presets:
+        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(map(repr, presets))}")
+    fields = {field.name for field in dataclasses.fields(presets[name])}
     if unknown := sorted(set(changes) - fields):
         raise ValueError(f"preset {name!r}: unknown field {unknown[0]!r}, expected one of {', '.join(sorted(fields))}")
     if {"hidden_size", "num_attention_heads"} & set(changes):
         changes.setdefault("head_dim", None)  # derived from the new sizes, not kept from the old ones
-    return dataclasses.replace(PRESETS[name], **changes)
-
-
-class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``, the mean square taken in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``; gate and up share one matrix product (rows of gate first)."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., hidden_size) -> (..., hidden_size)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """One layer: attention, then SwiGLU, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor, rope, step, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, step, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    return dataclasses.replace(presets[name], **changes)
 
 
 class Decoder(nn.Module):
@@ -168,11 +136,21 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.make_block(layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(_initialise)
         self.tie_weights()
+
+    def make_block(self, layer: int) -> Block:
+        """Block number ``layer``. This, :meth:`rope` and :meth:`preallocated_cache` are what other kinds replace."""
+        config = self.config
+        return Block(config, Attention(config), SwiGLU(config.hidden_size, config.intermediate_size))
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the blocks' attention rotates by at these positions, (1 or B, T)."""
+        config = self.config
+        return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, dtype)
 
     def tie_weights(self) -> None:
         """Make head and embedding one tensor where the configuration says so; needed after either was replaced."""
@@ -210,9 +188,9 @@ class Decoder(nn.Module):
             if cache.batch_size not in (None, input_ids.shape[0]):
                 raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {input_ids.shape[0]}")
             step = cache.begin(input_ids.shape[1], positions, device)
-        rope = rope_angles(step.positions, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
+        rope = self.rope(step.positions, x.dtype)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, step, cache, index)
+            x = layer(x, rope, step, cache, index, input_ids)
         return self.norm(x)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
@@ -234,27 +212,37 @@ class Decoder(nn.Module):
             ValueError: unknown kind, a rolling cache for a model without a window, a length below 1.
         """
         config, weight = self.config, self.embed_tokens.weight
-        window = {"window": config.sliding_window, "sinks": config.attention_sinks}
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads)
         place = {"dtype": weight.dtype, "device": weight.device}
         if kind == "growing":
-            return GrowingCache(config.num_hidden_layers, **window)
+            return GrowingCache(config.num_hidden_layers, config.sliding_window, config.attention_sinks)
         if kind == "preallocated":
             length = config.max_position_embeddings if max_length is None else max_length
-            return PreallocatedCache(*shape, length, config.head_dim, **place, **window)
+            return self.preallocated_cache(batch_size, length, **place)
         if kind == "rolling":
             if config.sliding_window is None:
                 raise ValueError("kind: got 'rolling', but the model has no sliding_window; forgetting would change it")
+            shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads)
             return RollingCache(*shape, config.sliding_window, config.head_dim, **place, sinks=config.attention_sinks)
         raise ValueError(f"kind: got {kind!r}, expected 'growing', 'preallocated' or 'rolling'")
 
+    def preallocated_cache(self, batch_size: int, max_length: int, *, dtype, device) -> PreallocatedCache:
+        """An empty buffer of this model's shape, see :meth:`make_cache`."""
+        config = self.config
+        return PreallocatedCache(
+            config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim,
+            dtype=dtype, device=device, window=config.sliding_window, sinks=config.attention_sinks,
+        )  # fmt: skip
+
 
 def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype=torch.float32) -> Decoder:
-    """A decoder with random weights. ``device="meta"`` gives shapes without memory, to count parameters of any size."""
+    """The decoder of ``config``, with random weights; on ``device="meta"`` shapes without memory, to count them."""
     if seed is not None:
         torch.manual_seed(seed)
     with torch.device(device):
-        return Decoder(config).to(dtype)
+        model = config.model()
+    for parameter in model.parameters():  # not the buffers: a router's bias settles close calls, so it stays in float32
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

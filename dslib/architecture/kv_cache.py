@@ -59,7 +59,7 @@ def no_cache_step(batch_tokens: int, positions: Tensor | None, device: torch.dev
 
 
 class KVCache:
-    """Common part of the three caches. Keys and values have shape (B, num_key_value_heads, S, head_dim)."""
+    """Common part of the caches. Keys and values have shape (B, num_key_value_heads, S, head_dim)."""
 
     def __init__(self, window: int | None = None, sinks: int = 0):
         _at_least("window", window, 1)
@@ -81,11 +81,14 @@ class KVCache:
         """Start a forward pass over ``tokens`` new tokens; ``positions`` (B, T) only if sequences differ."""
         raise NotImplementedError
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of one layer; return all that the queries need, as (keys, values)."""
+    def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store what one layer made of the new tokens; return all that the queries need, in the same order.
+
+        That is (keys, values); attention that keeps one tensor a token, as MLA does, hands over and gets just that one.
+        """
         raise NotImplementedError
 
-    def append(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def append(self) -> tuple[tuple[Tensor, ...], ...]:
         """Room for one more token: per layer the slot to write, (2, B, Hk, D), and the keys and values to attend to.
 
         The views for all layers are made in one go, which is what makes a decoding loop quick. The keys and values
@@ -121,24 +124,26 @@ class GrowingCache(KVCache):
 
     def __init__(self, num_layers: int, window: int | None = None, sinks: int = 0):
         super().__init__(window, sinks)
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.layers: list[tuple[Tensor, ...] | None] = [None] * num_layers
 
     def tensors(self) -> list[Tensor]:
-        return [t for pair in self.layers if pair is not None for t in pair]
+        return [t for parts in self.layers if parts is not None for t in parts]
 
     def begin(self, tokens, positions, device):
         return self._in_order(self._uniform(tokens, positions, device))
 
-    def update(self, layer, k, v):
+    def update(self, layer, *new):
         held = self.layers[layer]
         if held is not None:
-            k, v = torch.cat((held[0], k), dim=2), torch.cat((held[1], v), dim=2)
-        self.layers[layer] = (k, v)
-        return (k[:, :, self._from :], v[:, :, self._from :]) if self._from else (k, v)
+            new = tuple(torch.cat(pair, dim=2) for pair in zip(held, new, strict=True))
+        self.layers[layer] = new
+        return tuple(part[:, :, self._from :] for part in new) if self._from else new
 
 
 class _BufferCache(KVCache):
     """A cache with a fixed number of slots in one buffer, made once."""
+
+    _parts = 2  # tensors kept for a token: its key and its value
 
     def __init__(self, num_layers, batch_size, num_key_value_heads, slots, head_dim, *, dtype, device, window, sinks):
         super().__init__(window, sinks)
@@ -146,22 +151,18 @@ class _BufferCache(KVCache):
         self.batch_size = batch_size
         # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
         self.buffer = torch.zeros(
-            num_layers, 2, batch_size, num_key_value_heads, slots, head_dim, dtype=dtype, device=device
+            num_layers, self._parts, batch_size, num_key_value_heads, slots, head_dim, dtype=dtype, device=device
         )
         # One (keys, values) pair of views a layer, made once: indexing costs more than it seems in a decoding loop.
-        self._layers = [(pair[0], pair[1]) for pair in self.buffer]
+        self._layers = [layer.unbind(0) for layer in self.buffer]
 
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
     def _views(self, slot: int, first: int, stop: int):
         """What ``append`` returns: the slot to write, and the keys and values in slots ``first`` to ``stop``."""
-        keys, values = self.buffer.select(1, 0), self.buffer.select(1, 1)
-        return (
-            self.buffer.select(4, slot).unbind(0),
-            keys.narrow(3, first, stop - first).unbind(0),
-            values.narrow(3, first, stop - first).unbind(0),
-        )
+        seen = self.buffer.narrow(4, first, stop - first)
+        return self.buffer.select(4, slot).unbind(0), *(part.unbind(0) for part in seen.unbind(1))
 
 
 class PreallocatedCache(_BufferCache):
@@ -210,17 +211,15 @@ class PreallocatedCache(_BufferCache):
         keys = torch.arange(self._stop, device=positions.device).unsqueeze(0)
         return Step(positions, mask=visible(positions, keys, self.window, self.sinks).unsqueeze(1))
 
-    def update(self, layer, k, v):
-        keys, values = self._layers[layer]
-        if self._slots is None:
-            keys.narrow(2, self._start, self._stop - self._start).copy_(k)
-            values.narrow(2, self._start, self._stop - self._start).copy_(v)
-        else:  # scatter every token to its own sequence's position
-            rows, slots = self._slots
-            keys.transpose(1, 2)[rows, slots] = k.transpose(1, 2)
-            values.transpose(1, 2)[rows, slots] = v.transpose(1, 2)
+    def update(self, layer, *new):
+        held = self._layers[layer]
         first = self._from or 0
-        return keys.narrow(2, first, self._stop - first), values.narrow(2, first, self._stop - first)
+        for kept, part in zip(held, new, strict=True):
+            if self._slots is None:
+                kept.narrow(2, self._start, self._stop - self._start).copy_(part)
+            else:  # scatter every token to its own sequence's position
+                kept.transpose(1, 2)[self._slots] = part.transpose(1, 2)
+        return tuple(kept.narrow(2, first, self._stop - first) for kept in held)
 
 
 class RollingCache(_BufferCache):

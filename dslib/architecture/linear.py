@@ -1,12 +1,17 @@
-"""The linear layer of our models: ``nn.Linear``, with both CPU cores at work when there is only one row.
+"""Products with a weight matrix: the linear layer of our models, and the faster kernels behind it on a CPU.
 
 Decoding multiplies one row by every weight matrix, so its speed is the speed at which weights are read. On a CPU,
 ``F.linear`` hands a single float32 row to a matrix-vector routine that runs on *one* thread (measured in the chapter).
 Cutting the weight's rows into a few chunks turns the same sum into a batch of products, which torch does spread over
 the threads. It is a view: no weight is copied.
 
-Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
+With a few rows, as an expert of a mixture has them, the question is which library multiplies. :func:`product` asks
+oneDNN where that is the quicker one, and :func:`packed` lays a matrix out once in the order in which oneDNN reads it.
+
+Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes", and ``chapters/architecture/moe.ipynb``.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +47,53 @@ def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     copies = x.reshape(1, 1, columns).expand(chunks, 1, columns)
     return torch.bmm(copies, cut_rows(weight, chunks)).view(*x.shape[:-1], rows)
+
+
+# Below this many weights, a call of oneDNN costs more than it saves (measured at 256 x 704 and at 1024 x 2816).
+FEW_WEIGHTS = 2**18
+
+
+@cache
+def onednn() -> bool:
+    """Whether oneDNN's float32 products are there and quicker than what ``F.linear`` calls: on CPUs with AVX-512.
+
+    The operators are private to torch, so they are looked up, never assumed. They compute in float32 throughout.
+    """
+    ops = torch.ops.mkldnn
+    there = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    return there and hasattr(ops, "_reorder_linear_weight") and "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` by the quickest kernel for the size; no gradients are recorded.
+
+    Args:
+        x: (rows, in_features). weight: (out_features, in_features), contiguous.
+    """
+    rows, chunks = len(x), row_chunks(len(weight))
+    if x.dtype is torch.float32 and x.device.type == "cpu" and weight.numel() > FEW_WEIGHTS:
+        # At another precision than the default, every product below goes to oneDNN anyway.
+        default = torch.get_float32_matmul_precision() == "highest"
+        if onednn() and (rows > 1 or not default):
+            return packed_product(x, weight)  # takes a plain matrix too, and then rearranges it itself
+        if default and rows <= 64 and chunks > 1:
+            return torch.bmm(x.expand(chunks, *x.shape), cut_rows(weight, chunks)).transpose(0, 1).flatten(1)
+    return torch.mm(x, weight.mT)
+
+
+def packed(weight: Tensor) -> Tensor | None:
+    """A copy of (out_features, in_features) in oneDNN's own order for :func:`packed_product`; None if it has none.
+
+    Reading a matrix in rows, oneDNN first rearranges it, at every call. For a handful of rows that costs more than the
+    product does.
+    """
+    usable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and onednn()
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().clone(), None) if usable else None
+
+
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` for a matrix from :func:`packed`: (rows, in_features) -> (rows, out_features), without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class Linear(nn.Linear):

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dslib.architecture.attention import rope_angles
+from dslib.architecture.attention import Attention, rope_angles
+from dslib.architecture.blocks import SwiGLU
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.kv_cache import KVCache
 from dslib.architecture.linear import cut_rows, row_chunks
@@ -33,13 +34,21 @@ class TokenStep:
     Make it when decoding begins and drop it when it ends: it keeps views of the model's weights.
 
     Raises:
-        ValueError: the model is not on a CPU (elsewhere, kernel launches and not Python set the pace).
+        ValueError: the model is not on a CPU (elsewhere, kernel launches and not Python set the pace), or it has other
+            blocks than V1's, see :meth:`fits`.
     """
+
+    @staticmethod
+    def fits(model: Decoder) -> bool:
+        """Whether every block has plain attention and a dense feed-forward network, so that the loop below is right."""
+        return all(type(block.self_attn) is Attention and type(block.mlp) is SwiGLU for block in model.layers)
 
     def __init__(self, model: Decoder):
         weight = model.embed_tokens.weight
         if weight.device.type != "cpu":
             raise ValueError(f"model: on device {weight.device}, expected cpu")
+        if not self.fits(model):
+            raise ValueError(f"model: got a {type(model).__name__}, expected only blocks of Attention and SwiGLU")
         self.config, self.dtype, self.embedding = model.config, weight.dtype, weight
         config = model.config
         size, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads

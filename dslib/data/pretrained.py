@@ -52,9 +52,10 @@ def load_smollm2(*, dtype=torch.float32, device="cpu") -> tuple[Decoder, object]
 
 
 def load_pretrained(hub_id: str, *, dtype=torch.bfloat16, device="cpu", revision: str | None = None):
-    """A Llama-, Mistral- or Qwen2-family model of the Hugging Face hub in our decoder, and its tokenizer.
+    """A model of the Hugging Face hub in our decoder, and its tokenizer; families as in ``architecture.hf_config``.
 
     For example ``load_pretrained("deepseek-ai/deepseek-coder-1.3b-instruct")``. Uses the hub's own local cache first.
+    Needs memory for the weights twice: as they are read, and as they are loaded.
 
     Raises:
         WeightsNotFound: not in the local cache, and the hub is out of reach or has no such model.

@@ -144,23 +144,35 @@ def is_stale(recording: Recording) -> bool:
 def live_or_recorded(fn: Callable[..., Any], **arguments: Any) -> Shown:
     """Run ``fn(**arguments)`` on a CUDA device; without one, show what was recorded for the same call.
 
-    Among several recordings the newest counts, one that is not stale first.
-
     Raises:
         ValueError: as :func:`record`, and for a recordings file that does not parse.
     """
     import torch
 
-    name, bound = function_name(fn), _bind(fn, arguments)
     if torch.cuda.is_available():
         from dslib.lab.device import describe
 
         result = _plain("result", fn(**arguments))
         return Shown(result, "live", f"*Measured here, on {describe('cuda').name}.*")
-    found = [r for r in read_all() if r.machine["kind"] == "cuda" and (r.function, r.arguments) == (name, bound)]
+    return recorded(fn, kind="cuda", **arguments)
+
+
+def recorded(fn: Callable[..., Any], *, kind: str | None = None, **arguments: Any) -> Shown:
+    """Show what was recorded for ``fn(**arguments)`` without running it: for what takes longer than a page should.
+
+    Among several recordings the newest counts, one that is not stale first.
+
+    Args:
+        kind: ``"cuda"`` or ``"cpu"`` for recordings of such machines only; None for any.
+
+    Raises:
+        ValueError: as :func:`live_or_recorded`.
+    """
+    name, bound = function_name(fn), _bind(fn, arguments)
+    found = [r for r in read_all() if kind in (None, r.machine["kind"]) and (r.function, r.arguments) == (name, bound)]
     if not found:
-        note = f"*No GPU here, and no recording of `{name}` with these arguments exists yet.*"
-        return Shown(None, "absent", note)
+        lack = "No GPU here, and no recording" if kind == "cuda" else "No recording"
+        return Shown(None, "absent", f"*{lack} of `{name}` with these arguments exists yet.*")
     best = max(found, key=lambda recording: (not is_stale(recording), recording.date))
     note, stale = f"*Recorded on {best.where}.*", is_stale(best)
     if stale:

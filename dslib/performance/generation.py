@@ -146,7 +146,7 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, kind, 
         logits = model.lm_head(hidden[rows, last].unsqueeze(1))  # only the last real token of each prompt is needed
     # One sequence on a CPU has a leaner way to the same numbers (sinks need a mask, which it does not do).
     lean = len(sequences) == 1 and device.type == "cpu" and kind != "growing" and not model.config.attention_sinks
-    one_token = TokenStep(model) if lean else None
+    one_token = TokenStep(model) if lean and TokenStep.fits(model) else None
     alive = set(range(len(sequences)))
     for count in range(1, max_new_tokens + 1):
         with torch.inference_mode():

@@ -1,0 +1,214 @@
+"""Keeping the experts of a mixture busy: auxiliary losses, the selection bias, and statistics of the load.
+
+Left alone, a router may send ever more tokens to the experts that were a little better at the start, because only those
+get gradients. There are two kinds of cure. A *loss* pulls the scores of busy experts down, with a gradient that also
+disturbs what the model learns. The *bias* of DeepSeek-V3 only changes who is chosen, by a rule outside the gradient.
+
+Shapes: N tokens, E experts, k experts a token, B sequences. A ``mask`` is bool with one entry a token, True where the
+token is real; padding then counts for nothing. The losses are for one layer and have no weight in front.
+
+Book: ``chapters/architecture/moe.ipynb``. Sources: GShard (arXiv 2006.16668, section 2.2), Switch (arXiv 2101.03961,
+eq. 4 to 6), ST-MoE (arXiv 2202.08906, eq. 5), loss-free balancing (arXiv 2408.15664), DeepSeek-V3 (arXiv 2412.19437,
+eq. 16 to 20).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dslib.architecture.moe import MoE, Router
+
+
+def switch_loss(scores: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``E x sum of f_i P_i``: the share of tokens that chose expert i, times its mean score.
+
+    Only P carries a gradient; f says which experts to push down. With k choices the shares sum to k, as in Mixtral's
+    code (Switch has k = 1): even routing gives k, and all tokens on the same k experts up to E.
+
+    Args:
+        scores: (N, E), not negative; scores that do not sum to 1, as a sigmoid's, are divided by their sum.
+        indices: int64, (N, k). Assignments with index E (dropped) count for no expert.
+
+    Raises:
+        ValueError: shapes that do not fit, an index out of range, no real token.
+    """
+    real = _real(scores, indices, mask)
+    share = load(indices, scores.shape[1], real) / real.sum()
+    mean_score = (_probabilities(scores) * real.unsqueeze(1)).sum(0) / real.sum()
+    return scores.shape[1] * (share * mean_score).sum()
+
+
+def sequence_loss(scores: Tensor, indices: Tensor, batch_size: int, mask: Tensor | None = None) -> Tensor:
+    """DeepSeek-V3's loss: :func:`switch_loss` within each sequence, divided by k; then the mean over sequences.
+
+    Even routing gives 1. The paper counts the top k of the scores *without* the selection bias (eq. 18); for that, pass
+    ``scores.topk(k).indices``, as :func:`total_balance_loss` does.
+
+    Args:
+        batch_size: B; the first N/B tokens are the first sequence, and so on. Sequences of padding alone are left out.
+
+    Raises:
+        ValueError: as :func:`switch_loss`, and a batch size that does not divide N.
+    """
+    real, (tokens, experts), top_k = _real(scores, indices, mask), scores.shape, indices.shape[1]
+    if batch_size < 1 or tokens % batch_size:
+        raise ValueError(f"batch_size: got {batch_size}, expected a divisor of the {tokens} tokens")
+    real = real.to(scores.dtype).view(batch_size, -1, 1)  # (B, T, 1)
+    length = real.sum(1).clamp(min=1)  # (B, 1)
+    # A row of counters for each sequence, with one more at its end for assignments that were dropped.
+    counts = scores.new_zeros(batch_size, experts + 1)
+    counts.scatter_add_(1, indices.reshape(batch_size, -1), real.expand(-1, -1, top_k).flatten(1))
+    share = counts[:, :experts] * experts / (top_k * length)  # (B, E), f of eq. 18
+    mean_score = (_probabilities(scores).view(batch_size, -1, experts) * real).sum(1) / length  # (B, E), P of eq. 20
+    return (share * mean_score).sum() / real.amax(1).sum()
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of ``logsumexp(logits) ** 2``: keeps router logits, (N, E), small. It does not balance anything."""
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected (tokens, experts), at least one token")
+    real = _mask(mask, len(logits), logits.device)
+    return (logits.logsumexp(-1).square() * real).sum() / real.sum()
+
+
+@torch.no_grad()
+def update_bias(router: Router, load: Tensor, speed: float) -> None:
+    """Move the selection bias of every expert by ``speed``: up if it had less than the mean load, down if more.
+
+    Call it after each optimiser step with the load of the whole batch, (E,). Published speed: 0.001.
+
+    Raises:
+        ValueError: a router without selection bias, another number of experts, a speed below 0.
+    """
+    if router.e_score_correction_bias is None:
+        raise ValueError("router: got one without selection bias, expected Router(…, selection_bias=True)")
+    if load.shape != (router.num_experts,):
+        raise ValueError(f"load: got shape {tuple(load.shape)}, expected ({router.num_experts},)")
+    if not 0 <= speed < math.inf:
+        raise ValueError(f"speed: got {speed}, expected 0 or more")
+    load = load.to(router.e_score_correction_bias)
+    router.e_score_correction_bias += speed * (load.mean() - load).sign()
+
+
+def load(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """How many real tokens each expert gets: (N, k) -> int64 (E,). Index E (dropped) is not counted."""
+    return _counts(indices, num_experts, mask)[:num_experts]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadStats:
+    """What the experts of one layer had to do: int64 (E,) tokens of each, and assignments that found no room."""
+
+    counts: Tensor
+    dropped: int = 0
+
+    @property
+    def share(self) -> Tensor:
+        """float32, (E,), each expert's share of the assignments that were served; sums to 1."""
+        return self.counts / self.counts.sum().clamp(min=1)
+
+    @property
+    def max_vio(self) -> float:
+        """(largest load - mean load) / mean load: 0 is even; E / k - 1 if all tokens choose the same k experts."""
+        return float(self.share.max() * len(self.counts) - 1)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the shares over its maximum, log E: 1 is even, 0 is a single expert."""
+        return float(torch.special.entr(self.share).sum() / math.log(max(2, len(self.counts))))
+
+    @property
+    def idle(self) -> float:
+        """Share of the experts that got no token at all."""
+        return float((self.counts == 0).float().mean())
+
+
+def load_statistics(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> LoadStats:
+    """Statistics of some choices, int64 (N, k). For the load over many batches, pass their indices concatenated.
+
+    Raises:
+        ValueError: not (N, k) integers, an index outside 0 to E, no real token, a mask of another length.
+    """
+    *counts, dropped = _counts(indices, num_experts, mask).tolist()
+    return LoadStats(torch.tensor(counts), dropped)
+
+
+def moe_layers(model: nn.Module) -> Iterator[MoE]:
+    """The mixtures in a model, in the order of its modules."""
+    return (module for module in model.modules() if isinstance(module, MoE))
+
+
+def total_balance_loss(
+    model: nn.Module, *, switch: float = 0.0, sequence: float = 0.0, z: float = 0.0, batch_size: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Weighted losses of all layers that have just been run, summed; call it after the forward pass.
+
+    Layers with hash routing are left out: nothing moves their choice. transformers pools the tokens of all layers
+    instead of summing, so that there an expert that is busy in one layer may make up for its idle namesake in another.
+
+    Args:
+        switch, sequence, z: weights of the three losses; 0.01 (Switch), 0.0001 (V3) and 0.001 (ST-MoE) were published.
+        batch_size: sequences in the batch; needed for ``sequence`` only.
+
+    Raises:
+        ValueError: no layer to balance, a layer that has not been run with gradients, ``batch_size`` missing.
+    """
+    layers = [layer for layer in moe_layers(model) if layer.router.tid2eid is None]
+    if not layers:
+        raise ValueError("model: got no mixture of experts with a choice to balance, expected at least one")
+    if sequence and batch_size is None:
+        raise ValueError("batch_size: got None, expected the number of sequences (for the sequence-wise loss)")
+    total = torch.zeros((), device=layers[0].router.weight.device)
+    for layer in layers:
+        routing = layer.last_routing
+        if routing is None or not routing.logits.requires_grad:
+            raise ValueError("model: got a layer not yet run with gradients, expected a forward pass in training first")
+        if switch:
+            total = total + switch * switch_loss(routing.scores, routing.indices, mask)
+        if sequence:
+            biased = layer.router.e_score_correction_bias is not None
+            chosen = routing.scores.topk(layer.router.top_k, dim=-1).indices if biased else routing.indices
+            total = total + sequence * sequence_loss(routing.scores, chosen, batch_size, mask)
+        if z:
+            total = total + z * z_loss(routing.logits, mask)
+    return total
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+
+def _counts(indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
+    """int64, (E + 1,): real assignments of every index, the dropped ones last."""
+    if indices.ndim != 2 or indices.dtype != torch.int64 or indices.numel() == 0:
+        got = f"{indices.dtype} of shape {tuple(indices.shape)}"
+        raise ValueError(f"indices: got {got}, expected int64, (tokens, top_k), at least one token")
+    real = _mask(mask, len(indices), indices.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=indices.device)
+    try:  # not bincount: on a GPU it would wait for the largest index
+        return counts.scatter_add_(0, indices.flatten(), real.repeat_interleave(indices.shape[1]).long())
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"indices: expected 0 to {num_experts} (dropped), but {error}") from error
+
+
+def _real(scores: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+    if scores.ndim != 2 or len(scores) != len(indices):
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected ({len(indices)}, experts) as for indices")
+    _counts(indices, scores.shape[1], None)
+    return _mask(mask, len(scores), scores.device)
+
+
+def _mask(mask: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """The mask flat and bool; all True if there is none."""
+    if mask is None:
+        return torch.ones(tokens, dtype=torch.bool, device=device)
+    if mask.numel() != tokens:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one entry for each of {tokens} tokens")
+    mask = mask.flatten().bool()
+    if mask.device.type != "cuda" and not mask.any():
+        raise ValueError("mask: got no real token, expected at least one")
+    return mask

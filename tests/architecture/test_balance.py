@@ -1,0 +1,252 @@
+"""Balance losses, the selection bias and load statistics, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dslib.architecture import balance
+from dslib.architecture.moe import MoE, Router
+
+SCORES = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.2, 0.3]])
+TOP_1 = SCORES.argmax(-1, keepdim=True)  # experts 0, 0, 1, 0
+
+
+def layer(top_k=2, **rule):
+    torch.manual_seed(0)
+    return MoE(16, 8, Router(16, 4, top_k, **rule))
+
+
+def even(experts=4, top_k=2):
+    """Each token on the next ``top_k`` experts, equal scores."""
+    indices = torch.arange(experts * top_k).view(-1, top_k) % experts
+    return torch.full((experts, experts), 1 / experts), indices
+
+
+def test_switch_loss_by_hand():
+    # f = 3/4, 1/4, 0; P = 1.9/4, 1.5/4, 0.6/4
+    want = 3 * (0.75 * 1.9 / 4 + 0.25 * 1.5 / 4)
+    assert balance.switch_loss(SCORES, TOP_1).item() == pytest.approx(want)
+
+
+def test_scores_that_do_not_sum_to_one_are_made_to():
+    assert torch.allclose(balance.switch_loss(SCORES * 3, TOP_1), balance.switch_loss(SCORES, TOP_1))
+    assert torch.allclose(balance.sequence_loss(SCORES * 3, TOP_1, 2), balance.sequence_loss(SCORES, TOP_1, 2))
+
+
+def test_sequence_loss_by_hand():
+    # First sequence: f = 3 * (2/2, 0, 0), P = 0.65, ...; second: f = 3 * (1/2, 1/2, 0), P = 0.3, 0.5, 0.2
+    want = (3 * 0.65 + 1.5 * 0.3 + 1.5 * 0.5) / 2
+    assert balance.sequence_loss(SCORES, TOP_1, 2).item() == pytest.approx(want)
+
+
+def test_one_sequence_is_the_switch_loss_divided_by_k():
+    scores = torch.rand(12, 5, generator=torch.Generator().manual_seed(0))
+    indices = scores.topk(3).indices
+    assert torch.allclose(balance.sequence_loss(scores, indices, 1), balance.switch_loss(scores, indices) / 3)
+
+
+def test_a_batch_may_be_even_where_its_sequences_are_not():
+    scores, indices = torch.eye(4).repeat_interleave(5, 0), torch.arange(4).repeat_interleave(5).view(-1, 1)
+    assert balance.switch_loss(scores, indices).item() == pytest.approx(1)
+    assert balance.sequence_loss(scores, indices, 4).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_even_routing_gives_the_least_and_collapse_the_most(top_k):
+    scores, indices = even(6, top_k)
+    assert balance.switch_loss(scores, indices).item() == pytest.approx(top_k)
+    assert balance.sequence_loss(scores, indices, 1).item() == pytest.approx(1)
+    collapsed = torch.zeros(6, 6)
+    collapsed[:, :top_k] = 1 / top_k
+    everyone = torch.arange(top_k).expand(6, -1).contiguous()
+    assert balance.switch_loss(collapsed, everyone).item() == pytest.approx(6)
+    assert balance.sequence_loss(collapsed, everyone, 2).item() == pytest.approx(6 / top_k)
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), math.log(5)]])
+    assert balance.z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(8) ** 2) / 2)
+    assert balance.z_loss(logits, torch.tensor([True, False])).item() == pytest.approx(math.log(2) ** 2)
+
+
+@pytest.mark.parametrize("name", ["switch_loss", "sequence_loss", "z_loss"])
+def test_padding_counts_for_nothing(name):
+    """Tokens behind the mask may hold anything; the result is that of the real ones alone, gradients too."""
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]])
+
+    def value(rows, mask=None):
+        rows = rows.clone().requires_grad_()
+        scores = rows.softmax(-1)
+        rest = {"switch_loss": (scores.topk(2).indices,), "sequence_loss": (scores.topk(2).indices, 2), "z_loss": ()}
+        loss = getattr(balance, name)(rows if name == "z_loss" else scores, *rest[name], mask=mask)
+        return loss, torch.autograd.grad(loss, rows)[0]
+
+    real = mask.flatten().bool()
+    loss, gradient = value(logits, mask)
+    wanted, wanted_gradient = value(logits[real])
+    assert torch.allclose(loss, wanted)
+    assert torch.allclose(gradient[real], wanted_gradient) and not gradient[~real].any()
+    assert torch.allclose(loss, value(logits.masked_fill(~real.unsqueeze(1), 9.0), mask)[0])
+
+
+def test_sequences_of_different_length_count_the_same():
+    mask = torch.tensor([1, 1, 1, 0]).bool()
+    first = balance.sequence_loss(SCORES[:2], TOP_1[:2], 1)
+    second = balance.sequence_loss(SCORES[2:3], TOP_1[2:3], 1)
+    assert torch.allclose(balance.sequence_loss(SCORES, TOP_1, 2, mask), (first + second) / 2)
+    mask = torch.tensor([1, 1, 0, 0]).bool()  # the second sequence is padding alone
+    assert torch.allclose(balance.sequence_loss(SCORES, TOP_1, 2, mask), first)
+
+
+@pytest.mark.parametrize("weights", [{"switch": 1.0}, {"sequence": 1.0, "batch_size": 3}, {"z": 1.0}])
+@pytest.mark.parametrize("rule", [{}, {"scoring_func": "sigmoid", "selection_bias": True}])
+def test_gradients_reach_the_router_and_nothing_behind_it(rule, weights):
+    moe = layer(**rule)
+    moe(torch.randn(3, 10, 16))
+    balance.total_balance_loss(moe, **weights).backward()
+    assert moe.router.weight.grad.abs().max() > 1e-6
+    assert moe.experts.gate_up_proj.grad is None and moe.experts.down_proj.grad is None
+
+
+def test_a_step_down_the_loss_evens_out_the_load():
+    torch.manual_seed(0)
+    moe, x = layer(), torch.randn(400, 16) + 1.0
+    before = balance.load_statistics(moe.router(x).indices, 4)
+    optimizer = torch.optim.SGD(moe.router.parameters(), lr=0.003)
+    for _ in range(30):
+        moe(x)
+        optimizer.zero_grad()
+        balance.total_balance_loss(moe, switch=1.0).backward()
+        optimizer.step()
+    after = balance.load_statistics(moe.router(x).indices, 4)
+    assert after.max_vio < 0.1 < 0.3 < before.max_vio and after.entropy > before.entropy
+
+
+def test_the_bias_moves_by_its_speed_against_the_load():
+    router = layer(selection_bias=True).router
+    balance.update_bias(router, torch.tensor([9, 2, 5, 4]), 0.25)
+    assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
+    balance.update_bias(router, torch.tensor([1, 1, 1, 1]), 0.25)
+    assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
+
+
+def test_the_bias_evens_out_the_load_and_leaves_the_weights_of_the_experts():
+    torch.manual_seed(0)
+    router, x = layer(scoring_func="sigmoid", selection_bias=True).router, torch.randn(400, 16) + 3.0
+    before = balance.load_statistics(router(x).indices, 4).max_vio
+    for _ in range(200):
+        balance.update_bias(router, balance.load(router(x).indices, 4), 0.005)
+    routing = router(x)
+    assert balance.load_statistics(routing.indices, 4).max_vio < 0.1 < 0.5 < before
+    assert torch.equal(routing.weights, routing.scores.gather(1, routing.indices))
+    assert not router.e_score_correction_bias.requires_grad
+
+
+def test_the_sequence_loss_counts_scores_without_the_bias():
+    moe = layer(scoring_func="sigmoid", selection_bias=True)
+    x = torch.randn(20, 16)
+    moe(x)
+    before = balance.total_balance_loss(moe, sequence=1.0, batch_size=2)
+    moe.router.e_score_correction_bias += torch.tensor([5.0, 5.0, 0.0, 0.0])  # everyone on the first two now
+    moe(x)
+    assert balance.load(moe.last_routing.indices, 4).tolist() == [20, 20, 0, 0]
+    assert torch.equal(balance.total_balance_loss(moe, sequence=1.0, batch_size=2), before)
+
+
+def test_the_total_is_the_weighted_sum_over_layers():
+    model = nn.Sequential(layer(), nn.LayerNorm(16), layer(top_k=1))
+    model(torch.randn(2, 6, 16))
+    mask = torch.rand(2, 6) > 0.3
+    one, two = (moe.last_routing for moe in balance.moe_layers(model))
+    wanted = sum(
+        0.3 * balance.switch_loss(r.scores, r.indices, mask)
+        + 0.2 * balance.sequence_loss(r.scores, r.indices, 2, mask)
+        + 0.1 * balance.z_loss(r.logits, mask)
+        for r in (one, two)
+    )
+    got = balance.total_balance_loss(model, switch=0.3, sequence=0.2, z=0.1, batch_size=2, mask=mask)
+    assert torch.allclose(got, wanted)
+    assert balance.total_balance_loss(model).item() == 0
+
+
+def test_hash_routing_is_passed_over():
+    plain, hashed = layer(), layer(hash_vocab_size=10)
+    x, ids = torch.randn(6, 16), torch.arange(6)
+    hashed(plain(x), ids)
+    both = nn.ModuleList([plain, hashed])
+    assert torch.equal(balance.total_balance_loss(both, switch=1.0), balance.total_balance_loss(plain, switch=1.0))
+    with pytest.raises(ValueError, match="no mixture of experts with a choice"):
+        balance.total_balance_loss(hashed, switch=1.0)
+
+
+def test_load_by_hand():
+    indices = torch.tensor([[0, 1], [0, 2], [0, 4], [1, 0]])  # 4 of 4 experts: dropped
+    assert balance.load(indices, 4).tolist() == [4, 2, 1, 0]
+    assert balance.load(indices, 4, torch.tensor([True, True, False, False])).tolist() == [2, 1, 1, 0]
+    stats = balance.load_statistics(indices, 4)
+    assert stats.dropped == 1 and stats.idle == 0.25
+    assert stats.share.tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0])
+    assert stats.max_vio == pytest.approx(4 / (7 / 4) - 1)
+    want = -sum(p * math.log(p) for p in (4 / 7, 2 / 7, 1 / 7)) / math.log(4)
+    assert stats.entropy == pytest.approx(want, rel=1e-5)
+
+
+def test_extremes_of_the_statistics():
+    stats = balance.load_statistics(even()[1], 4)
+    assert (stats.max_vio, stats.entropy, stats.idle, stats.dropped) == (0, pytest.approx(1), 0, 0)
+    stats = balance.load_statistics(torch.zeros(5, 1, dtype=torch.long), 4)
+    assert (stats.max_vio, stats.entropy, stats.idle) == (3, 0, 0.75)
+    stats = balance.load_statistics(torch.full((5, 1), 4), 4)  # everything dropped
+    assert stats.dropped == 5 and stats.idle == 1 and stats.share.tolist() == [0] * 4
+
+
+def test_a_capacity_limit_shows_as_dropped():
+    torch.manual_seed(0)
+    moe = MoE(16, 8, Router(16, 4, 2), capacity_factor=1.0)
+    moe(torch.randn(50, 16) + 2.0)
+    stats = balance.load_statistics(moe.last_routing.indices, 4)
+    assert stats.dropped > 0 and stats.counts.max() == 25 and stats.counts.sum() + stats.dropped == 100
+
+
+ROUTING = (SCORES, TOP_1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: balance.switch_loss(SCORES[:2], TOP_1), r"scores: got shape \(2, 3\)"),
+        (lambda: balance.switch_loss(SCORES, TOP_1 + 3), "indices: expected 0 to 3"),
+        (lambda: balance.switch_loss(SCORES, TOP_1 - 1), "indices: expected 0 to 3"),
+        (lambda: balance.switch_loss(SCORES, TOP_1.int()), "indices: got torch.int32"),
+        (lambda: balance.switch_loss(SCORES[:0], TOP_1[:0]), "at least one token"),
+        (lambda: balance.switch_loss(*ROUTING, torch.ones(3)), "mask: got shape"),
+        (lambda: balance.switch_loss(*ROUTING, torch.zeros(4)), "mask: got no real token"),
+        (lambda: balance.sequence_loss(*ROUTING, 3), "batch_size: got 3, expected a divisor of the 4 tokens"),
+        (lambda: balance.sequence_loss(*ROUTING, 0), "batch_size: got 0"),
+        (lambda: balance.z_loss(SCORES[0]), "logits: got shape"),
+        (lambda: balance.load(TOP_1[:, 0], 3), "indices: got torch.int64 of shape"),
+        (lambda: balance.load(TOP_1 + 3, 3), "indices: expected 0 to 3"),
+        (lambda: balance.load_statistics(TOP_1, 3, torch.zeros(4)), "mask: got no real token"),
+        (lambda: balance.update_bias(layer().router, torch.ones(4), 0.1), "router: got one without selection bias"),
+        (lambda: balance.update_bias(layer(selection_bias=True).router, torch.ones(3), 0.1), "load: got shape"),
+        (lambda: balance.update_bias(layer(selection_bias=True).router, torch.ones(4), -1), "speed: got -1"),
+        (lambda: balance.update_bias(layer(selection_bias=True).router, torch.ones(4), math.nan), "speed: got nan"),
+        (lambda: balance.total_balance_loss(nn.Linear(2, 2), z=1.0), "model: got no mixture"),
+        (lambda: balance.total_balance_loss(layer(), z=1.0), "model: got a layer not yet run with gradients"),
+        (lambda: balance.total_balance_loss(layer(), sequence=1.0), "batch_size: got None"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_layer_run_without_gradients_is_refused():
+    moe = layer()
+    with torch.no_grad():
+        moe(torch.randn(3, 16))
+    with pytest.raises(ValueError, match="not yet run with gradients"):
+        balance.total_balance_loss(moe, switch=1.0)
