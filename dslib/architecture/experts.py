@@ -219,7 +219,9 @@ def _weighted_sum(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 
 def way_to_run(experts: Experts, x: Tensor, pairs: Pairs) -> str:
     """The fastest of the ways for these sizes on this device."""
-    grouped = hasattr(F, "grouped_mm") and x.dtype in (torch.float32, torch.bfloat16)
+    # The grouped product reads rows in units of 16 bytes.
+    aligned = not any(size * x.element_size() % 16 for size in (experts.hidden_size, experts.intermediate_size))
+    grouped = hasattr(F, "grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
     if torch.is_grad_enabled() or (grouped and x.device.type == "cuda"):
         return "grouped" if grouped else "padded"
     small = experts.gate_up_proj[0].numel() <= SMALL_MATRIX

@@ -2,6 +2,9 @@
 
 On a GPU it records what the chapters' GPU cells show, with the very same functions and arguments; on a CPU it runs the
 same functions at the ``tiny`` size, which proves the command and records a CPU.
+
+Two parts take longer than a page should, and are made on a CPU: ``make record PART=experts`` times layers of experts
+(10 minutes, with nothing else running), ``make record PART=training`` trains small models (half an hour).
 """
 
 import argparse
@@ -12,6 +15,8 @@ import torch
 from dslib.lab import recordings
 from dslib.lab.probes import launch_gap
 from dslib.lab.roofline import roof_figures
+from dslib.performance.moe_experiments import train_designs
+from dslib.performance.moe_speed import moe_grid
 from dslib.performance.speed import decode_speed, window_speed
 
 # What the GPU cells of the chapters ask for; tests hold the two together.
@@ -28,14 +33,36 @@ CPU_CALLS = (
     (decode_speed, {"name": "tiny", "dtype": "float32", "prompt_tokens": 16, "new_tokens": 32}),
     (window_speed, {"length": 1024, "window": 64, "heads": 2, "head_dim": 32, "rounds": 3}),
 )
+EXPERT_CALLS = tuple(
+    (moe_grid, {"dtype": dtype, "training": training, "precision": precision})
+    for dtype, training, precision in (
+        ("float32", False, "highest"),
+        ("float32", False, "medium"),
+        ("bfloat16", False, "highest"),
+        ("float32", True, "highest"),
+        ("bfloat16", True, "highest"),
+    )
+)
+LARGER = {"hidden_size": 128, "length": 64, "steps": 400}
+HASTY = ["bias", "64, top 8", "63, top 7, 1 shared", "dense, active size"]
+TRAINING_CALLS = (
+    (train_designs, {**LARGER, "seeds": 5, "learning_rate": 1.5e-3}),
+    (train_designs, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
+)
+PARTS = {
+    "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
+    "experts": EXPERT_CALLS,
+    "training": TRAINING_CALLS,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dslib.performance.record", description=__doc__)
     parser.add_argument("--out", default=None, help="file to write (default: data/recordings/<machine>.json)")
+    parser.add_argument("--part", choices=PARTS, default="machine", help="what to measure (default: machine)")
     options = parser.parse_args(arguments)
     made = []
-    for function, call in GPU_CALLS if torch.cuda.is_available() else CPU_CALLS:
+    for function, call in PARTS[options.part]:
         print(f"{function.__name__}({', '.join(f'{name}={value!r}' for name, value in call.items())})", flush=True)
         made.append(recordings.record(function, **call))
     print(f"wrote {recordings.write(options.out, made)}")
