@@ -1,10 +1,11 @@
-"""Side-by-side timings from the command line: ``python -m dslib.performance.bench decode`` (or ``window``).
+"""Side-by-side timings from the command line: ``python -m dslib.performance.bench decode`` (or ``window``, or ``moe``).
 
-Prints medians, quartiles and ratios, with the share of this machine's measured read bandwidth. Nothing else should run
-on the machine meanwhile.
+Prints medians, quartiles and ratios, with the share of this machine's measured read bandwidth or beside the bound.
+Nothing else should run on the machine meanwhile.
 """
 
 import argparse
+import itertools
 import sys
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from dslib.data.pretrained import load_smollm2
 from dslib.lab.device import describe
 from dslib.lab.probes import read_bandwidth
+from dslib.performance.moe_speed import SHAPES, TOKENS, moe_speed, ratios
 from dslib.performance.speed import bytes_per_token, decode_comparison, window_speed
 
 PROMPT = "The history of the steam engine begins"
@@ -19,14 +21,18 @@ PROMPT = "The history of the steam engine begins"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dslib.performance.bench", description=__doc__)
-    parser.add_argument("what", choices=("decode", "window"))
+    parser.add_argument("what", choices=("decode", "window", "moe"))
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (decode)")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(moe)")
+    parser.add_argument("--precision", choices=("highest", "medium"), default="highest", help="of matmuls (moe)")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024], help="hidden sizes (moe)")
+    parser.add_argument("--training", action="store_true", help="forward and backward pass (moe)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{describe()}; {options.threads} threads")
-    (decode if options.what == "decode" else window)(options)
+    {"decode": decode, "window": window, "moe": moe}[options.what](options)
     return 0
 
 
@@ -56,6 +62,27 @@ def window(options: argparse.Namespace) -> None:
         print(f"  {way:7} {result[way]}")
     print(f"  blocks are {result['times_band']:.1f} times as fast as a band mask, {result['times_causal']:.1f} times "
           f"as fast as full causal; largest difference {result['largest_difference']:.1e}")  # fmt: skip
+
+
+def moe(options: argparse.Namespace) -> None:
+    """One row a point of the grid: milliseconds of every way, then what they say. Prints each point as it comes."""
+    what = "forward and backward" if options.training else "forward"
+    print(f"one layer of experts, {what}, {options.dtype}, matmul precision {options.precision}; milliseconds")
+    for hidden_size in options.hidden:
+        for (experts, top_k), tokens in itertools.product(SHAPES, TOKENS):
+            place = {"hidden_size": hidden_size, "num_experts": experts, "top_k": top_k, "tokens": tokens}
+            point = moe_speed(
+                **place, dtype=options.dtype, training=options.training, precision=options.precision,
+                rounds=options.rounds,
+            )  # fmt: skip
+            times = ", ".join(f"{name} {run.median * 1e3:.3g}" for name, run in point["seconds"].items())
+            said = ratios(point)
+            print(f"\nhidden {hidden_size}, {experts} experts, top {top_k}, tokens {tokens}: {times}")
+            print(f"  transformers' default over ours {said['default']:.2f}, its best over ours {said['best']:.2f}, "
+                  f"eager over ours {said['eager']:.2f}; ours over the dense bound {said['bound']:.2f}; "
+                  f"largest difference {point['largest_difference']:.0e}", flush=True)  # fmt: skip
+            for name, why in point["failed"].items():
+                print(f"  {name} does not run: {why}")
 
 
 if __name__ == "__main__":

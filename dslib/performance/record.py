@@ -61,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default=None, help="file to write (default: data/recordings/<machine>.json)")
     parser.add_argument("--part", choices=PARTS, default="machine", help="what to measure (default: machine)")
     options = parser.parse_args(arguments)
-    made = []
     for function, call in PARTS[options.part]:
         print(f"{function.__name__}({', '.join(f'{name}={value!r}' for name, value in call.items())})", flush=True)
-        made.append(recordings.record(function, **call))
-    print(f"wrote {recordings.write(options.out, made)}")
+        # After each call, so that a stop loses one and not all.
+        path = recordings.write(options.out, [recordings.record(function, **call)])
+    print(f"wrote {path}")
     return 0
 
 
