@@ -1,10 +1,12 @@
-"""How well a model predicts text it was not trained on.
+"""How well a model predicts text it was not trained on, with an interval.
 
-Book: ``chapters/architecture/decoder.ipynb``; the accuracy chapter will add multiple-choice scoring.
+Book: ``chapters/architecture/decoder.ipynb`` and ``chapters/architecture/moe.ipynb``; the accuracy chapter will add
+multiple-choice scoring.
 """
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dslib.architecture.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval (Student's t); ``low`` and ``high`` equal ``value`` if n = 1."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f}, n={self.n})"
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,22 @@ _T95 = (
 )  # fmt: skip
 
 
+def mean_interval(values: Sequence[float]) -> Mean:
+    """Mean of independent values, such as one a seed. For two designs with the same seeds, pass their differences.
+
+    Raises:
+        ValueError: no value.
+    """
+    if not values:
+        raise ValueError("values: got none, expected at least one")
+    centre, n = statistics.fmean(values), len(values)
+    if n == 1:
+        return Mean(centre, centre, centre, 1)
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(n)
+    return Mean(centre, centre - half, centre + half, n)
+
+
 @torch.inference_mode()
 def token_losses(model: Decoder, tokens: Tensor) -> Tensor:
     """Loss of every token but the first, in nats: (n, T) token ids -> (n, T - 1), float32.
@@ -56,13 +87,8 @@ def token_losses(model: Decoder, tokens: Tensor) -> Tensor:
 
 def perplexity(losses: Tensor) -> Perplexity:
     """Perplexity of (n, T) token losses, every slice counting the same; the slices are the sample."""
-    means = losses.double().mean(dim=1).tolist()
-    centre, n = statistics.fmean(means), len(means)
-    if n == 1:
-        return Perplexity(math.exp(centre), math.exp(centre), math.exp(centre), 1)
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    half = t * statistics.stdev(means) / math.sqrt(n)
-    return Perplexity(math.exp(centre), math.exp(centre - half), math.exp(centre + half), n)
+    mean = mean_interval(losses.double().mean(dim=1).tolist())
+    return Perplexity(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)
 
 
 def perplexity_ratio(losses: Tensor, baseline: Tensor) -> Perplexity:

@@ -42,3 +42,13 @@ def test_bad_input_is_named():
         evaluation.token_losses(model, torch.zeros(3, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="baseline"):
         evaluation.perplexity_ratio(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+def test_the_interval_of_a_mean_is_students():
+    """Worked by hand: mean 3, standard deviation 1, n 3, so 3 -+ 4.303 / sqrt(3)."""
+    mean = evaluation.mean_interval([2.0, 3.0, 4.0])
+    assert (mean.value, mean.n) == (3.0, 3)
+    assert mean.high - 3 == pytest.approx(4.303 / 3**0.5) == 3 - mean.low
+    assert str(evaluation.mean_interval([0.5])) == "0.500 (0.500 to 0.500, n=1)"
+    with pytest.raises(ValueError, match="values: got none"):
+        evaluation.mean_interval([])
