@@ -166,3 +166,11 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)
         y = attend(q, k, v, step, self.window, self.sinks)  # (B, Hq, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
+        """Keep keys and values of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
+        first = self.query_heads * self.head_dim
+        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[first:]
+        kv = F.linear(x, self.qkv_proj.weight[first:], bias).view(*x.shape[:2], -1, self.head_dim)
+        k, v = kv.chunk(2, dim=2)  # (B, T, Hk, D)
+        cache.update(layer, apply_rope(k, *rope).transpose(1, 2), v.transpose(1, 2))

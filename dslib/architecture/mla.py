@@ -168,14 +168,22 @@ class MultiHeadLatentAttention(nn.Module):
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed_queries else self.q_proj(x)
         q, q_rope = q.view(batch, tokens, self.heads, -1).split((self.nope, self.rope), dim=-1)
         q, q_rope = q.transpose(1, 2), apply_rope(q_rope, *rope).transpose(1, 2)  # (B, H, T, N), (B, H, T, R)
-        latent, key = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
-        key = apply_rope(key.transpose(1, 2), *rope).transpose(1, 2)  # one head: (B, 1, T, R)
-        kept = torch.cat((self.kv_a_layernorm(latent), key), dim=-1)  # (B, 1, T, C + R): all that a cache has to hold
+        kept = self._kept(x, rope)  # (B, 1, T, C + R)
         if cache is not None:
             (kept,) = cache.update(layer, kept)  # (B, 1, S, C + R)
         form = self._cheaper(tokens, kept.shape[2]) if self.form == "auto" else self.form
         y = (self._naive if form == "naive" else self._absorbed)(q, q_rope, kept, step)  # (B, H, T, V)
         return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def _kept(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """All that a cache has to hold: the normalised latent and, behind it, the rotated key. (B, 1, T, C + R)."""
+        latent, key = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
+        key = apply_rope(key.transpose(1, 2), *rope).transpose(1, 2)  # one head: (B, 1, T, R)
+        return torch.cat((self.kv_a_layernorm(latent), key), dim=-1)
+
+    def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
+        """Keep what the cache holds of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
+        cache.update(layer, self._kept(x, rope))
 
     def _cheaper(self, tokens: int, keys: int) -> str:
         # A head's multiplications besides the projections that both forms have, with the values widened as below.

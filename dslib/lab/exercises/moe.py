@@ -99,7 +99,7 @@ EXERCISES = [
         mistakes=[
             Mistake(
                 lambda logits, top_k: logits.topk(top_k, dim=0).indices,
-                "Top-k over the wrong axis: along the first one, each expert chooses tokens. A token chooses experts, so "
+                "Top-k over the wrong axis: along the first, each expert chooses tokens. A token chooses experts, so "
                 "the best are taken along its own row.",
             ),
             Mistake(
@@ -136,7 +136,7 @@ EXERCISES = [
         mistakes=[
             Mistake(
                 _with_bias_in_the_weight,
-                "The bias is in the weight. It decides who runs and must not change how much they say: take the weights "
+                "The bias is in the weight. It decides who runs and must not change how much they say: take weights "
                 "from the scores without it.",
             ),
             Mistake(
