@@ -3,8 +3,8 @@
 On a GPU it records what the chapters' GPU cells show, with the very same functions and arguments; on a CPU it runs the
 same functions at the ``tiny`` size, which proves the command and records a CPU.
 
-Two parts take longer than a page should, and are made on a CPU: ``make record PART=experts`` times layers of experts
-(10 minutes, with nothing else running), ``make record PART=training`` trains small models (half an hour).
+Three parts take longer than a page should, and are made on a CPU: ``make record PART=experts`` times layers of experts
+(with nothing else running), ``PART=training`` and ``PART=depth`` train small models, for 20 and 10 minutes.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from dslib.lab import recordings
 from dslib.lab.probes import launch_gap
 from dslib.lab.roofline import roof_figures
+from dslib.performance.depth_experiments import exit_runs
 from dslib.performance.moe_experiments import train_designs
 from dslib.performance.moe_speed import moe_grid
 from dslib.performance.speed import decode_speed, window_speed
@@ -49,10 +50,12 @@ TRAINING_CALLS = (
     (train_designs, {**LARGER, "seeds": 5, "learning_rate": 1.5e-3}),
     (train_designs, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
 )
+DEPTH_CALLS = ((exit_runs, {"seeds": 3}),)
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
     "experts": EXPERT_CALLS,
     "training": TRAINING_CALLS,
+    "depth": DEPTH_CALLS,
 }
 
 

@@ -207,7 +207,7 @@ def test_the_predictor_learns_the_choice_and_its_loss_moves_nothing_else():
         ranked, block.causal = block.last_choice, True
         model(tokens)
     assert losses[-1] < 0.7 * losses[0]
-    assert (block.last_choice == ranked).float().mean() > 0.9
+    assert (block.last_choice == ranked).float().mean() > 0.8
 
 
 def test_nobody_chosen_leaves_the_sequence_as_it_is():
