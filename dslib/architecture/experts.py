@@ -70,6 +70,10 @@ class Experts(nn.Module):
         """Let the copy that :meth:`pack` made go."""
         self._packed = self._packed_from = None
 
+    def __getstate__(self) -> dict:
+        """Copies and files have no packed weights: oneDNN's layout has no storage that could be copied."""
+        return self.__dict__ | {"_packed": None, "_packed_from": None}
+
     def _state(self) -> tuple:
         """Changes whenever a weight is replaced or written to."""
         return tuple((p.data_ptr(), p.dtype, p._version) for p in (self.gate_up_proj, self.down_proj))
@@ -144,13 +148,17 @@ class Experts(nn.Module):
         return _weighted_sum(out, where.view_as(pairs.indices), weights * (pairs.indices < self.num_experts))
 
     def _grouped(self, x: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
-        ends = pairs.load.cumsum(0, dtype=torch.int32)
-        gate, up = F.grouped_mm(x[pairs.tokens], self.gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
+        ends, rows = pairs.load.cumsum(0, dtype=torch.int32), x[pairs.tokens]
+        left_out = None
+        if x.device.type == "cuda" or pairs.kept < len(rows):
+            # Rows past the last end are passed over by the product: its results there, and in the backward pass its
+            # gradients, are whatever was in memory. Zeros at both ends keep that out.
+            left_out = (torch.arange(len(rows), device=x.device) >= ends[-1]).unsqueeze(-1)
+            rows = rows.masked_fill(left_out, 0)
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
         out = F.grouped_mm(F.silu(gate) * up, self.down_proj.mT, offs=ends)
-        if out.device.type == "cuda" or pairs.kept < len(out):
-            # Rows past the last end are passed over by the product and hold anything, NaN included.
-            left_out = torch.arange(len(out), device=out.device) >= ends[-1]
-            out = out.masked_fill(left_out.unsqueeze(-1), 0)
+        if left_out is not None:
+            out = out.masked_fill(left_out, 0)
         return pairs.combine(out, weights)
 
     def _check(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | None) -> None:
