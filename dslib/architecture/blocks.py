@@ -58,5 +58,9 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, step, cache, layer)
         return x + self.feed_forward(self.post_attention_layernorm(x), input_ids)
 
+    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
+        """Put (B, T, hidden_size) tokens that skip this block into the cache, and do nothing else."""
+        self.self_attn.remember(self.input_layernorm(x), rope, cache, layer)
+
     def feed_forward(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
         return self.mlp(x)

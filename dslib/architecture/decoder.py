@@ -169,9 +169,19 @@ class Decoder(nn.Module):
             ValueError: ids of the wrong shape or dtype, or a cache made for another window.
             IndexError: a token id outside the vocabulary (from the embedding).
         """
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        x, step, rope = self.begin(input_ids, cache, positions)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, step, cache, index, input_ids)
+        return self.norm(x)
+
+    def begin(self, input_ids: Tensor, cache: KVCache | None, positions: Tensor | None):
+        """What a pass over the layers starts with, once all is checked: states (B, T, hidden_size), step, rotations.
+
+        For whoever runs the layers in another way; arguments and errors as for :meth:`hidden_states`.
+        """
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
-                f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens) with tokens >= 1"
+                f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens), at least one of each"
             )
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
@@ -188,10 +198,7 @@ class Decoder(nn.Module):
             if cache.batch_size not in (None, input_ids.shape[0]):
                 raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {input_ids.shape[0]}")
             step = cache.begin(input_ids.shape[1], positions, device)
-        rope = self.rope(step.positions, x.dtype)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, step, cache, index, input_ids)
-        return self.norm(x)
+        return x, step, self.rope(step.positions, x.dtype)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, vocab_size) logits; arguments as in :meth:`hidden_states`."""

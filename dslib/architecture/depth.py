@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dslib.architecture.blocks import Block
 from dslib.architecture.decoder import Decoder
-from dslib.architecture.kv_cache import KVCache, Step, no_cache_step
+from dslib.architecture.kv_cache import KVCache, Step
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,14 @@ def early_exit(
         input_ids, cache, positions: as for ``model.hidden_states``.
 
     Raises:
-        ValueError: more ``min_layers`` than the model has layers, ids that the model refuses, an empty batch; NaN or
-            infinite logits, which no threshold can judge.
+        ValueError: more ``min_layers`` than the model has layers, ids or a cache that the model refuses, an empty
+            batch; NaN or infinite logits, which no threshold can judge. A cache is of no more use after that: its
+            layers have kept different numbers of tokens.
     """
     exits = rule.exits(len(model.layers))
-    x, step, rope = _begin(model, input_ids, cache, positions)
+    x, step, rope = model.begin(input_ids, cache, positions)
     inside = torch.ones(input_ids.shape, dtype=torch.bool, device=x.device)
-    depths = torch.full_like(input_ids, len(model.layers))
+    depths = torch.full_like(input_ids, len(model.layers), dtype=torch.int64)
     logits = x.new_empty(*input_ids.shape, model.config.vocab_size)
     confidence = torch.zeros(input_ids.shape, device=x.device)
     layers_run = 0
@@ -104,7 +105,7 @@ def early_exit(
         if not inside.any():  # all have left: only what later tokens will look at
             if cache is None:
                 break
-            layer.self_attn.remember(layer.input_layernorm(x), rope, cache, depth - 1)
+            layer.remember(x, rope, cache, depth - 1)
             continue
         # Tokens that have left run along, which keeps the batch in one piece, and get their state back.
         x = torch.where(inside.unsqueeze(-1), layer(x, rope, step, cache, depth - 1, input_ids), x)
@@ -125,7 +126,7 @@ def early_exit(
 
 def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
     """Loss of each token at each exit, in nats: two (B, T) -> (exits, B, T), float32; the last exit is the model."""
-    x, step, rope = _begin(model, inputs, None, None)
+    x, step, rope = model.begin(inputs, None, None)
     exits, losses = rule.exits(len(model.layers)), []
     for depth, layer in enumerate(model.layers, start=1):
         x = layer(x, rope, step, None, depth - 1, inputs)
@@ -148,8 +149,9 @@ def exit_loss(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -
 class MixtureOfDepths(nn.Module):
     """A block that only some tokens go through; the others stay as they are.
 
-    Chosen tokens attend to one another only. What the block adds to a token is multiplied by the sigmoid of its score
-    (the paper multiplies by the score itself), so that the router learns from the loss.
+    Chosen tokens attend to one another only; a window over the attention counts chosen tokens. What the block adds to a
+    token is multiplied by the sigmoid of its score (the paper multiplies by the score itself), so that the router
+    learns from the loss.
 
     Args:
         block: wrapped, not copied. hidden_size: of the tokens.
@@ -177,19 +179,25 @@ class MixtureOfDepths(nn.Module):
         """(B, T, hidden_size) -> the same. The predictor's loss (cross-entropy against the choice by rank) is kept.
 
         Raises:
-            ValueError: with a cache: which earlier tokens a layer holds would differ from layer to layer.
+            ValueError: with a cache: which earlier tokens a layer holds would differ from layer to layer. NaN or
+            infinite scores, which cannot be ranked (not checked on CUDA, where it would make the CPU wait).
         """
         if cache is not None:
             raise ValueError("cache: got one, expected None (a mixture of depths runs over whole sequences here)")
         scores = self.router(x).squeeze(-1)  # (B, T)
+        if x.device.type != "cuda" and not scores.isfinite().all():
+            raise ValueError("x: got hidden states whose router scores are NaN or infinite, expected finite ones")
         guess = self.predictor(x.detach()).squeeze(-1)  # its loss must not move the model
-        count = max(1, int(self.capacity * x.shape[1]))
+        count = max(1, int(self.capacity * x.shape[1] + 1e-6))  # 0.57 of 100 is 56.99… in floats
         ranked = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(count, dim=1).indices, True)
         self.last_predictor_loss = F.binary_cross_entropy_with_logits(guess, ranked.to(guess.dtype))
         chosen = guess > 0 if self.causal else ranked
         self.last_choice = chosen
         rows = [self._row(x[i : i + 1], chosen[i], rope, step, i, layer, input_ids) for i in range(len(x))]
         return x + (torch.cat(rows) - x) * scores.sigmoid().unsqueeze(-1)
+
+    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
+        self(x, rope, None, cache, layer)  # says that it takes no cache
 
     def _row(self, x: Tensor, chosen: Tensor, rope, step: Step, row: int, layer: int, input_ids: Tensor | None):
         """One sequence, (1, T, hidden_size): its chosen tokens through the block, in order."""
@@ -204,21 +212,17 @@ class MixtureOfDepths(nn.Module):
 
 
 def with_mixture_of_depths(model: Decoder, capacity: float = 0.5, every: int = 2) -> Decoder:
-    """Wrap every second (``every``) block of ``model``, in place, the second first; returns the model."""
-    if every < 1:
-        raise ValueError(f"every: got {every}, expected at least 1")
+    """Wrap every second (``every``) block of ``model``, in place, the second first; returns the model.
+
+    The new router and predictor have the model's dtype and device.
+    """
+    if not 1 <= every <= len(model.layers):
+        raise ValueError(f"every: got {every}, expected 1 to the model's {len(model.layers)} layers")
+    if any(isinstance(layer, MixtureOfDepths) for layer in model.layers):
+        raise ValueError("model: got one with mixtures of depths, expected plain blocks")
     for index in range(every - 1, len(model.layers), every):
-        model.layers[index] = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
+        wrapped = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
+        wrapped.router.to(model.embed_tokens.weight)
+        wrapped.predictor.to(model.embed_tokens.weight)
+        model.layers[index] = wrapped
     return model
-
-
-def _begin(model: Decoder, input_ids: Tensor, cache: KVCache | None, positions: Tensor | None):
-    """What a pass over the layers starts with: states, step and rotations."""
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens), at least one each")
-    x = model.embed_tokens(input_ids)
-    if cache is None:
-        step = no_cache_step(input_ids.shape[1], positions, input_ids.device)
-    else:
-        step = cache.begin(input_ids.shape[1], positions, input_ids.device)
-    return x, step, model.rope(step.positions, x.dtype)

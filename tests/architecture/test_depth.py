@@ -69,6 +69,29 @@ def test_token_by_token_equals_all_at_once(kind, cache_kind):
     assert any(p.layers_run < LAYERS for p in parts) or whole.depths.max(0).values.min() == LAYERS
 
 
+@torch.no_grad()
+def test_a_ring_of_a_window_remembers_too():
+    model, tokens = make("window"), ids()
+    rule = middle(model, tokens)
+    whole = early_exit(model, tokens, rule)
+    cache = model.make_cache("rolling", batch_size=3)
+    parts = [early_exit(model, piece, rule, cache) for piece in tokens.split([4, 3, *[1] * 5], dim=1)]
+    assert torch.equal(torch.cat([p.depths for p in parts], 1), whole.depths)
+    assert torch.allclose(torch.cat([p.logits for p in parts], 1), whole.logits, atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_cache_that_the_model_refuses_is_refused_and_left_untouched():
+    model, tokens = make(), ids()
+    for cache, message in (
+        (make("window").make_cache("growing"), "cache: made for window=5"),
+        (model.make_cache("preallocated", batch_size=2, max_length=12), "cache: made for 2 sequences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            early_exit(model, tokens, ExitRule(), cache)
+        assert cache.length == 0
+
+
 @pytest.mark.parametrize("kind", ["dense", "experts", "latent"])
 @torch.no_grad()
 def test_a_row_does_not_depend_on_its_batch(kind):
@@ -233,7 +256,11 @@ def test_nobody_chosen_leaves_the_sequence_as_it_is():
         (lambda: early_exit(make(), ids()[0], ExitRule()), r"input_ids: got shape \(12,\)"),
         (lambda: MixtureOfDepths(torch.nn.Identity(), 8, 0.0), "capacity: got 0.0"),
         (lambda: MixtureOfDepths(torch.nn.Identity(), 8, 1.5), "capacity: got 1.5"),
+        (lambda: early_exit(make(), ids().float(), ExitRule()), "input_ids: got dtype torch.float32"),
+        (lambda: depth.with_mixture_of_depths(make())(ids()[:0]), r"input_ids: got shape \(0, 12\)"),
         (lambda: depth.with_mixture_of_depths(make(), every=0), "every: got 0"),
+        (lambda: depth.with_mixture_of_depths(make(), every=7), "every: got 7, expected 1 to the model's 6 layers"),
+        (lambda: depth.with_mixture_of_depths(depth.with_mixture_of_depths(make())), "expected plain blocks"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -252,3 +279,33 @@ def test_a_mixture_of_depths_refuses_a_cache():
     model = depth.with_mixture_of_depths(make())
     with pytest.raises(ValueError, match="cache: got one, expected None"):
         model(ids(), model.make_cache("growing"))
+
+
+@torch.no_grad()
+def test_a_mixture_of_depths_refuses_a_cache_also_when_all_left_below_it():
+    model = depth.with_mixture_of_depths(make())
+    with pytest.raises(ValueError, match="cache: got one, expected None"):
+        early_exit(model, ids(), ExitRule(0.0, 1), model.make_cache("growing"))
+
+
+@torch.no_grad()
+def test_a_mixture_of_depths_names_nan():
+    model = depth.with_mixture_of_depths(make())
+    model.layers[0].mlp.down_proj.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="router scores are NaN or infinite"):
+        model(ids())
+
+
+@torch.no_grad()
+def test_a_mixture_of_depths_has_the_models_dtype_and_device():
+    half = depth.with_mixture_of_depths(decoder.build(SHAPES["experts"](), seed=0, dtype=torch.bfloat16))
+    assert half(ids()).dtype == torch.bfloat16
+    counted = depth.with_mixture_of_depths(decoder.build(SHAPES["dense"](), device="meta"))
+    assert {parameter.device.type for parameter in counted.parameters()} == {"meta"}
+
+
+@torch.no_grad()
+def test_the_number_of_places_is_not_rounded_down_by_floats():
+    model, tokens = depth.with_mixture_of_depths(make(), capacity=0.57), ids(tokens=100)
+    model(tokens)
+    assert (model.layers[1].last_choice.sum(1) == 57).all()
