@@ -38,6 +38,7 @@ def transformers_block(moe: MoE) -> nn.Module:
         hidden_size=router.hidden_size, intermediate_size=experts.intermediate_size,
         num_local_experts=router.num_experts, num_experts_per_tok=router.top_k,
     )  # fmt: skip
+    config._experts_implementation = "grouped_mm"  # a whole model would have chosen it; a block alone has to be told
     with torch.device("meta"):
         block = MixtralSparseMoeBlock(config)
     block.gate.weight = router.weight
