@@ -219,3 +219,25 @@ def test_what_cannot_be_recorded_is_refused():
 def test_the_recordings_of_the_book_parse():
     for recording in recordings.read_all():
         assert recording.result is not None
+
+
+def test_a_recording_is_shown_without_running_the_function(folder, monkeypatch):
+    recordings.write(folder / "a.json", [recordings.record(speed, size=3)])
+    recordings.write(folder / "b.json", [on_gpu()])
+    monkeypatch.setattr(f"{__name__}.speed.__code__", (lambda size, seed=0: 1 / 0).__code__)
+    for kind in ("cpu", "cuda"):
+        shown = recordings.recorded(speed, kind=kind, size=3)
+        assert shown.origin == "recorded" and shown.result["tokens"] == 6
+        assert ("A100" in shown.note) == (kind == "cuda")
+    absent = recordings.recorded(speed, size=4)
+    assert (absent.result, absent.origin) == (None, "absent") and "No recording of" in absent.note
+    with pytest.raises(ValueError, match="arguments"):
+        recordings.recorded(speed, length=3)
+
+
+def test_of_several_recordings_a_fresh_one_counts_before_a_newer_stale_one(folder):
+    recordings.write(folder / "a.json", [recordings.record(speed, size=3)])
+    recordings.write(folder / "b.json", [on_gpu(date="2099-01-01", source_hash="0" * 16)])
+    assert not recordings.recorded(speed, size=3).stale
+    stale = recordings.recorded(speed, kind="cuda", size=3)
+    assert stale.stale and "Stale" in stale.note

@@ -39,6 +39,13 @@ def _unsure(confidence: list[float], threshold: float, min_layers: int) -> int:
     return len(confidence)
 
 
+def _at_the_threshold(confidence: list[float], threshold: float, min_layers: int) -> int:
+    for depth, sure in enumerate(confidence, start=1):
+        if depth >= min_layers and sure >= threshold:
+            return depth
+    return len(confidence)
+
+
 def _most_confident(confidence: list[float], threshold: float, min_layers: int) -> int:
     return max(range(min_layers, len(confidence) + 1), key=lambda depth: confidence[depth - 1])
 
@@ -51,6 +58,7 @@ EXERCISES = [
             {"confidence": [0.1, 0.3, 0.6, 0.7, 0.8, 0.85], "threshold": 0.9, "min_layers": 2},
             {"confidence": [0.1, 0.95, 0.6, 0.99, 0.3], "threshold": 0.5, "min_layers": 4},
             {"confidence": [0.7, 0.9, 0.1, 0.8], "threshold": 0.6, "min_layers": 1},
+            {"confidence": [0.2, 0.9, 0.95, 0.1], "threshold": 0.9, "min_layers": 1},
         ],
         reference=exit_depth,
         mistakes=[
@@ -63,6 +71,7 @@ EXERCISES = [
             ),
             Mistake(_last, "That is the last time it was sure. It leaves the first time, and never gets that far."),
             Mistake(_unsure, "The wrong way round: a token leaves when it is sure, not when it is unsure."),
+            Mistake(_at_the_threshold, "Nearly: it leaves when it is surer than the threshold, not just as sure."),
             Mistake(
                 _most_confident,
                 "To find where it is most confident you would have to run all layers. It leaves at the first that is "
