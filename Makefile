@@ -10,7 +10,7 @@
 PYTHON ?= python3
 # What refresh works on, all notebooks when empty:  make refresh NB=chapters/start/your_machine.ipynb
 NB ?=
-# What record measures: machine, experts, training or depth
+# What record measures: machine, experts, experts-training, training or depth
 PART ?= machine
 
 PY := .venv/bin/python
@@ -43,7 +43,7 @@ lab: venv ## open JupyterLab on the chapters
 refresh: venv ## run the notebooks again and normalise them (NB=path for some of them)
 	@$(PY) -m tools.notebooks refresh $(NB)
 
-record: venv ## record this machine's measurements into data/recordings/ (PART=experts, training or depth for the long ones)
+record: venv ## record this machine's measurements into data/recordings/ (PART=… for the long ones, see the module)
 	@$(PY) -m dslib.performance.record --part $(PART)
 
 lint: venv ## check style and formatting of code and notebooks

@@ -122,6 +122,12 @@ class Experts(nn.Module):
 
     def _one_token(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The loop for a single token, (1, H): nothing to sort. Decoding spends its time here."""
+        onednn_multiplies = x.dtype is not torch.float32 or torch.get_float32_matmul_precision() != "highest"
+        if onednn_multiplies and self.gate_up_proj[0].numel() <= SMALL_MATRIX and indices.shape[1] > 2:
+            # A call of oneDNN costs more than reading a small expert: copy the few matrices, multiply in two calls.
+            chosen, weights = indices[0].clamp(max=self.num_experts - 1), weights * (indices < self.num_experts)
+            gate, up = torch.bmm(x.expand(len(chosen), 1, -1), self.gate_up_proj[chosen].mT).chunk(2, dim=-1)
+            return weights @ torch.bmm(F.silu(gate) * up, self.down_proj[chosen].mT).squeeze(1)
         multiply = product if self._packed is None else packed_product
         gate_up, down = self._packed or (self.gate_up_proj, self.down_proj)
         rows = []

@@ -121,7 +121,7 @@ def test_runs_have_both_trainings_and_a_figure_for_each_seed():
         depth_experiments.exit_runs(seeds=0)
 
 
-@pytest.mark.parametrize("part", ["experts", "training", "depth"])
+@pytest.mark.parametrize("part", ["experts", "experts-training", "training", "depth"])
 def test_the_long_parts_are_recorded(part):
     """Pages show them; whoever changes what they measure has to record them again (``make record PART=...``)."""
     kept = [(r.function, r.arguments) for r in recordings.read_all()]
