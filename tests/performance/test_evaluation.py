@@ -49,6 +49,6 @@ def test_the_interval_of_a_mean_is_students():
     mean = evaluation.mean_interval([2.0, 3.0, 4.0])
     assert (mean.value, mean.n) == (3.0, 3)
     assert mean.high - 3 == pytest.approx(4.303 / 3**0.5) == 3 - mean.low
-    assert str(evaluation.mean_interval([0.5])) == "0.500 (0.500 to 0.500, n=1)"
+    assert str(evaluation.mean_interval([0.5])) == "0.500 (0.500 to 0.500)"
     with pytest.raises(ValueError, match="values: got none"):
         evaluation.mean_interval([])
