@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(self.make_block(layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(_initialise)
+        self.apply(initialise)
         self.tie_weights()
 
     def make_block(self, layer: int) -> Block:
@@ -179,26 +179,34 @@ class Decoder(nn.Module):
 
         For whoever runs the layers in another way; arguments and errors as for :meth:`hidden_states`.
         """
+        x = self.embed(input_ids)  # first, so that a bad id leaves the cache untouched
+        return x, *self.prepare(x, cache, positions)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, hidden_size); errors as for :meth:`hidden_states`."""
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens), at least one of each"
             )
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
-        config, device = self.config, input_ids.device
-        x = self.embed_tokens(input_ids)  # (B, T, hidden_size); first, so that a bad id leaves the cache untouched
+        return self.embed_tokens(input_ids)
+
+    def prepare(self, x: Tensor, cache: KVCache | None, positions: Tensor | None):
+        """Step and rotations for new states (B, T, hidden_size), which are counted into the cache."""
+        config, (batch, tokens, _), device = self.config, x.shape, x.device
         if cache is None:
-            step = no_cache_step(input_ids.shape[1], positions, device)
+            step = no_cache_step(tokens, positions, device)
         else:
             if (cache.window, cache.sinks) != (config.sliding_window, config.attention_sinks):
                 raise ValueError(
                     f"cache: made for window={cache.window}, sinks={cache.sinks}, but the model has "
                     f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
                 )
-            if cache.batch_size not in (None, input_ids.shape[0]):
-                raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {input_ids.shape[0]}")
-            step = cache.begin(input_ids.shape[1], positions, device)
-        return x, step, self.rope(step.positions, x.dtype)
+            if cache.batch_size not in (None, batch):
+                raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {batch}")
+            step = cache.begin(tokens, positions, device)
+        return step, self.rope(step.positions, x.dtype)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, vocab_size) logits; arguments as in :meth:`hidden_states`."""
@@ -257,7 +265,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Fresh weights for one module, as ``model.apply(initialise)`` gives to all: normal with deviation 0.02."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:

@@ -16,6 +16,7 @@ Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor
 from dslib.architecture.attention import Attention, rope_angles
 from dslib.architecture.blocks import SwiGLU
 from dslib.architecture.decoder import Decoder
+from dslib.architecture.fusion import Gate, ImageContext
 from dslib.architecture.kv_cache import KVCache
 from dslib.architecture.linear import cut_rows, row_chunks
 
@@ -32,6 +34,10 @@ class TokenStep:
     """Callable that extends one sequence by one token: ``step(token_id, cache)`` -> (1, vocab_size) logits.
 
     Make it when decoding begins and drop it when it ends: it keeps views of the model's weights.
+
+    Args:
+        image: what a vision-language model has seen, for one sequence; its cached keys and values are what every new
+            token looks at. (A projector's picture is in the cache of the text already.)
 
     Raises:
         ValueError: the model is not on a CPU (elsewhere, kernel launches and not Python set the pace), or it has other
@@ -43,7 +49,7 @@ class TokenStep:
         """Whether every block has plain attention and a dense feed-forward network, so that the loop below is right."""
         return all(type(block.self_attn) is Attention and type(block.mlp) is SwiGLU for block in model.layers)
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, image: ImageContext | None = None):
         weight = model.embed_tokens.weight
         if weight.device.type != "cpu":
             raise ValueError(f"model: on device {weight.device}, expected cpu")
@@ -72,6 +78,7 @@ class TokenStep:
             )
             for layer in model.layers
         ]
+        self.looks = self._looks(model, image)
         self.last_norm, self.head = self._norm(model.norm.weight), self._matrix(model.lm_head.weight)
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -85,6 +92,48 @@ class TokenStep:
     def _norm(self, weight: Tensor) -> Tensor:
         scaled = weight.detach().float() * math.sqrt(weight.numel())
         return scaled.expand(*self.lead, -1)  # so that the product comes out once per chunk of the next matrix
+
+    def _looks(self, model: Decoder, image: ImageContext | None) -> list[tuple | None]:
+        """For every layer what its cross-attention needs, or None."""
+        looks = [None] * len(model.layers)
+        if image is None or not image.keys_values:
+            return looks
+        if image.batch_size != 1:
+            raise ValueError(f"image: made for {image.batch_size} sequences, expected one")
+        real = slice(None) if image.mask is None else image.mask[0]
+        if image.mask is not None and not real.any():
+            return looks
+        for (layer, block), (k, v) in zip(model.cross.items(), image.keys_values, strict=True):
+            mlp = None
+            if block.mlp is not None:
+                weights = (self._matrix(w.weight) for w in (block.mlp.gate_up_proj, block.mlp.down_proj))
+                mlp = (self._norm(block.post_attention_layernorm.weight), *weights, _opening(block.mlp_gate))
+            looks[int(layer)] = (
+                self._norm(block.input_layernorm.weight), self._matrix(block.q_proj.weight),
+                self._matrix(block.o_proj.weight), _opening(block.gate), k[:, :, real], v[:, :, real], mlp,
+            )  # fmt: skip
+        return looks
+
+    def _look(self, x: Tensor, h: Tensor, look: tuple) -> Tensor:
+        """One gated cross-attention block; ``h`` is room for the normed row. The gate scales the last product."""
+        norm, w_q, w_o, opening, k, v, mlp = look
+        size, lead = self.config.hidden_size, self.lead
+        product, add_product = (torch.mm, torch.addmm) if self.chunks == 1 else (torch.bmm, torch.baddbmm)
+        self._normed(x.view(1, size), norm, h)
+        q = product(h, w_q).view(1, k.shape[1], -1, k.shape[3])
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = add_product(x, y.view(1, -1).expand(*lead, -1), w_o, alpha=opening(h))
+        if mlp is None:
+            return x
+        norm, w_gate_up, w_down, opening = mlp
+        self._normed(x.view(1, size), norm, h)
+        gate, up = product(h, w_gate_up).view(2, -1).unbind(0)
+        return add_product(x, F.silu(gate).mul_(up).expand(*lead, -1), w_down, alpha=opening(h))
+
+    def _normed(self, row: Tensor, weight: Tensor, out: Tensor) -> None:
+        torch.div(
+            torch.mul(row, weight), torch.hypot(torch.linalg.vector_norm(row, dtype=torch.float32), self.eps), out=out
+        )
 
     def __call__(self, token: int, cache: KVCache) -> Tensor:
         """Append ``token`` to ``cache`` (at the cache's one position) and return the logits that follow it.
@@ -116,9 +165,11 @@ class TokenStep:
         with torch.inference_mode():
             h = torch.empty(*lead, size, dtype=dtype)
             x = self.embedding[token].view(*lead, -1)  # (1, C) or (chunks, 1, C / chunks): one row, cut up
-            for (n1, w_qkv, b_qkv, w_o, n2, w_gate_up, w_down), slot, k, v in zip(
-                self.layers, slots, keys, values, strict=True
+            for (n1, w_qkv, b_qkv, w_o, n2, w_gate_up, w_down), look, slot, k, v in zip(
+                self.layers, self.looks, slots, keys, values, strict=True
             ):
+                if look is not None:
+                    x = self._look(x, h, look)
                 row = x.view(1, size)
                 div(mul(row, n1), hypot(norm(row, dtype=float32), eps), out=h)
                 qkv = (product(h, w_qkv) if b_qkv is None else add_product(b_qkv, h, w_qkv)).view(
@@ -136,3 +187,12 @@ class TokenStep:
             row = x.view(1, size)
             div(mul(row, self.last_norm), hypot(norm(row, dtype=float32), eps), out=h)
             return product(h, self.head).view(1, -1)
+
+
+def _opening(gate: Gate) -> Callable[[Tensor], float]:
+    """``opening(h)`` -> how far the gate opens for the one normed row of ``h`` (which may hold copies of it)."""
+    if gate.weight is None:
+        fixed = torch.tanh(gate.bias.detach()).item()
+        return lambda h: fixed
+    weight, bias = gate.weight.detach(), gate.bias.detach()
+    return lambda h: torch.tanh(h.view(-1, len(weight))[0] @ weight + bias).item()

@@ -3,6 +3,9 @@
 Book: used wherever a chapter trains or evaluates a language model. Origin and licence: ``data/README.md``.
 """
 
+import re
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,47 @@ def random_batch(tokens: Tensor, length: int, batch_size: int, generator: torch.
     starts = torch.randint(len(tokens) - length, (batch_size,), generator=generator)
     rows = torch.stack([tokens[start : start + length + 1] for start in starts])
     return rows[:, :-1], rows[:, 1:]
+
+
+class Words:
+    """A small vocabulary: English words, digits, punctuation and single Chinese characters are tokens.
+
+    For models that learn on a laptop: a sentence is a handful of tokens, and every token can be read. Id 0 pads, id 1
+    ends a text, id 2 stands for whatever is not known.
+
+    Example:
+        >>> words = Words(["what is top left?", "左上是什么？"])
+        >>> words.decode(words.encode("left top?"))
+        'left top?'
+    """
+
+    PAD, END, UNKNOWN = 0, 1, 2
+    _PIECES = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*|\S")
+
+    def __init__(self, texts: Iterable[str]):
+        pieces = sorted({piece for text in texts for piece in self.pieces(text)})
+        self.tokens = ["<pad>", "<end>", "<unknown>", *pieces]
+        self._ids = {token: i for i, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def pieces(cls, text: str) -> list[str]:
+        """The text cut into tokens, lower case."""
+        return cls._PIECES.findall(text.lower())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without an end."""
+        return [self._ids.get(piece, self.UNKNOWN) for piece in self.pieces(text)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end; a space stands between two words and after English punctuation only."""
+        text = ""
+        for i in ids:
+            if i == self.END:
+                break
+            token = self.tokens[i]
+            word = token[0].isascii() and token[0].isalpha()
+            text += f" {token}" if word and text and text[-1].isascii() else token
+        return text

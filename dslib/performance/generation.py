@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dslib.architecture.decoder import Decoder
+from dslib.architecture.fusion import ImageContext
 from dslib.architecture.token_step import TokenStep
 
 
@@ -83,6 +84,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int | None = None,
     cache: str = "preallocated",
+    image: ImageContext | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt by up to ``max_new_tokens`` tokens.
@@ -93,6 +95,8 @@ def generate(
         sampling: None is greedy.
         seed: of the sampling; the same seed gives the same text on the same device.
         cache: kind of cache, see :meth:`Decoder.make_cache`; prompts of different lengths need ``"preallocated"``.
+        image: what a :class:`~dslib.architecture.fusion.VisionLanguageDecoder` has seen, one picture (or several) a
+            prompt: ``model.look(pixels)``.
         on_token: called as ``on_token(index of the prompt, token id)`` as soon as a token is known.
 
     Returns:
@@ -103,7 +107,8 @@ def generate(
             new tokens together longer than ``max_position_embeddings`` (unless the model has a window).
     """
     results: list[Generation] = []
-    for index, token, finish in _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, cache, results):
+    options = (eos_token_id, sampling, seed, image, cache)
+    for index, token, finish in _decode(model, prompts, max_new_tokens, *options, results):
         results[index].tokens.append(token)
         results[index].finish = finish
         if on_token is not None:
@@ -113,7 +118,7 @@ def generate(
 
 def stream(model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, **options) -> Iterator[int]:
     """The new token ids of one prompt, one by one as they are decided; options as for :func:`generate`."""
-    keys = ("eos_token_id", "sampling", "seed")
+    keys = ("eos_token_id", "sampling", "seed", "image")
     chosen = {key: options.pop(key, None) for key in keys}
     kind = options.pop("cache", "preallocated")
     if options:
@@ -122,9 +127,11 @@ def stream(model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, 
         yield token
 
 
-def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, kind, results):
+def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, image, kind, results):
     """Yield (prompt index, token id, finish) for every new token; fills ``results`` with one Generation a prompt."""
-    sequences = _checked(model, prompts, max_new_tokens)
+    prefix = 0 if image is None else image.prefix  # positions that a picture takes before the text
+    seen = {} if image is None else {"image": image}
+    sequences = _checked(model, prompts, max_new_tokens, prefix)
     results.extend(Generation(len(ids)) for ids in sequences)
     ends = frozenset(() if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     sampling = sampling or Sampling()
@@ -140,13 +147,13 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, kind, 
     positions = torch.arange(longest, device=device).expand(len(sequences), -1) if ragged else None
     # Not `with inference_mode()` around the loop: a generator would leave the mode on in its caller between two tokens.
     with torch.inference_mode():
-        cache = model.make_cache(kind, batch_size=len(sequences), max_length=longest + max_new_tokens)
-        hidden = model.hidden_states(ids, cache, positions)  # (B, T, C)
+        cache = model.make_cache(kind, batch_size=len(sequences), max_length=prefix + longest + max_new_tokens)
+        hidden = model.hidden_states(ids, cache, positions, **seen)  # (B, T, C)
         rows = torch.arange(len(sequences), device=device)
         logits = model.lm_head(hidden[rows, last].unsqueeze(1))  # only the last real token of each prompt is needed
     # One sequence on a CPU has a leaner way to the same numbers (sinks need a mask, which it does not do).
     lean = len(sequences) == 1 and device.type == "cpu" and kind != "growing" and not model.config.attention_sinks
-    one_token = TokenStep(model) if lean and TokenStep.fits(model) else None
+    one_token = TokenStep(model, image) if lean and TokenStep.fits(model) else None
     alive = set(range(len(sequences)))
     for count in range(1, max_new_tokens + 1):
         with torch.inference_mode():
@@ -166,10 +173,10 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, kind, 
         with torch.inference_mode():
             # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
             where = (last + count).unsqueeze(1) if ragged else None
-            logits = model(token.unsqueeze(1), cache, where)  # (B, 1, vocab_size)
+            logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, vocab_size)
 
 
-def _checked(model: Decoder, prompts, max_new_tokens: int) -> list[list[int]]:
+def _checked(model: Decoder, prompts, max_new_tokens: int, prefix: int) -> list[list[int]]:
     config = model.config
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2:
@@ -190,10 +197,10 @@ def _checked(model: Decoder, prompts, max_new_tokens: int) -> list[list[int]]:
             raise ValueError(
                 f"prompts[{index}]: token id {bad!r} is outside the vocabulary, 0 to {config.vocab_size - 1}"
             )
-        total = len(ids) + max_new_tokens
+        total = prefix + len(ids) + max_new_tokens
         if config.sliding_window is None and total > config.max_position_embeddings:
             raise ValueError(
-                f"prompts[{index}]: {len(ids)} tokens and {max_new_tokens} new ones make {total}, more than the "
-                f"model's max_position_embeddings={config.max_position_embeddings}"
+                f"prompts[{index}]: {prefix + len(ids)} tokens and {max_new_tokens} new ones make {total}, more than "
+                f"the model's max_position_embeddings={config.max_position_embeddings}"
             )
     return sequences

@@ -33,13 +33,37 @@ def train(
     """Train ``model`` in place on random places of ``tokens``. Two models see the same batches for the same seed.
 
     Args:
-        model: (B, T) ids -> (B, T, vocabulary) logits; anything, if ``loss`` knows how to call it. It is put into
-            training mode and afterwards back into the mode it had. Frozen parameters stay as they are.
+        model: (B, T) ids -> (B, T, vocabulary) logits; anything, if ``loss`` knows how to call it.
         tokens: int64, 1-D.
-        learning_rate: the highest; reached after ``warmup`` (a share of the steps) along a line, then along a cosine
-            down to a tenth.
         seed: of the batches. The model's weights are drawn by whoever built it.
         loss: called as ``loss(model, inputs, targets)`` with two (B, T) tensors on the model's device; a scalar.
+
+    The other arguments, what is returned and what is raised: see :func:`fit`. Raises ValueError as well for tokens of
+    another shape or dtype and for too short a text.
+    """
+    if tokens.ndim != 1 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, expected int64, 1-D")
+    _at_least_one(batch_size=batch_size, length=length)
+    generator = torch.Generator().manual_seed(seed)
+    return fit(
+        model, lambda step: random_batch(tokens, length, batch_size, generator), steps=steps, loss=loss,
+        learning_rate=learning_rate, after_step=after_step, weight_decay=weight_decay, warmup=warmup, clip=clip,
+    )  # fmt: skip
+
+
+def fit(
+    model: nn.Module, batch: Callable[[int], tuple[Tensor, ...]], *, steps: int, loss: Callable[..., Tensor],
+    learning_rate: float = 3e-3, after_step: Callable[[nn.Module], None] | None = None, weight_decay: float = 0.1,
+    warmup: float = 0.1, clip: float = 1.0,
+) -> list[float]:  # fmt: skip
+    """Train ``model`` in place on batches of any kind.
+
+    Args:
+        model: put into training mode and afterwards back into the mode it had. Frozen parameters stay as they are.
+        batch: called as ``batch(step)``, 0 to ``steps - 1`` in order; the tensors of one batch.
+        loss: called as ``loss(model, *tensors)``, those moved to the model's device; a scalar.
+        learning_rate: the highest; reached after ``warmup`` (a share of the steps) along a line, then along a cosine
+            down to a tenth.
         after_step: called as ``after_step(model)`` when the optimiser has moved the weights, gradients off.
         weight_decay: of matrices; vectors (norms, biases) have none.
         clip: largest norm of all gradients together.
@@ -48,12 +72,11 @@ def train(
         The loss at every step, before its update.
 
     Raises:
-        ValueError: numbers out of range, tokens of another shape or dtype, too short a text, nothing to train, a loss
-            that is no scalar.
+        ValueError: numbers out of range, nothing to train, a loss that is no scalar.
         FloatingPointError: the loss is NaN or infinite, naming the step. The weights are those before that step.
     """
-    counts = {"steps": steps, "batch_size": batch_size, "length": length}
-    _check(tokens, counts, {"learning_rate": learning_rate, "clip": clip}, weight_decay, warmup)
+    _at_least_one(steps=steps)
+    _check({"learning_rate": learning_rate, "clip": clip}, weight_decay, warmup)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: got no parameter that requires a gradient, expected at least one")
@@ -62,15 +85,13 @@ def train(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
-    generator = torch.Generator().manual_seed(seed)
     device, was_training, losses = parameters[0].device, model.training, []
     model.train()
     try:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps, warmup)
-            inputs, targets = (part.to(device) for part in random_batch(tokens, length, batch_size, generator))
-            value = loss(model, inputs, targets)
+            value = loss(model, *(part.to(device) for part in batch(step)))
             if value.ndim:
                 raise ValueError(f"loss: got a tensor of shape {tuple(value.shape)}, expected a scalar")
             losses.append(value.item())
@@ -97,12 +118,13 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def _check(tokens: Tensor, counts: dict, positive: dict, weight_decay: float, warmup: float) -> None:
-    if tokens.ndim != 1 or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, expected int64, 1-D")
+def _at_least_one(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+
+
+def _check(positive: dict, weight_decay: float, warmup: float) -> None:
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: got {value}, expected a positive number")
