@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("cuda", "mps", "cpu")
+# Instruction sets that decide which matrix kernels a CPU runs, the newest first, by the flag in /proc/cpuinfo.
+INSTRUCTION_SETS = {
+    "amx_tile": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512",
+}  # fmt: skip
 
 
 def best_device() -> torch.device:
@@ -94,6 +98,8 @@ class Machine:
         python, torch, transformers: versions.
         cuda: version of the CUDA runtime PyTorch was built for; ``None`` on a CPU build.
         driver: version of the NVIDIA driver; ``None`` without one.
+        isa: for a CPU, the newest of ``INSTRUCTION_SETS`` that it has; ``None`` for AVX2 or less, or where the system
+            does not tell. Cloud machines name generations of a chip alike, and this tells them apart.
     """
 
     kind: str
@@ -107,12 +113,16 @@ class Machine:
     transformers: str | None
     cuda: str | None = None
     driver: str | None = None
+    isa: str | None = None
 
     def slug(self) -> str:
-        """A file name for this machine: the chip, and for a CPU the cores too (they change its speed)."""
+        """A file name for this machine: the chip, and for a CPU what changes its speed: instruction set and cores."""
         name = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b|@.*", " ", self.name.lower())
         words = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
-        return words if self.kind == "cuda" else f"{words}-{self.cores}-cores"
+        if self.kind == "cuda":
+            return words
+        isa = [self.isa.lower().replace("-", "").replace(" ", "-")] if self.isa else []  # avx512-bf16
+        return "-".join([words, *isa, f"{self.cores}-cores"])
 
     def versions(self) -> dict[str, str]:
         """The versions that decide a result, without the unknown ones."""
@@ -124,6 +134,7 @@ class Machine:
         """Label and text of each line the page shows."""
         kinds = {"cuda": "NVIDIA GPU (CUDA)", "mps": "Apple GPU (MPS)", "cpu": "CPU"}
         lines = [("device", kinds[self.kind]), ("name", self.name), ("CPU cores", str(self.cores))]
+        lines += [("instruction set", self.isa)] if self.isa else []
         lines += [("CPU threads used", str(self.threads)), ("memory", f"{self.memory_bytes / 1e9:.1f} GB")]
         if self.cache_bytes:
             lines.append(("last-level cache", f"{self.cache_bytes / 2**20:.0f} MiB"))
@@ -166,6 +177,7 @@ def describe(device: str | torch.device | None = None) -> Machine:
         transformers=_version("transformers"),
         cuda=torch.version.cuda,
         driver=_driver() if chosen.type == "cuda" else None,
+        isa=cpu_isa() if chosen.type == "cpu" else None,
     )
 
 
@@ -186,6 +198,16 @@ def cpu_name() -> str:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def cpu_isa() -> str | None:
+    """The newest of ``INSTRUCTION_SETS`` this CPU has; ``None`` for an older one, or where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = (
+        re.search(r"^flags\s*:(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.exists() else None
+    )
+    flags = found.group(1).split() if found else []
+    return next((name for flag, name in INSTRUCTION_SETS.items() if flag in flags), None)
 
 
 def cpu_memory() -> int:

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from dslib.lab.paths import data_path
-from dslib.lab.recordings_file import Recording, parse
+from dslib.lab.recordings_file import Recording, machine_name, parse
 from dslib.lab.tables import html_table
 from dslib.lab.timing import Timing
 
 ORIGINS = ("live", "recorded", "absent")
+MACHINE = ("kind", "name", "isa", "cores", "threads", "memory_bytes")  # what a recording says of its machine
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def record(fn: Callable[..., Any], **arguments: Any) -> Recording:
         function=name,
         arguments=bound,
         result=_plain("result", fn(**arguments)),
-        machine={key: getattr(machine, key) for key in ("kind", "name", "cores", "threads", "memory_bytes")},
+        machine={key: getattr(machine, key) for key in MACHINE if getattr(machine, key) is not None},
         versions=machine.versions(),
         commit=_commit(),
         command=_command(),
@@ -101,7 +102,7 @@ def write(path: Path | str | None, recordings: Iterable[Recording]) -> Path:
     kept = {_key(old): old for old in (read(path) if path.exists() else [])}
     kept |= {_key(new): new for new in recordings}
     rows = [dataclasses.asdict(kept[key]) for key in sorted(kept)]
-    names = sorted({str(row["machine"].get("name")) for row in rows})
+    names = sorted({machine_name(row["machine"]) for row in rows})
     if len(names) > 1:
         raise ValueError(f"{path.name}: got recordings of {', '.join(names)}, wanted one machine a file")
     text = json.dumps({"recordings": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

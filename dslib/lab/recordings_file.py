@@ -20,7 +20,7 @@ class Recording:
         function: ``"dslib.module:name"``.
         arguments: all of them, defaults included; plain JSON.
         result: plain JSON; a timing is a mapping with ``median``, ``low``, ``high`` (seconds), ``n`` and ``settled``.
-        machine: kind, name, cores, threads, memory_bytes.
+        machine: kind, name, cores, threads, memory_bytes; for a CPU with AVX-512 or newer, isa.
         versions: of python, torch and whatever else decides the result.
         commit, command: the code that ran, and how it was called.
         seed: the ``seed`` argument, if the function has one.
@@ -43,7 +43,12 @@ class Recording:
     def where(self) -> str:
         """Machine, date and versions in one phrase."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.machine['name']}, {self.date} ({versions}; commit {self.commit[:10]})"
+        return f"{machine_name(self.machine)}, {self.date} ({versions}; commit {self.commit[:10]})"
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """The chip's name, with the instruction set where the recording has one."""
+    return " with ".join(str(machine[key]) for key in ("name", "isa") if machine.get(key))
 
 
 def parse(file: str, text: str) -> list[Recording]:

@@ -47,12 +47,28 @@ def test_description_of_this_machine():
     [
         ({}, "amd-epyc-9v74-2-cores"),
         ({"name": "Intel(R) Xeon(R) CPU @ 2.20GHz"}, "intel-xeon-2-cores"),
+        ({"name": "AMD EPYC", "isa": "AVX-512 BF16"}, "amd-epyc-avx512-bf16-2-cores"),
         ({"kind": "cuda", "name": "NVIDIA A100-SXM4-80GB"}, "nvidia-a100-sxm4-80gb"),
         ({"name": "???"}, "unknown-2-cores"),
     ],
 )
 def test_slug_is_a_file_name(changes, slug):
     assert machine(**changes).slug() == slug
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    [("sse2 avx2 fma", None), ("avx2 avx512f avx512_vnni avx512_bf16", "AVX-512 BF16"), ("avx512f amx_tile", "AMX")],
+)
+def test_generations_of_a_cpu_are_told_apart_by_their_instructions(monkeypatch, flags, isa):
+    monkeypatch.setattr(device.Path, "exists", lambda self: True)
+    monkeypatch.setattr(device.Path, "read_text", lambda self, errors: f"model name\t: AMD EPYC\nflags\t\t: {flags}\n")
+    assert device.cpu_isa() == isa
+
+
+def test_a_system_that_hides_its_instructions(monkeypatch):
+    monkeypatch.setattr(device.Path, "exists", lambda self: False)
+    assert device.cpu_isa() is None
 
 
 def test_unknown_versions_are_left_out():

@@ -67,6 +67,11 @@ def test_the_default_file_is_named_after_the_machine(folder):
 def test_one_machine_a_file(folder):
     with pytest.raises(ValueError, match="wanted one machine a file"):
         recordings.write(folder / "a.json", [on_gpu(), recordings.record(speed, size=4)])
+    made = recordings.record(speed, size=3)
+    newer = dataclasses.replace(made, arguments={"size": 4, "seed": 0}, machine=made.machine | {"isa": "AVX-9000"})
+    with pytest.raises(ValueError, match="with AVX-9000, wanted one machine a file"):
+        recordings.write(folder / "a.json", [made, newer])
+    assert "with AVX-9000, 20" in newer.where
 
 
 def test_without_a_recording_the_page_says_so(folder, no_cuda):
