@@ -99,6 +99,16 @@ class KVCache:
         """
         raise ValueError(f"cache: {type(self).__name__} has no slots to write to; use 'preallocated' or 'rolling'")
 
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on, as if those tokens had never been fed: for guesses that failed.
+
+        Raises:
+            ValueError: a length outside 0 to what is held, or a rolling cache, which has overwritten what came before.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: got {length}, expected 0 to {self.length}, the tokens held")
+        self.length = length  # a buffer's later slots are overwritten before any query may look at them
+
     def _uniform(self, tokens: int, positions: Tensor | None, device: torch.device) -> Tensor:
         if positions is not None:
             raise ValueError(
@@ -131,6 +141,10 @@ class GrowingCache(KVCache):
 
     def begin(self, tokens, positions, device):
         return self._in_order(self._uniform(tokens, positions, device))
+
+    def truncate(self, length):
+        super().truncate(length)
+        self.layers = [parts and tuple(t[:, :, :length] for t in parts) for parts in self.layers]
 
     def update(self, layer, *new):
         held = self.layers[layer]
@@ -170,7 +184,14 @@ class PreallocatedCache(_BufferCache):
 
     Sequences of a batch may be at different positions: pass ``positions`` (B, T) to the model. Right-padded prompts
     need no special care: what padding wrote at a slot is overwritten before any query may look at it.
+
+    Attributes:
+        static: when ``positions`` are given, return every slot behind a mask and never read a position back. All steps
+            then have one shape and none makes the device wait, so that a CUDA graph can repeat them; whoever sets it
+            answers for positions below ``max_length``.
     """
+
+    static = False
 
     def __init__(self, num_layers, batch_size, num_key_value_heads, max_length, head_dim, *, dtype, device="cpu",
                  window: int | None = None, sinks: int = 0):  # fmt: skip
@@ -200,14 +221,16 @@ class PreallocatedCache(_BufferCache):
         batch = self.batch_size
         if positions.ndim != 2 or positions.shape[0] != batch:
             raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected ({batch}, tokens)")
-        last, first = int(positions.max()), int(positions.min())
-        if first < 0 or last >= self.max_length:
-            raise ValueError(
-                f"positions: got {first} to {last}, expected 0 to {self.max_length - 1} (the cache's max_length - 1)"
-            )
         self._slots = (torch.arange(batch, device=positions.device).unsqueeze(1), positions)
-        self._from, self._stop = None, max(self.length, last + 1)
-        self.length = self._stop
+        self._from, self._stop = None, self.max_length
+        if not self.static:
+            last, first = int(positions.max()), int(positions.min())
+            if first < 0 or last >= self.max_length:
+                raise ValueError(
+                    f"positions: got {first} to {last}, expected 0 to {self.max_length - 1} "
+                    "(the cache's max_length - 1)"
+                )
+            self._stop = self.length = max(self.length, last + 1)
         keys = torch.arange(self._stop, device=positions.device).unsqueeze(0)
         return Step(positions, mask=visible(positions, keys, self.window, self.sinks).unsqueeze(1))
 
@@ -260,6 +283,9 @@ class RollingCache(_BufferCache):
         self._held = self._slot(held)
         keys = torch.cat((held, new[0])).unsqueeze(0)
         return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def truncate(self, length):
+        raise ValueError("cache: a rolling cache has overwritten old positions; use 'preallocated' or 'growing'")
 
     def append(self):
         self.begin(1, None, self.buffer.device)

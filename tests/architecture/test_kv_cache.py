@@ -216,3 +216,44 @@ def test_a_cache_for_another_batch_is_refused(kind):
     model = noisy(sliding_window=4)
     with pytest.raises(ValueError, match="made for 3 sequences, input_ids has 2"):
         model(torch.zeros(2, 1, dtype=torch.long), model.make_cache(kind, batch_size=3, max_length=8))
+
+
+@pytest.mark.parametrize("kind", ["preallocated", "growing"])
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_going_back_is_as_if_the_tokens_had_never_been_fed(kind, window):
+    model, ids = noisy(window), some_ids(1, 20)
+    cache = model.make_cache(kind, batch_size=1, max_length=20)
+    model(ids[:, :8], cache)
+    model(some_ids(1, 6, seed=1), cache)  # guesses, one of which shall stay
+    cache.truncate(8)
+    assert cache.length == 8
+    got = torch.cat([model(part, cache) for part in ids[:, 8:].split([3, 1, 8], dim=1)], dim=1)
+    torch.testing.assert_close(got, model(ids)[:, 8:], atol=2e-5, rtol=1e-4)
+    cache.truncate(0)
+    torch.testing.assert_close(model(ids[:, :8], cache), model(ids[:, :8]), atol=2e-5, rtol=1e-4)
+
+
+def test_going_back_too_far_or_in_a_ring_is_refused():
+    cache = noisy().make_cache("preallocated", max_length=8)
+    with pytest.raises(ValueError, match="length: got 1, expected 0 to 0"):
+        cache.truncate(1)
+    with pytest.raises(ValueError, match="rolling cache has overwritten"):
+        noisy(5).make_cache("rolling").truncate(0)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@torch.no_grad()
+def test_static_steps_have_one_shape_and_the_same_logits(window):
+    model, ids, starts = noisy(window), some_ids(2, 14), torch.tensor([5, 3])
+    cache = model.make_cache("preallocated", batch_size=2, max_length=16)
+    model(ids[:, :5], cache)  # the second sequence will overwrite positions 3 and 4
+    cache.static = True
+    for count in range(6):
+        at = starts + count
+        token = torch.stack([ids[row, at[row]] for row in range(2)]).unsqueeze(1)
+        got = model(token, cache, at.unsqueeze(1))
+        for row in range(2):
+            want = model(ids[row : row + 1, : at[row] + 1])[:, -1]
+            torch.testing.assert_close(got[row], want, atol=2e-5, rtol=1e-4)
+    assert cache.length == 5 and cache._stop == 16
