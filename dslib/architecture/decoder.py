@@ -8,6 +8,7 @@ Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971,
 2401.02954) for DeepSeek's own dense model.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 
@@ -215,10 +216,11 @@ class Decoder(nn.Module):
     def with_window(self, window: int | None, sinks: int = 0) -> "Decoder":
         """The same weights, shared and not copied, behind another attention window."""
         config = dataclasses.replace(self.config, sliding_window=window, attention_sinks=sinks)
-        twin = build(config, device="meta")
-        twin.load_state_dict(self.state_dict(), assign=True)
-        twin.tie_weights()
-        return twin.train(self.training)
+        twin = copy.deepcopy(self, {id(kept): kept for kept in (*self.parameters(), *self.buffers())})
+        twin.config = config
+        for layer in twin.layers:
+            layer.self_attn.window, layer.self_attn.sinks = window, sinks
+        return twin
 
     def make_cache(self, kind: str = "preallocated", *, batch_size: int = 1, max_length: int | None = None) -> KVCache:
         """An empty cache that fits this model: ``"growing"``, ``"preallocated"`` or ``"rolling"``.

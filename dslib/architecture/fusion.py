@@ -13,15 +13,12 @@ Book: ``chapters/architecture/fusion.ipynb``. Sources: Flamingo (arXiv 2204.1419
 2310.03744) for the two-layer projector.
 """
 
-import copy
-import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.blocks import RMSNorm, SwiGLU
+from dslib.architecture.cross_attention import GatedCrossAttention
 from dslib.architecture.decoder import Decoder, DecoderConfig, initialise
 from dslib.architecture.kv_cache import KVCache
 from dslib.architecture.linear import Linear
@@ -94,85 +91,6 @@ class ImageContext:
         return sum(t.numel() * t.element_size() for t in kept)
 
 
-class Gate(nn.Module):
-    """How much of a branch is let through: ``tanh`` of something that starts at zero, in [-1, 1].
-
-    Args:
-        kind: ``"scalar"`` or ``"token"``, see :class:`FusionConfig`.
-    """
-
-    def __init__(self, kind: str, hidden_size: int):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(()))
-        # Zero weights give a zero gate but no zero gradient: it is the branch, not the weight, that they multiply.
-        self.weight = nn.Parameter(torch.zeros(hidden_size)) if kind == "token" else None
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(B, T, hidden_size), normed -> (B, T, 1), or a scalar that is the same for all tokens."""
-        if self.weight is None:
-            return torch.tanh(self.bias)
-        return torch.tanh(h @ self.weight + self.bias).unsqueeze(-1)
-
-
-class GatedCrossAttention(nn.Module):
-    """Tokens ask, image features answer, a gate decides how much of the answer counts (Flamingo, section 2.2).
-
-    ``x + gate * attention(norm(x), features)``, then, if wanted, the same with a feed-forward network. Positions play
-    no role here: those of the picture have to be in its features.
-    """
-
-    def __init__(self, config: FusionConfig):
-        super().__init__()
-        size, self.head_dim = config.hidden_size, config.head_dim
-        self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.input_layernorm = RMSNorm(size, config.rms_norm_eps)
-        self.q_proj = Linear(size, self.query_heads * self.head_dim, bias=False)
-        self.kv_proj = Linear(config.image_hidden_size, 2 * self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = Linear(self.query_heads * self.head_dim, size, bias=False)
-        self.gate = Gate(config.gate, size)
-        self.mlp = None
-        if config.cross_intermediate_size:
-            self.post_attention_layernorm = RMSNorm(size, config.rms_norm_eps)
-            self.mlp = SwiGLU(size, config.cross_intermediate_size)
-            self.mlp_gate = Gate(config.gate, size)
-
-    def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, C) -> keys and values (B, Hk, N, D): all that a picture means to this block."""
-        kv = self.kv_proj(features).unflatten(-1, (2, self.kv_heads, self.head_dim))  # (B, N, 2, Hk, D)
-        k, v = kv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-        return k, v
-
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """(B, T, hidden_size) -> the same.
-
-        Args:
-            keys_values: from :meth:`keys_values`.
-            mask: bool (B, N), which features are real. A row without any leaves its sequence exactly as it was.
-        """
-        seen = None if mask is None else mask.any(-1)[:, None, None]  # (B, 1, 1)
-        answer, gate = self.answer(x, keys_values, mask)
-        x = x + gate * (answer if seen is None else answer.where(seen, 0.0))
-        if self.mlp is not None:
-            h = self.post_attention_layernorm(x)
-            more = self.mlp_gate(h) * self.mlp(h)
-            x = x + (more if seen is None else more.where(seen, 0.0))
-        return x
-
-    def answer(
-        self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What attention returns, (B, T, hidden_size), and the gate before it, (B, T, 1) or a scalar."""
-        h = self.input_layernorm(x)
-        q = self.q_proj(h).unflatten(-1, (self.query_heads, self.head_dim)).transpose(1, 2)  # (B, Hq, T, D)
-        if mask is not None:
-            # A sequence without a picture looks at everything, as softmax needs something; `forward` drops the result.
-            mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, N)
-        y = F.scaled_dot_product_attention(
-            q, *keys_values, attn_mask=mask, enable_gqa=self.query_heads != self.kv_heads
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(2)), self.gate(h)
-
-
 class VisionLanguageDecoder(Decoder):
     """The V1 decoder with an image stream. Without a picture it is the text model, exactly.
 
@@ -227,15 +145,6 @@ class VisionLanguageDecoder(Decoder):
             setattr(model, name, getattr(text, name))
         return model.train(text.training)
 
-    def with_window(self, window: int | None, sinks: int = 0) -> "VisionLanguageDecoder":
-        """As the decoder's: the same weights behind another attention window; a projector's picture is part of it."""
-        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        twin = copy.deepcopy(self, shared)
-        twin.config = dataclasses.replace(self.config, sliding_window=window, attention_sinks=sinks)
-        for layer in twin.layers:
-            layer.self_attn.window, layer.self_attn.sinks = window, sinks
-        return twin
-
     def look(self, pixels: Tensor, mask: Tensor | None = None) -> ImageContext:
         """Run the image stream and keep what the text model needs of it.
 
@@ -246,11 +155,15 @@ class VisionLanguageDecoder(Decoder):
                 without; only for cross-attention.
 
         Raises:
-            ValueError: pixels or mask of another shape.
+            ValueError: pixels or mask of another shape; pixels that are not finite.
         """
         several = pixels.ndim == 5
         flat = pixels.flatten(0, 1) if several else pixels
         check_pixels(flat)
+        if broken := (~flat.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+            raise ValueError(
+                f"pixels: NaN or infinite in {len(broken)} of {len(flat)} pictures, first in number {broken[0]}"
+            )
         features = self.vision(flat)  # (B K, N, C)
         if several:
             features = features.unflatten(0, pixels.shape[:2]).flatten(1, 2)  # (B, K N, C)

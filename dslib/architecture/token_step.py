@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dslib.architecture.attention import Attention, rope_angles
 from dslib.architecture.blocks import SwiGLU
+from dslib.architecture.cross_attention import Gate
 from dslib.architecture.decoder import Decoder
-from dslib.architecture.fusion import Gate, ImageContext
+from dslib.architecture.fusion import ImageContext
 from dslib.architecture.kv_cache import KVCache
 from dslib.architecture.linear import cut_rows, row_chunks
 
@@ -61,6 +62,7 @@ class TokenStep:
         # A float32 row runs on one thread unless the rows of W are cut into a batch, see linear.py. Other dtypes have
         # a threaded kernel of their own.
         rows = (heads * config.head_dim, size, 2 * config.intermediate_size, config.vocab_size)
+        rows += (2 * getattr(config, "cross_intermediate_size", 0),)
         split = self.dtype is torch.float32 and model.lm_head.split_rows
         self.chunks = row_chunks(*rows) if split else 1
         # The one row, and with chunks one copy of it for each: (1, size) or (chunks, 1, size).
@@ -172,9 +174,8 @@ class TokenStep:
                     x = self._look(x, h, look)
                 row = x.view(1, size)
                 div(mul(row, n1), hypot(norm(row, dtype=float32), eps), out=h)
-                qkv = (product(h, w_qkv) if b_qkv is None else add_product(b_qkv, h, w_qkv)).view(
-                    -1, dim
-                )  # (Hq + 2 Hk, D)
+                qkv = product(h, w_qkv) if b_qkv is None else add_product(b_qkv, h, w_qkv)
+                qkv = qkv.view(-1, dim)  # (Hq + 2 Hk, D)
                 qkv = torch.addcmul(qkv * cos, qkv.roll(dim // 2, -1), sin)
                 q, kv = qkv.split_with_sizes((heads, 2 * kv_heads))
                 slot.copy_(kv.view(2, 1, kv_heads, dim))

@@ -36,7 +36,9 @@ class SwinStream(nn.Module):
 
         if config is not None and model is not None:
             raise ValueError("config and model: got both, expected at most one of them")
-        self.swin = model or SwinModel(SwinConfig(**(config or TINY_SWIN)), add_pooling_layer=False)
+        if model is None:
+            model = SwinModel(SwinConfig(**(config or TINY_SWIN)), add_pooling_layer=False)
+        self.swin = model
         self.hidden_size = self.swin.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:

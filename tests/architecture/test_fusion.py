@@ -1,0 +1,413 @@
+"""Eyes for the text model: nothing changes while the gate is shut, and one look serves every token."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from dslib.architecture.cross_attention import Gate, GatedCrossAttention
+from dslib.architecture.decoder import DecoderConfig, build, count_parameters
+from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
+from dslib.architecture.token_step import TokenStep
+from dslib.architecture.vision import SwinStream
+from dslib.performance.generation import generate, stream
+
+SIZES = (40, 32, 48, 2, 4, 2)  # vocab, hidden, intermediate, layers, heads, kv heads
+N, C = 6, 24
+
+
+class Grid(nn.Module):
+    """An image stream that is quick to run: each of six patches is one linear map of its pixels."""
+
+    hidden_size = C
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Conv2d(3, C, 4, stride=4)
+
+    def forward(self, pixels):
+        return self.map(pixels).flatten(2).transpose(1, 2)
+
+
+def noisy(model, std=0.3):
+    """Weights that are loud enough for differences to show, gates ajar."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        loud = torch.randn(parameter.shape, generator=generator) * std
+        parameter.data = (loud + (parameter.ndim == 1 and "gate" not in name)).to(parameter.dtype)
+    return model.eval()
+
+
+def model_of(std=0.3, **changes):
+    fields = {"max_position_embeddings": 64, "image_hidden_size": C, **changes}
+    torch.manual_seed(0)
+    model = VisionLanguageDecoder(FusionConfig(*SIZES, **fields), Grid())
+    return noisy(model, std) if std else model.eval()
+
+
+def pixels(batch=2, seed=1):
+    return torch.randn(batch, 3, 8, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def ids_of(batch=2, tokens=7):
+    return torch.randint(SIZES[0], (batch, tokens), generator=torch.Generator().manual_seed(2))
+
+
+KINDS = {
+    "scalar gate": {"gate": "scalar"},
+    "token gate": {"gate": "token"},
+    "with feed-forward": {"gate": "token", "cross_intermediate_size": 20},
+    "every second layer": {"cross_attention_every": 2},
+    "projector": {"fusion": "projector"},
+}
+CROSS = {name: kind for name, kind in KINDS.items() if name != "projector"}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+every_cross = pytest.mark.parametrize("kind", CROSS.values(), ids=CROSS)
+
+
+# --- the gate
+
+
+@every_cross
+def test_at_the_start_it_is_the_text_model_bit_for_bit(kind):
+    text = build(DecoderConfig(*SIZES), seed=3).eval()
+    model = VisionLanguageDecoder.from_text(text, Grid(), **kind)
+    ids = ids_of()
+    with torch.no_grad():
+        assert torch.equal(model(ids, image=model.look(pixels())), text(ids))
+        assert torch.equal(model(ids), text(ids))
+
+
+@every_cross
+def test_a_shut_gate_still_learns(kind):
+    """The gate is zero at the start, its gradient is not; behind it, gradients come once it has moved."""
+    model = model_of(std=0, **kind)
+    model(ids_of(), image=model.look(pixels())).square().mean().backward()
+    assert all(block.gate.bias.grad.abs() > 0 for block in model.cross.values())
+    assert all(block.q_proj.weight.grad.abs().max() == 0 for block in model.cross.values())
+    with torch.no_grad():
+        for block in model.cross.values():
+            block.gate.bias.add_(0.1)
+    model(ids_of(), image=model.look(pixels())).square().mean().backward()
+    parts = ("q_proj", "kv_proj", "o_proj")
+    assert all(getattr(block, part).weight.grad.abs().max() > 0 for block in model.cross.values() for part in parts)
+    assert model.vision.map.weight.grad.abs().max() > 0
+
+
+@every_kind
+def test_the_picture_matters_and_the_future_does_not(kind):
+    model, ids = model_of(**kind), ids_of()
+    with torch.no_grad():
+        one, other = (model(ids, image=model.look(pixels(seed=seed))) for seed in (1, 2))
+        assert (one - other).abs().min(-1).values.max() > 1e-3
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % SIZES[0]
+        again = model(changed, image=model.look(pixels(seed=1)))
+        torch.testing.assert_close(again[:, :-1], one[:, :-1], atol=1e-5, rtol=1e-4)
+        assert (again[:, -1] - one[:, -1]).abs().max() > 1e-2
+
+
+def test_a_scalar_gate_is_one_number_and_a_token_gate_one_for_each_token():
+    h = torch.randn(2, 5, 8)
+    scalar, token = Gate("scalar", 8), Gate("token", 8)
+    assert count_parameters(scalar) == 1
+    assert count_parameters(token) == 9
+    assert scalar(h).item() == 0 and token(h).shape == (2, 5, 1) and not token(h).any()
+    nn.init.normal_(token.weight)
+    assert token(h).std() > 0.1 and token(h).abs().max() <= 1
+    nn.init.constant_(scalar.bias, 0.5)
+    assert scalar(h).item() == pytest.approx(0.46211716)  # tanh(0.5)
+
+
+# --- against the formula, and one look for all tokens
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_is_the_formula_written_out(masked):
+    model = model_of(gate="token", cross_intermediate_size=20)
+    block = model.cross["1"]
+    x, features = torch.randn(2, 5, 32), torch.randn(2, N, C)
+    mask = torch.tensor([[True, True, False, True, False, False], [True] * 6]) if masked else None
+    with torch.no_grad():
+        got = block(x, block.keys_values(features), mask)
+        for b in range(2):
+            real = features[b] if mask is None else features[b, mask[b]]
+            keys, values = (real @ block.kv_proj.weight.T).view(len(real), 2, 2, 8).unbind(1)  # (N, Hk, D)
+            h = block.input_layernorm(x[b])
+            q = block.q_proj(h).view(5, 4, 8)
+            heads = []
+            for head in range(4):
+                scores = q[:, head] @ keys[:, head // 2].T / 8**0.5
+                heads.append(scores.softmax(-1) @ values[:, head // 2])
+            opening = torch.tanh(h @ block.gate.weight + block.gate.bias)[:, None]
+            wanted = x[b] + opening * block.o_proj(torch.cat(heads, -1))
+            h = block.post_attention_layernorm(wanted)
+            opening = torch.tanh(h @ block.mlp_gate.weight + block.mlp_gate.bias)[:, None]
+            wanted = wanted + opening * block.mlp(h)
+            torch.testing.assert_close(got[b], wanted, atol=1e-5, rtol=1e-4)
+
+
+@every_kind
+@pytest.mark.parametrize("cache_kind", ["growing", "preallocated"])
+def test_cached_equals_uncached(kind, cache_kind):
+    """Looked once, decoded token by token, against the whole text with the features computed anew."""
+    model, ids = model_of(**kind), ids_of(tokens=9)
+    with torch.no_grad():
+        image = model.look(pixels())
+        cache = model.make_cache(cache_kind, batch_size=2, max_length=9 + image.prefix)
+        steps = [model(part, cache, image=image) for part in (ids[:, :4], *ids[:, 4:].split(1, dim=1))]
+        whole = model(ids, image=model.look(pixels()))
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-5, rtol=1e-4)
+    assert cache.length == 9 + image.prefix
+    assert image.prefix == (N if model.config.fusion == "projector" else 0)
+
+
+@every_kind
+def test_what_is_kept_of_a_picture(kind):
+    model = model_of(**kind)
+    image = model.look(pixels(3))
+    each = N * 32 if model.config.fusion == "projector" else len(model.cross) * 2 * N * 2 * 8
+    assert image.nbytes == 3 * each * 4
+    assert image.batch_size == 3
+
+
+def test_several_pictures_for_a_text_are_one_long_row_of_features():
+    model, ids = model_of(), ids_of(batch=1)
+    several = torch.stack([pixels(3)])  # (1, 3, 3, 8, 12)
+    with torch.no_grad():
+        features = model.vision(several[0]).flatten(0, 1)[None]
+        torch.testing.assert_close(model(ids, image=model.look(several)), model(ids, image=model.look_at(features)))
+        one_hidden = model(ids, image=model.look(several, torch.tensor([[True, False, True]])))
+        without = model(ids, image=model.look(several[:, [0, 2]]))
+        torch.testing.assert_close(one_hidden, without, atol=1e-5, rtol=1e-4)
+
+
+@every_cross
+def test_one_batch_may_hold_texts_with_and_without_a_picture(kind):
+    model, ids = model_of(**kind), ids_of()
+    with torch.no_grad():
+        mixed = model(ids, image=model.look(pixels(), torch.tensor([True, False])))
+        torch.testing.assert_close(mixed[:1], model(ids[:1], image=model.look(pixels()[:1])), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mixed[1], model(ids)[1], atol=1e-5, rtol=1e-4)
+        assert (mixed[1] - model(ids, image=model.look(pixels()))[1]).abs().max() > 1e-2
+
+
+def test_a_sequence_without_a_picture_is_left_exactly_as_it_was_and_gives_finite_gradients():
+    block = GatedCrossAttention(FusionConfig(*SIZES, image_hidden_size=C, cross_intermediate_size=8))
+    for gate in (block.gate, block.mlp_gate):
+        nn.init.ones_(gate.bias)
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    out = block(x, block.keys_values(torch.randn(2, N, C)), torch.tensor([[True] * N, [False] * N]))
+    assert torch.equal(out[1], x[1]) and not torch.equal(out[0], x[0])
+    out.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
+    assert torch.equal(x.grad[1], torch.ones(3, 32))
+
+
+# --- padding, windows, weights
+
+
+@every_kind
+def test_prompts_of_different_lengths_each_get_the_text_they_get_alone(kind):
+    model, prompts = model_of(**kind), [[1, 2, 3], [7], [9, 8, 7, 6, 5]]
+    images = pixels(3)
+    alone = [
+        generate(model, [prompt], 12, image=model.look(images[i : i + 1]))[0].tokens for i, prompt in enumerate(prompts)
+    ]
+    together = generate(model, prompts, 12, image=model.look(images))
+    assert [result.tokens for result in together] == alone
+    assert alone != [generate(model, [prompt], 12)[0].tokens for prompt in prompts]
+
+
+@torch.no_grad()
+def argmax_loop(model, prompt, new, images):
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int(model(torch.tensor([ids]), image=model.look(images))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "cache, window", [("growing", None), ("growing", 20), ("preallocated", None), ("preallocated", 20), ("rolling", 20)]
+)
+def test_generation_with_a_picture_equals_the_argmax_loop(kind, cache, window):
+    """growing takes the plain path, the others the lean one."""
+    model, image = model_of(**kind, sliding_window=window), pixels(1)
+    wanted = argmax_loop(model, [1, 2, 3], 15, image)
+    assert len(set(wanted)) > 3
+    assert generate(model, [[1, 2, 3]], 15, cache=cache, image=model.look(image))[0].tokens == wanted
+    assert list(stream(model, [1, 2, 3], 15, cache=cache, image=model.look(image))) == wanted
+
+
+@every_cross
+@pytest.mark.parametrize("size", [SIZES, (50, 36, 50, 2, 3, 1), (51, 33, 25, 2, 3, 3)], ids=["4", "2", "1"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_lean_step_computes_what_the_model_computes(kind, size, masked):
+    """With weights cut into 4, 2 or 1 chunks, and features left out."""
+    torch.manual_seed(0)
+    extra = {"head_dim": 10} if size[1] == 33 else {}
+    model = noisy(VisionLanguageDecoder(FusionConfig(*size, **extra, **kind, image_hidden_size=C), Grid()))
+    ids = torch.randint(size[0], (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image = model.look(pixels(1)[:, None].repeat(1, 2, 1, 1, 1), torch.tensor([[True, False]]) if masked else None)
+        caches = [model.make_cache(max_length=12) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :3], cache, image=image)
+        step = TokenStep(model, image)
+        lean = torch.cat([step(token, caches[0]) for token in ids[0, 3:].tolist()])
+        full = torch.cat([model(token, caches[1], image=image)[:, 0] for token in ids[:, 3:].split(1, dim=1)])
+    assert full.std() > 0.1
+    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
+
+
+def test_the_lean_step_without_any_picture_is_the_text_model():
+    model, ids = model_of(), ids_of(batch=1)
+    with torch.no_grad():
+        none = model.look(pixels(1), torch.tensor([False]))
+        caches = [model.make_cache(max_length=8) for _ in range(2)]
+        assert torch.equal(TokenStep(model, none)(3, caches[0]), TokenStep(model)(3, caches[1]))
+    with pytest.raises(ValueError, match="made for 2 sequences, expected one"):
+        TokenStep(model, model.look(pixels(2)))
+    assert ids.shape == (1, 7)
+
+
+def test_bfloat16_generates_with_a_picture():
+    model = model_of().bfloat16()
+    image = model.look(pixels(1).bfloat16())
+    assert generate(model, [[1, 2]], 5, image=image)[0].new_tokens == 5
+
+
+@every_kind
+def test_with_window_shares_weights_and_stream(kind):
+    model, ids = model_of(**kind), ids_of(tokens=12)
+    local = model.with_window(3)
+    assert local.config.sliding_window == 3 and model.config.sliding_window is None
+    assert {p.data_ptr() for p in local.parameters()} == {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        image = model.look(pixels())
+        assert torch.equal(local.with_window(None)(ids, image=image), model(ids, image=image))
+        assert (local(ids, image=image) - model(ids, image=image)).abs().max() > 1e-2
+        near = model.with_window(64)(ids, image=image)
+    torch.testing.assert_close(near, model(ids, image=image), atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_model_gets_eyes_and_keeps_its_weights():
+    text = build(DecoderConfig(*SIZES, tie_word_embeddings=True), seed=0, dtype=torch.bfloat16)
+    model = VisionLanguageDecoder.from_text(text, Grid(), gate="token", cross_attention_every=2)
+    assert model.embed_tokens is text.embed_tokens and model.lm_head.weight is text.embed_tokens.weight
+    assert list(model.cross) == ["0"] and model.cross["0"].q_proj.weight.dtype is torch.bfloat16
+    names = set(text.state_dict())
+    assert {name.split(".")[0] for name in set(model.state_dict()) - names} == {"vision", "cross"}
+    assert isinstance(model.config, FusionConfig) and model.config.image_hidden_size == C
+
+
+def test_the_state_dict_comes_back():
+    model, ids = model_of(gate="token"), ids_of()
+    twin = VisionLanguageDecoder(model.config, Grid()).eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(twin(ids, image=twin.look(pixels())), model(ids, image=model.look(pixels())))
+
+
+# --- which words open the gate
+
+
+def test_openings_are_what_the_gates_did():
+    model, ids = model_of(gate="token"), ids_of()
+    image = model.look(pixels())
+    gates, shares = model.openings(ids, image)
+    assert gates.shape == shares.shape == (2, 2, 7)
+    with torch.no_grad():
+        x = model.embed(ids)
+        block = model.cross["0"]
+        passed = block(x, image.keys_values[0]) - x
+        torch.testing.assert_close(gates[0], block.gate(block.input_layernorm(x)).squeeze(-1))
+        torch.testing.assert_close(shares[0], passed.norm(dim=-1) / x.norm(dim=-1), atol=1e-4, rtol=1e-4)
+    scalar = model_of(gate="scalar")
+    gates, _ = scalar.openings(ids, scalar.look(pixels()))
+    assert (gates == gates[:, :1, :1]).all() and not any(block._forward_hooks for block in scalar.cross.values())
+    projector = model_of(fusion="projector")
+    with pytest.raises(ValueError, match="'projector', which has no gates"):
+        projector.openings(ids, projector.look(pixels()))
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "add"}, "fusion: got 'add', expected 'cross' or 'projector'"),
+        ({"gate": "vector"}, "gate: got 'vector', expected 'scalar' or 'token'"),
+        ({"image_hidden_size": 0}, "image_hidden_size: got 0, expected at least 1"),
+        ({"cross_attention_every": 0}, "cross_attention_every: got 0"),
+        ({"cross_intermediate_size": -1}, "cross_intermediate_size: got -1, expected at least 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
+    ],
+)
+def test_bad_shapes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(FusionConfig(*SIZES), **changes)
+
+
+def test_a_stream_of_another_size():
+    with pytest.raises(ValueError, match="features of size 24, but image_hidden_size=64"):
+        VisionLanguageDecoder(FusionConfig(*SIZES), Grid())
+
+
+def test_bad_pixels_masks_and_images():
+    model, projector, ids = model_of(), model_of(fusion="projector"), ids_of()
+    for bad in (torch.zeros(3, 8, 12), torch.zeros(2, 4, 8, 12), torch.zeros(2, 3, 0, 12)):
+        with pytest.raises(ValueError, match=r"pixels: got shape"):
+            model.look(bad)
+    with pytest.raises(ValueError, match=r"pixels: got dtype torch.uint8, expected normalised"):
+        model.look(torch.zeros(2, 3, 8, 12, dtype=torch.uint8))
+    broken = pixels()
+    broken[1, 0, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"pixels: NaN or infinite in 1 of 2 pictures, first in number 1"):
+        model.look(broken)
+    with pytest.raises(ValueError, match=r"mask: got torch.int64 of shape \(2,\), expected bool \(2,\)"):
+        model.look(pixels(), torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"mask: got torch.bool of shape \(3,\)"):
+        model.look(pixels(), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="every sequence needs as many"):
+        projector.look(pixels(), torch.tensor([True, False]))
+    for bad in (torch.zeros(2, C), torch.zeros(2, N, C + 1), torch.zeros(2, 0, C)):
+        with pytest.raises(ValueError, match=r"features: got shape .*, expected \(batch, features, 24\)"):
+            model.look_at(bad)
+    with pytest.raises(ValueError, match="image: made for 3 sequences, input_ids has 2"):
+        model(ids, image=model.look(pixels(3)))
+    for one, other in ((model, projector), (projector, model)):
+        with pytest.raises(ValueError, match="image: made by another kind of model"):
+            one(ids, image=other.look(pixels()))
+
+
+def test_a_projectors_picture_counts_towards_the_length():
+    model = model_of(fusion="projector", max_position_embeddings=16)
+    image = model.look(pixels(1))
+    assert generate(model, [[1, 2, 3]], 7, image=image)[0].new_tokens == 7
+    with pytest.raises(ValueError, match=r"9 tokens and 8 new ones make 17"):
+        generate(model, [[1, 2, 3]], 8, image=image)
+
+
+# --- streams
+
+
+def test_a_stream_has_to_be_handed_normalised_squares_of_its_size():
+    stream_ = SwinStream()
+    assert stream_.hidden_size == 64
+    with torch.no_grad():
+        assert stream_(torch.zeros(2, 3, 64, 64)).shape == (2, 64, 64)
+    with pytest.raises(ValueError, match=r"pixels: got \(32, 64\), expected 64 x 64"):
+        stream_(torch.zeros(1, 3, 32, 64))
+    with pytest.raises(ValueError, match="config and model: got both"):
+        SwinStream({"image_size": 64}, stream_.swin)
+
+
+def test_a_config_alone_builds_the_swin_too():
+    model = build(FusionConfig(*SIZES), seed=0)
+    assert isinstance(model, VisionLanguageDecoder) and isinstance(model.vision, SwinStream)
+    image = model.look(torch.zeros(1, 3, 64, 64))
+    assert image.keys_values[0][0].shape == (1, 2, 64, 8)
