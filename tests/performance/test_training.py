@@ -1,5 +1,6 @@
 """The training loop: it learns, it repeats itself, its schedule and hooks do what they say, bad input is named."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from dslib.architecture import decoder
-from dslib.performance.training import next_token_loss, train
+from dslib.performance.loss_scaling import LossScaler
+from dslib.performance.training import fit, next_token_loss, train
 
 TOKENS = torch.arange(400) % 7  # the next token is certain
 TINY = decoder.preset("tiny", vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -142,6 +144,189 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_weights(valu
     ],
 )
 def test_bad_input_is_named(change, message):
+    call = {"model": tiny(), "tokens": TOKENS, "steps": 2, **SHORT} | change
+    with pytest.raises(ValueError, match=message):
+        train(**call)
+
+
+# ---------------------------------------------------------------- parts of a batch
+
+
+def gradients_of_one_step(accumulate, **options):
+    """Gradients before clipping, and the loss, of one step on eight rows."""
+    model = tiny()
+    losses = train(model, TOKENS, steps=1, batch_size=8, length=8, clip=1e9, accumulate=accumulate, **options)
+    return losses[0], [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_the_parts_add_up_to_the_whole_batch(accumulate):
+    loss, whole = gradients_of_one_step(1)
+    loss_of_parts, parts = gradients_of_one_step(accumulate)
+    assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_training_in_parts_ends_where_the_whole_one_ends():
+    models = [tiny(), tiny()]
+    whole, parts = (
+        train(m, TOKENS, steps=20, batch_size=8, length=8, accumulate=n) for m, n in zip(models, (1, 4), strict=True)
+    )
+    assert parts == pytest.approx(whole, rel=1e-3)
+
+
+def test_the_model_sees_one_part_at_a_time():
+    sizes = []
+
+    def loss(m, inputs, targets):
+        sizes.append(len(inputs))
+        return next_token_loss(m, inputs, targets)
+
+    train(tiny(), TOKENS, steps=2, batch_size=6, length=8, accumulate=3, loss=loss)
+    assert sizes == [2] * 6
+
+
+def padded_loss(model, inputs, targets):
+    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def padded_batch(_):
+    rows = torch.stack([TOKENS[start : start + 9] for start in range(8)])
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].clone()
+    for row in range(8):
+        targets[row, : max(0, 7 - 2 * row)] = -100  # the first rows are mostly padding
+    return inputs, targets
+
+
+def test_parts_with_padding_weigh_as_much_as_they_have_terms():
+    found = {}
+    counts = {"counted": lambda inputs, targets: int((targets != -100).sum()), "mean of means": None}
+    for name, accumulate in (("whole", 1), ("counted", 4), ("mean of means", 4)):
+        model = tiny()
+        options = {"accumulate": accumulate, "counts": counts.get(name), "clip": 1e9}
+        found[name] = fit(model, padded_batch, steps=1, loss=padded_loss, **options), model.norm.weight.grad.clone()
+    assert found["counted"][0] == pytest.approx(found["whole"][0], rel=1e-6)
+    torch.testing.assert_close(found["counted"][1], found["whole"][1], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(found["mean of means"][1], found["whole"][1], rtol=1e-2)
+
+
+def test_a_part_without_a_term_is_left_out_and_a_batch_without_any_is_an_error():
+    def batch(_):
+        inputs, targets = padded_batch(0)
+        targets[:4] = -100
+        return inputs, targets
+
+    options = {"steps": 1, "loss": padded_loss, "accumulate": 2}
+    counted = fit(tiny(), batch, counts=lambda x, y: int((y != -100).sum()), **options)
+    assert math.isfinite(counted[0])
+    with pytest.raises(ValueError, match=r"counts: got \[0, 0\], expected numbers of terms"):
+        fit(tiny(), batch, counts=lambda x, y: 0, **options)
+
+
+# ---------------------------------------------------------------- 16 bits
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_16_bits_learn_too_and_weights_stay_in_32(precision):
+    model, seen = tiny(), []
+    losses = train(model, TOKENS, steps=60, learning_rate=1e-2, precision=precision, on_step=seen.append, **SHORT)
+    exact = train(tiny(), TOKENS, steps=60, learning_rate=1e-2, **SHORT)
+    assert losses[-1] == pytest.approx(exact[-1], abs=0.1) and losses != exact
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert {step.scale for step in seen} == ({2.0**16} if precision == "float16" else {1.0})
+
+
+def test_the_loss_runs_under_autocast():
+    seen = []
+
+    def loss(m, inputs, targets):
+        seen.append(m(inputs).dtype)
+        return next_token_loss(m, inputs, targets)
+
+    for precision in ("float32", "bfloat16", "float16"):
+        train(tiny(), TOKENS, steps=1, precision=precision, loss=loss, **SHORT)
+    assert seen == [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale():
+    model, seen, moved, before = tiny(), [], [], [None]
+    scaler = LossScaler(2.0**40, growth_interval=2)
+
+    def on_step(step):
+        seen.append(step)
+        now = model.norm.weight.detach().clone()
+        moved.append(before[0] is None or not torch.equal(now, before[0]))
+        before[0] = now
+
+    called = []
+    train(model, TOKENS, steps=40, precision="float16", scaler=scaler, on_step=on_step,
+          after_step=lambda m: called.append(1), **SHORT)  # fmt: skip
+    skipped = [step.skipped for step in seen]
+    assert skipped[0] and not all(skipped)
+    assert len(called) == skipped.count(False)
+    assert moved[1:] == [not s for s in skipped[1:]]
+    for step, after in itertools.pairwise(seen):
+        assert math.isnan(step.gradient_norm) == step.skipped
+        assert after.scale in ({step.scale / 2} if step.skipped else {step.scale, 2 * step.scale})
+    assert scaler.scale in (seen[-1].scale / 2, seen[-1].scale, 2 * seen[-1].scale)
+
+
+def test_the_scale_does_not_reach_the_update():
+    """Powers of two change no digit, so in float16 without flushed numbers any scale gives the same weights."""
+    models = [tiny(), tiny()]
+    for model, scale in zip(models, (2.0**10, 2.0**12), strict=True):
+        train(model, TOKENS, steps=3, precision="float16", scaler=LossScaler.fixed(scale), **SHORT)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
+
+def test_gradients_that_are_not_finite_stop_before_the_update():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+    model = Root()
+    with pytest.raises(FloatingPointError, match="gradients: got norm inf at step 0 of 2"):
+        train(model, TOKENS, steps=2, loss=lambda m, x, y: m.weight.sqrt().sum(), **SHORT)
+    assert torch.equal(model.weight, torch.zeros(2))
+    with pytest.raises(FloatingPointError, match="NaN or infinite at every loss scale"):
+        train(model, TOKENS, steps=99, loss=lambda m, x, y: m.weight.sqrt().sum(), precision="float16", **SHORT)
+    assert torch.equal(model.weight, torch.zeros(2))
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def test_each_step_is_told():
+    seen = []
+    losses = train(tiny(), TOKENS, steps=6, learning_rate=1e-2, on_step=seen.append, **SHORT)
+    assert [step.number for step in seen] == list(range(6))
+    assert [step.loss for step in seen] == losses
+    assert seen[0].learning_rate == pytest.approx(1e-2) and seen[-1].learning_rate == pytest.approx(1e-3)
+    assert all(step.gradient_norm > 0 and step.scale == 1.0 and not step.skipped for step in seen)
+
+
+def test_the_bar_is_shown_on_demand_only(capsys):
+    train(tiny(), TOKENS, steps=2, **SHORT)
+    assert capsys.readouterr().err == ""
+    train(tiny(), TOKENS, steps=2, progress=True, **SHORT)
+    assert "2/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accumulate": 3}, "accumulate: got 3, expected a divisor of the batch's 4 rows"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"every": 0}, "every: got 0, expected at least 1"),
+        ({"precision": "int8"}, "precision: got 'int8', expected one of 'float32', 'bfloat16', 'float16'"),
+        ({"precision": torch.float16}, "precision: got torch.float16"),
+        ({"scaler": LossScaler()}, "scaler: got one for precision 'float32'"),
+    ],
+)
+def test_bad_options_are_named(change, message):
     call = {"model": tiny(), "tokens": TOKENS, "steps": 2, **SHORT} | change
     with pytest.raises(ValueError, match=message):
         train(**call)

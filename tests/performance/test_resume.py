@@ -1,0 +1,234 @@
+"""A resumed run is the run that never stopped, to the last bit; damaged files and other settings are named."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from dslib.architecture import decoder
+from dslib.performance import resume
+from dslib.performance.loss_scaling import LossScaler
+from dslib.performance.training import next_token_loss, train
+
+TOKENS = torch.arange(400) % 7
+SHAPE = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+RUN = {"steps": 12, "batch_size": 4, "length": 8, "every": 5, "learning_rate": 1e-2}
+
+
+class Stop(Exception):
+    pass
+
+
+class Dropped(nn.Module):
+    """A model that draws from the global generator at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.dropout = decoder.build(decoder.preset("tiny", **SHAPE), seed=0), nn.Dropout(0.2)
+
+    def forward(self, ids):
+        return self.inner.lm_head(self.dropout(self.inner.hidden_states(ids)))
+
+
+def model():
+    return decoder.build(decoder.preset("tiny", **SHAPE), seed=0)
+
+
+def stop_at(number):
+    def on_step(step):
+        if step.number == number:
+            raise Stop
+
+    return on_step
+
+
+def weights(net):
+    return [p.detach().clone() for p in net.state_dict().values()]
+
+
+OPTIONS = {
+    "float32": dict,
+    "accumulated": lambda: {"accumulate": 2},
+    "bfloat16": lambda: {"precision": "bfloat16"},
+    # Starts too high, so that the scale moves before and after the stop.
+    "float16": lambda: {"precision": "float16", "scaler": LossScaler(2.0**30, growth_interval=3)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", [model, Dropped])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, options, kind):
+    path, whole, stopped, scales = tmp_path / "run.pt", kind(), kind(), []
+    torch.manual_seed(1)
+    losses = train(whole, TOKENS, **RUN, **options(), on_step=lambda step: scales.append(step.scale))
+    torch.manual_seed(1)
+    with pytest.raises(Stop):
+        train(stopped, TOKENS, **RUN, **options(), checkpoint=path, on_step=stop_at(7))
+    resumed, seen = kind(), []
+    torch.manual_seed(99)  # another process would have another state
+    again = train(resumed, TOKENS, **RUN, **options(), checkpoint=path, on_step=seen.append)
+    assert [step.number for step in seen] == list(range(5, 12))
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert [step.scale for step in seen] == scales[5:]
+    assert len(set(scales)) > 2 or options().get("precision") != "float16"
+
+
+def test_a_finished_run_gives_its_losses_and_weights_without_a_step(tmp_path):
+    path, first, second, seen = tmp_path / "run.pt", model(), model(), []
+    losses = train(first, TOKENS, **RUN, checkpoint=path)
+    assert train(second, TOKENS, **RUN, checkpoint=path, on_step=seen.append) == losses and not seen
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+def test_writing_checkpoints_changes_nothing(tmp_path):
+    plain, kept = model(), model()
+    assert train(plain, TOKENS, **RUN) == train(kept, TOKENS, **RUN, checkpoint=tmp_path / "run.pt")
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(kept), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 2e-2}, r"learning_rate: got 0.02, expected 0.01, as in checkpoint run.pt"),
+        ({"steps": 20}, "steps: got 20, expected 12"),
+        ({"batch_size": 8}, "batch_size: got 8, expected 4"),
+        ({"seed": 3}, "seed: got 3, expected 0"),
+        ({"clip": 2.0, "warmup": 0.2}, "warmup: got 0.2, expected 0.1; clip: got 2.0, expected 1.0"),
+        ({"precision": "bfloat16"}, "precision: got bfloat16, expected float32"),
+        ({"precision": "float16"}, "scaler.growth_interval: got 2000, expected None"),
+        ({"accumulate": 2}, "accumulate: got 2, expected 1"),
+        ({"tokens": TOKENS.flip(0)}, "tokens: got 400 tokens, [0-9a-f]{12}, expected 400 tokens"),
+        ({"loss": lambda m, x, y: 2 * next_token_loss(m, x, y)}, "loss: got .*<lambda>, expected .*next_token_loss"),
+        ({"model": nn.Linear(2, 2)}, "model: got Linear, 2 tensors"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_and_says_which(tmp_path, change, message):
+    path = tmp_path / "run.pt"
+    train(model(), TOKENS, **RUN, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        train(**{"model": model(), "tokens": TOKENS, **RUN, "checkpoint": path} | change)
+    assert path.read_bytes() == before
+
+
+def damaged(path):
+    """(what, bytes) of files that are no whole checkpoint."""
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    yield "empty", b""
+    yield "half", whole[:middle]
+    yield "nearly whole", whole[:-1]
+    yield "one bit", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    yield "text", b"learning_rate: 0.01\n" * 50
+
+
+def test_damaged_files_are_refused_and_kept(tmp_path):
+    path = tmp_path / "run.pt"
+    train(model(), TOKENS, **RUN, checkpoint=path)
+    for what, data in list(damaged(path)):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"checkpoint run.pt: (cannot be read|its part .* is damaged)"):
+            train(model(), TOKENS, **RUN, checkpoint=path)
+        assert path.read_bytes() == data, what
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    torch.save(model().state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint run.pt: got something else, expected a whole training checkpoint"
+    ):
+        train(model(), TOKENS, **RUN, checkpoint=path)
+    torch.save({"kind": resume.KIND, "settings": {}}, path)
+    with pytest.raises(ValueError, match=r"checkpoint run.pt: has no 'losses'"):
+        train(model(), TOKENS, **RUN, checkpoint=path)
+    torch.save(model(), path)  # a pickled object could run code
+    with pytest.raises(ValueError, match=r"checkpoint run.pt: cannot be read"):
+        train(model(), TOKENS, **RUN, checkpoint=path)
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_first_step(tmp_path):
+    for path in (tmp_path / "none" / "run.pt", tmp_path):
+        with pytest.raises(ValueError, match=r"checkpoint: got .*, expected a file in a folder that exists"):
+            train(model(), TOKENS, **RUN, checkpoint=path, loss=lambda *_: pytest.fail("it began"))
+
+
+# ---------------------------------------------------------------- killed
+
+CHILD = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_resume as t
+from dslib.performance import resume
+torch.set_num_threads(1)
+path, stall = sys.argv[1], int(sys.argv[2])
+save, written = torch.save, [0]
+
+def half(state, file):
+    written[0] += 1
+    if written[0] <= stall:
+        return save(state, file)
+    import io, time
+    data = io.BytesIO()
+    save(state, data)
+    file.write(data.getvalue()[: len(data.getvalue()) // 2])
+    file.flush()
+    print("half", flush=True)
+    time.sleep(600)
+
+if stall:
+    torch.save = half
+print("begin", flush=True)
+t.train(t.model(), t.TOKENS, **t.RUN | {{"every": 1, "steps": int(sys.argv[3])}}, checkpoint=path)
+print("end", flush=True)
+"""
+
+
+def child(path, stall, steps=RUN["steps"]):
+    code = CHILD.format(tests=os.path.dirname(__file__))
+    command = [sys.executable, "-c", code, str(path), str(stall), str(steps)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+def test_killed_in_the_middle_of_writing_the_last_whole_checkpoint_serves(tmp_path):
+    path = tmp_path / "run.pt"
+    process = child(path, stall=4)
+    lines = [process.stdout.readline().strip() for _ in range(2)]
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert lines == ["begin", "half"] and process.returncode == -signal.SIGKILL
+    assert (tmp_path / "run.pt.part").stat().st_size > 0  # what was cut off
+    run, seen, resumed, whole = RUN | {"every": 1}, [], model(), model()
+    losses = train(resumed, TOKENS, **run, checkpoint=path, on_step=seen.append)
+    assert [step.number for step in seen] == list(range(4, 12))
+    assert losses == train(whole, TOKENS, **run)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert not (tmp_path / "run.pt.part").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+def test_killed_at_any_moment_the_file_is_whole(tmp_path):
+    """The run writes at every step, so most moments are in or next to a write."""
+    path, moments = tmp_path / "run.pt", random.Random(0)
+    for _ in range(3):
+        process = child(path, stall=0, steps=100_000)
+        assert process.stdout.readline().strip() == "begin"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        deadline = time.monotonic() + 60
+        while (path.stat().st_mtime_ns if path.exists() else 0) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.02, 0.3))
+        process.kill()
+        process.wait(60)
+        assert process.returncode == -signal.SIGKILL
+        steps = len(resume.read_whole(path)["losses"])
+        assert 0 < steps < 100_000
