@@ -127,6 +127,8 @@ HEAVY = ("torch", "transformers", "matplotlib", "IPython", "ipywidgets")
         "import dslib",
         "import dslib.lab.paths",
         "import dslib.lab.exercises",
+        "from dslib.performance import cost; assert cost.main(['estimate', '--parameters', '671e9']) == 0",
+        "from dslib.performance import queueing, servers; assert queueing.erlang_c(1, 0.5) == 0.5",
         "from dslib.lab import claims; ledger = claims.load(); assert len(ledger) > 100 and ledger.counts()",
     ],
 )

@@ -1,0 +1,263 @@
+"""What a request costs: from tokens, arrivals, speed, idle time, rent and spares to dollars, without torch.
+
+The chain has four links. A request takes some seconds of a replica (:mod:`~dslib.performance.servers`). Requests at the
+busiest time need that many replicas, of which each may be busy only a part of the time. Replicas come whole and with
+spares. And every replica is paid by the hour, busy or not (:mod:`~dslib.performance.prices`).
+
+From the command line: ``python -m dslib.performance.cost --help``.
+
+Chapter: ``chapters/performance/cost.ipynb``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+from dslib.lab.probes import NUMBER_BYTES
+from dslib.performance import prices, servers
+from dslib.performance.prices import DoesNotFit, TokenPrice, count, number
+from dslib.performance.servers import Replica, Traffic
+
+DAYS = 365
+SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a fleet costs. Dollars, without tax.
+
+    Attributes:
+        replicas: for prompts and answers together, or for each where they are apart.
+        gpus: of all replicas.
+        busy: share of the time that a replica works, on average over day and fleet.
+        per_day: rent of all replicas, and the fixed costs.
+        per_request, per_million: of a request; of a million tokens, prompts and answers alike.
+        per_million_in, per_million_out: of a million tokens of prompts and of answers, each with its share of the rent;
+            None where there are none.
+    """
+
+    replicas: tuple[float, ...]
+    gpus: float
+    busy: float
+    per_day: float
+    per_request: float
+    per_million: float
+    per_million_in: float | None
+    per_million_out: float | None
+
+    @property
+    def per_year(self) -> float:
+        """365 days."""
+        return self.per_day * DAYS
+
+
+def cost(
+    traffic: Traffic,
+    replica: Replica,
+    usd_per_gpu_hour: float,
+    *,
+    utilisation: float = 0.7,
+    redundancy: int = 0,
+    fixed_per_year: float = 0.0,
+    whole: bool = True,
+) -> Cost:
+    """What it costs to serve ``traffic`` with copies of ``replica``.
+
+    Args:
+        usd_per_gpu_hour: rent.
+        utilisation: how busy a replica may be at the busiest time, above 0 and at most 1. The rest of its time is
+            paid for and keeps the queue short (:func:`dslib.performance.queueing.mean_wait`).
+        redundancy: spare replicas for failures and updates, for each of the two kinds where they are apart.
+        fixed_per_year: dollars that do not depend on the number of GPUs: people, storage, network.
+        whole: replicas come whole, and no fewer than the replica's ``at_least``. False: fractions, as if the fleet
+            could be shared with others; the limit for a very large service.
+
+    Raises:
+        ValueError: naming what is out of range.
+    """
+    number("usd_per_gpu_hour", usd_per_gpu_hour)
+    number("utilisation", utilisation, high=1)
+    count("redundancy", redundancy, 0)
+    number("fixed_per_year", fixed_per_year, above=False)
+    seconds = replica.seconds(traffic.computed, traffic.tokens_out)
+    load = [traffic.requests_per_day / SECONDS * second for second in seconds]  # replicas kept busy, on average
+    number("replicas kept busy", sum(load) * traffic.peak / utilisation)
+    pools = load if replica.apart else [sum(load)]
+    needed = [part * traffic.peak / utilisation for part in pools]
+    if whole:  # a load of 3 may come out a hair above 3; the first replica is needed for any load at all
+        needed = [max(math.ceil(part * (1 - 1e-12)), 1 if part else 0) for part in needed]
+        needed[-1] += max(0, replica.at_least - sum(needed))
+    fleet = [part + (redundancy if part else 0) for part in needed]
+    rent = sum(fleet) * replica.gpus * usd_per_gpu_hour * 24
+    day = rent + fixed_per_year / DAYS
+    # The day's bill, shared by the replicas' time; what idles is shared in the same proportion.
+    share = fleet[0] / sum(fleet) if replica.apart else load[0] / sum(load)
+    tokens = [traffic.requests_per_day * n / 1e6 for n in (traffic.tokens_in, traffic.tokens_out)]
+    per_million = [day * part / n if n else None for part, n in zip((share, 1 - share), tokens, strict=True)]
+    return Cost(
+        tuple(fleet), sum(fleet) * replica.gpus, sum(load) / sum(fleet), day, day / traffic.requests_per_day,
+        day / sum(tokens), *per_million,
+    )  # fmt: skip
+
+
+def break_even(
+    traffic: Traffic, replica: Replica, usd_per_gpu_hour: float, api: TokenPrice | float, **options: float
+) -> float | None:
+    """The fewest requests a day at which self-hosting costs no more than an API, or None if it never does.
+
+    Whole replicas make the bill a staircase, so a little above this volume, where one more replica is due, the API may
+    be cheaper again for a while.
+
+    Args:
+        traffic: its ``requests_per_day`` does not matter.
+        api: prices of tokens, or dollars a request.
+        options: as for :func:`cost`, without ``whole``.
+
+    Raises:
+        ValueError: as :func:`cost`; an API price that is not above 0.
+    """
+    if isinstance(api, TokenPrice):
+        api = api.per_request(traffic.tokens_in, traffic.tokens_out, traffic.cached)
+    number("api", api)
+
+    def at(volume: float, **changed: float) -> Cost:
+        one = dataclasses.replace(traffic, requests_per_day=volume)
+        return cost(one, replica, usd_per_gpu_hour, **(options | changed))
+
+    if at(1.0, whole=False, redundancy=0, fixed_per_year=0.0).per_request >= api:
+        return None  # even a fleet without idle replicas and fixed costs is dearer
+    # The bill never falls with the volume, so "the volume that pays this bill" climbs to the least solution.
+    volume, paid = 0.0, at(1e-9).per_day / api
+    while paid > volume * (1 + 1e-12):
+        volume, paid = paid, at(paid).per_day / api
+    return volume
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 the plan cannot work, 2 bad arguments."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except DoesNotFit as error:
+        print(f"does not fit: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    replica = _replica(options)
+    traffic = Traffic(options.per_day, options.tokens_in, options.tokens_out, options.cached, options.peak)
+    price = None if options.usd_per_hour is not None else prices.gpu_price(replica.gpu, options.provider)
+    rent = price.usd if price else options.usd_per_hour
+    if options.parameters is not None:
+        if options.weights not in NUMBER_BYTES:
+            raise ValueError(f"weights: got {options.weights!r}, wanted one of {', '.join(NUMBER_BYTES)}")
+        size = number("parameters", options.parameters) * NUMBER_BYTES[options.weights]
+        prices.check_fits(size, replica.gpu, replica.gpus, reserve=options.reserve)
+    extra = {"utilisation": options.utilisation, "redundancy": options.redundancy, "fixed_per_year": options.fixed}
+    bill = cost(traffic, replica, rent, **extra)
+    api = prices.api_price(options.api)
+    api_usd = api.per_request(traffic.tokens_in, traffic.tokens_out, traffic.cached)
+    volume = break_even(traffic, replica, rent, api, **extra)
+    if options.json:
+        found = dataclasses.asdict(bill) | {"per_year": bill.per_year, "api_per_request": api_usd, "break_even": volume}
+        print(json.dumps(found | {"usd_per_gpu_hour": rent}, indent=2))
+        return
+    fleet = " + ".join(f"{part:g}" for part in bill.replicas) + (" (prompts + answers)" if replica.apart else "")
+    per_million = {"prompts": bill.per_million_in, "answers": bill.per_million_out}
+    speeds = f"{replica.prefill:,.0f} prompt or {replica.decode:,.0f} answer tokens/s"
+    rows = {
+        "load": f"{options.per_day:,.0f} requests a day of {options.tokens_in:g} + {options.tokens_out:g} tokens",
+        "replica": f"{replica.gpus} x {replica.gpu}: {speeds} [{', '.join(replica.source) or 'as given'}]",
+        "rent": str(price) if price else f"${rent:g} a GPU hour, as given",
+        "fleet": f"{fleet} replicas, {bill.gpus:g} GPUs, busy {bill.busy:.0%} of the time",
+        "a request": f"${bill.per_request:.6f}",
+        **{f"1M {name}": f"${usd:.3f}" for name, usd in per_million.items() if usd is not None},
+        "a day": f"${bill.per_day:,.2f}",
+        "a year": f"${bill.per_year:,.0f}",
+        "API": f"${api_usd:.6f} a request, {api}",
+        "break-even": f"{volume:,.0f} requests a day" if volume else "never: dearer a request at any volume",
+    }  # fmt: skip
+    for label, text in rows.items():
+        print(f"{label:11} {text}")
+
+
+def _replica(options: argparse.Namespace) -> Replica:
+    replica = servers.published_replica(options.server)
+    given = {name: getattr(options, name) for name in ("gpu", "gpus", "prefill", "decode")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    if not changed:
+        return replica
+    if changed.keys() & {"gpu", "gpus"} and not {"prefill", "decode"} <= changed.keys():
+        measured = f"{replica.gpus} x {replica.gpu}"
+        raise ValueError(f"prefill, decode: got none for another machine, wanted both: {options.server} is {measured}")
+    return dataclasses.replace(replica, **changed, source=())
+
+
+def _prices(options: argparse.Namespace) -> None:
+    for row in prices.gpu_prices(options.gpu):
+        print(f"{row}  {row.kind}, {row.tier}")
+    if options.gpu is None:
+        for row in prices.api_prices():
+            print(f"{row}  {row.tier}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dslib.performance.cost",
+        description="What serving a language model costs, and from which volume on an API is dearer.",
+        epilog="Exit status: 0 done, 1 the model does not fit, 2 bad arguments. Prices and speeds are cited by key.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    text = "cost of a request, a million tokens, a day and a year; break-even with an API"
+    one = commands.add_parser("estimate", help=text, description=text)
+    for name, default, help_text in (
+        ("per-day", 100_000.0, "requests a day"),
+        ("tokens-in", 1000.0, "tokens of a prompt"),
+        ("tokens-out", 500.0, "tokens of an answer"),
+        ("cached", 0.0, "share of the prompt found in a prefix cache, 0 to 1"),
+        ("peak", 1.0, "arrivals at the busiest time over the mean, 1 or more"),
+        ("server", "h200", f"deployment with published speeds: {', '.join(servers.published_replicas())}"),
+        ("gpu", "", "your own machine instead: its GPU, e.g. H100_SXM; needs the next three"),
+        ("gpus", 0, "GPUs of a replica"),
+        ("prefill", None, "prompt tokens/s of a replica that does nothing else"),
+        ("decode", None, "answer tokens/s of a replica that does nothing else"),
+        ("usd-per-hour", None, "rent of a GPU; without it, the median of its known prices"),
+        ("provider", "", "whose known price to take"),
+        ("utilisation", 0.7, "how busy a replica may be at the busiest time, above 0 to 1"),
+        ("redundancy", 0, "spare replicas"),
+        ("fixed", 0.0, "dollars a year for people, storage, network"),
+        ("api", "deepseek-chat", "API to compare with"),
+        ("parameters", None, "check that so many fit into the replica, e.g. 671e9"),
+        ("weights", "float8", f"format they are stored in: {', '.join(NUMBER_BYTES)}"),
+        ("reserve", 0.1, "share of the memory kept for caches and runtime"),
+    ):
+        kind = float if default is None else type(default)
+        shown = (
+            f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})" if default else ""
+        )
+        mark = {float: "X", int: "N", str: "NAME"}[kind]
+        one.add_argument(f"--{name}", type=kind, default=None if default == "" or name == "gpus" else default,
+                         help=help_text + shown, metavar=mark)  # fmt: skip
+    one.add_argument("--json", action="store_true", help="print a JSON object instead")
+    one.set_defaults(run=_estimate)
+    two = commands.add_parser("prices", help="known prices, with source and date")
+    two.add_argument("gpu", nargs="?", help="only this GPU")
+    two.set_defaults(run=_prices)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
