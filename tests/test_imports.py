@@ -128,6 +128,7 @@ HEAVY = ("torch", "transformers", "matplotlib", "IPython", "ipywidgets")
         "import dslib.lab.paths",
         "import dslib.lab.exercises",
         "from dslib.performance import cost; assert cost.main(['estimate', '--parameters', '671e9']) == 0",
+        "from dslib.lab import exercises; assert exercises.check('cost/replicas', lambda **_: None).status == 'todo'",
         "from dslib.performance import queueing, servers; assert queueing.erlang_c(1, 0.5) == 0.5",
         "from dslib.lab import claims; ledger = claims.load(); assert len(ledger) > 100 and ledger.counts()",
     ],
