@@ -32,9 +32,16 @@ def matrix_parameters(config: DecoderConfig) -> int:
     return sum(count for dimensions, count in _used(config) if dimensions > 1)
 
 
-@cache
 def _used(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
     """(number of dimensions, elements that one token uses) of every parameter."""
+    try:
+        return _used_once(config)
+    except TypeError:  # a configuration that holds a dict, as that of an image stream, cannot be looked up
+        return tuple(_count(build(config, device="meta")))
+
+
+@cache
+def _used_once(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
     return tuple(_count(build(config, device="meta")))
 
 
@@ -46,8 +53,15 @@ def _count(model: nn.Module) -> Iterator[tuple[int, int]]:
             experts.update(dict.fromkeys(module.experts.parameters(), share))
     for name, parameter in model.named_parameters():  # a tied head is listed once, as the embedding
         used, of = experts.get(parameter, (1, 1))
-        if name != "embed_tokens.weight" or model.config.tie_word_embeddings:
+        lookup = name == "embed_tokens.weight" and not model.config.tie_word_embeddings
+        if not lookup and not once_per_picture(name):
             yield parameter.ndim, parameter.numel() * used // of
+
+
+def once_per_picture(name: str) -> bool:
+    """Whether a vision-language model uses the parameter of this name for a picture only, and for no token of text."""
+    parts = name.split(".")
+    return parts[0] in ("vision", "projector") or (parts[0] == "cross" and "kv_proj" in parts)
 
 
 def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:

@@ -8,7 +8,8 @@ Chapter: ``chapters/start/your_machine.ipynb``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dslib.lab.device import as_device, describe
@@ -99,6 +100,19 @@ def launch_gap(side: int = 8192, rounds: int = 9) -> dict[str, Timing]:
         del product
     # The first two rounds warm up.
     return {"call returned": Timing(tuple(returned[2:])), "work finished": Timing(tuple(finished[2:]))}
+
+
+@contextmanager
+def peak_memory(device: str | torch.device | None = None) -> Iterator[dict[str, int | None]]:
+    """Afterwards the mapping's ``"bytes"`` is the most that tensors took on a CUDA device meanwhile; elsewhere None."""
+    import torch
+
+    here, found = as_device(device), {"bytes": None}
+    if here.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(here)
+    yield found
+    if here.type == "cuda":
+        found["bytes"] = torch.cuda.max_memory_allocated(here)
 
 
 def buffer_bytes(device: str | torch.device | None = None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dslib.architecture.blocks import SwiGLU
 from dslib.architecture.linear import onednn, packed_product
 from dslib.architecture.moe import MoE, Router
+from dslib.lab.device import as_device
 from dslib.lab.timing import compare
 
 # (experts, experts a token) and one expert's size as a share of the hidden size.
@@ -57,7 +58,7 @@ def moe_speed(
     hidden_size: int = 256, num_experts: int = 16, top_k: int = 2, tokens: int = 64, dtype: str = "float32",
     training: bool = False, precision: str = "highest", rounds: int = 5, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time one layer, router included, in every way there is, side by side: same weights, same tokens.
+    """Time one layer, router included, in every way there is on the best device, side by side: same weights and tokens.
 
     Args:
         num_experts, top_k: one of the keys of ``SHAPES``.
@@ -77,13 +78,14 @@ def moe_speed(
     if (num_experts, top_k) not in SHAPES:
         raise ValueError(f"num_experts, top_k: got {(num_experts, top_k)}, expected one of {list(SHAPES)}")
     kind, inner = getattr(torch, dtype), int(hidden_size * SHAPES[num_experts, top_k])
+    device = as_device(None)
     torch.manual_seed(seed)
     router = Router(hidden_size, num_experts, top_k, norm_topk_prob=True)
-    ours = MoE(hidden_size, inner, router).to(kind).eval()
-    dense = SwiGLU(hidden_size, top_k * inner).to(kind)
-    theirs, copy = transformers_block(ours), MoE(hidden_size, inner, router).to(kind).eval()
+    ours = MoE(hidden_size, inner, router).to(device, kind).eval()
+    dense = SwiGLU(hidden_size, top_k * inner).to(device, kind)
+    theirs, copy = transformers_block(ours), MoE(hidden_size, inner, router).to(device, kind).eval()
     copy.experts = _shared_experts(ours)
-    x = torch.randn(1, tokens, hidden_size).to(kind).requires_grad_(training)
+    x = torch.randn(1, tokens, hidden_size).to(device, kind).requires_grad_(training)
     grad = torch.randn_like(x)
 
     def step(module: nn.Module, call: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
@@ -106,7 +108,7 @@ def moe_speed(
         return call
 
     ways: dict[str, Callable[[], Tensor]] = {"dense": step(dense, dense), "ours": step(ours, ours)}
-    if not training and onednn():
+    if not training and device.type == "cpu" and onednn():
         ways["dense, oneDNN"] = lambda: _dense_onednn(dense, x)
     if not training and copy.experts.pack():
         ways["ours, packed"] = step(copy, copy)
@@ -123,7 +125,7 @@ def moe_speed(
             except Exception as error:  # whatever keeps it from running here is the answer
                 failed[name] = str(error).splitlines()[0][:120]
         gap = (ways["ours"]() - ways["transformers, grouped_mm"]()).abs().max().item()
-        seconds = compare(ways, rounds=rounds, warmup=1)
+        seconds = compare(ways, rounds=rounds, warmup=1, device=device)
     size = sum(p.nbytes for p in ours.experts.parameters())
     return {"seconds": seconds, "failed": failed, "largest_difference": gap, "expert_bytes": size}
 

@@ -21,18 +21,7 @@ from dslib.lab.device import as_device
 from dslib.lab.probes import read_bandwidth
 from dslib.lab.timing import Timing, compare, measure, ratio
 from dslib.performance.generation import generate
-
-
-def bytes_per_token(model: Decoder, context: int = 0) -> int:
-    """Bytes that one decoding step has to read: every weight but the unused rows of the embedding, and the cache.
-
-    A tied embedding is read whole, as the output head; of an untied one, one row is.
-    """
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding = model.embed_tokens.weight
-    if model.lm_head.weight is not embedding:
-        total -= embedding.numel() * embedding.element_size()
-    return total + context * model.config.kv_elements_per_token * embedding.element_size()
+from dslib.performance.workloads import bytes_per_token
 
 
 def decode_speed(

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,15 @@ import torch
 
 from dslib.architecture import decoder
 from dslib.lab import probes, recordings, roofline
-from dslib.performance import bench, record, speed
+from dslib.performance import bench, machine_speed, moe_speed, record, speed
 
 
 def test_bytes_a_token_reads():
     tied = decoder.build(decoder.preset("tiny"), device="meta")
     assert speed.bytes_per_token(tied) == 4 * decoder.count_parameters(tied)
     untied = decoder.build(decoder.preset("tiny", tie_word_embeddings=False), device="meta", dtype=torch.bfloat16)
-    head = untied.lm_head.weight.numel()
-    assert speed.bytes_per_token(untied) == 2 * (decoder.count_parameters(untied) - head)
+    unread = untied.lm_head.weight.numel() - 128  # of the embedding, one row is looked up
+    assert speed.bytes_per_token(untied) == 2 * (decoder.count_parameters(untied) - unread)
     # 10 tokens of context: keys and values, 4 layers, 2 heads of 32, 2 bytes
     assert speed.bytes_per_token(untied, 10) - speed.bytes_per_token(untied) == 10 * 2 * 4 * 2 * 32 * 2
 
@@ -59,23 +61,51 @@ def test_bench_prints_the_ratio(capsys):
     assert "times as fast as a band mask" in capsys.readouterr().out
 
 
+# A bare machine has torch and transformers and what these bring; it has nothing else of ours, and no network.
+BARE = """
+import socket, sys
+for name in ("matplotlib", "gguf", "accelerate", "onnxruntime", "IPython", "ipywidgets", "pandas", "scipy", "datasets"):
+    sys.modules[name] = None
+def refuse(*_, **__):
+    raise OSError("no network here")
+socket.socket.connect = socket.getaddrinfo = refuse
+from dslib.performance import record
+sys.exit(record.main(["--out", sys.argv[1]]))
+"""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="proves the command on a CPU")
-def test_record_writes_a_file_that_reads_back(tmp_path):
+def test_record_writes_a_file_that_reads_back_on_a_bare_machine(tmp_path):
     out = tmp_path / "machine.json"
-    assert record.main(["--out", str(out)]) == 0
+    done = subprocess.run([sys.executable, "-c", BARE, str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     made = recordings.read(out)
     assert sorted({r.function.split(":")[1] for r in made}) == [
-        "decode_speed",
-        "launch_gap",
-        "roof_figures",
-        "window_speed",
-    ]
-    assert not any(recordings.is_stale(r) for r in made) and json.loads(out.read_text())["recordings"]
+        "decode_speed", "launch_gap", "machine_speed", "roof_figures", "window_speed",
+    ]  # fmt: skip
+    assert len(made) == len(record.CPU_CALLS) and not any(recordings.is_stale(r) for r in made)
+    assert out.stat().st_size < 100_000
+    tables = [r.result for r in made if r.function.endswith("machine_speed")]
+    assert not [row for table in tables for row in table["rows"] if "failed" in row]
+
+
+def test_a_call_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    calls = (("dslib.lab.probes:no_such_thing", {}), ("dslib.lab.probes:launch_gap", {"side": 16, "rounds": 1}))
+    monkeypatch.setitem(record.PARTS, "machine", calls)
+    assert record.main(["--out", str(tmp_path / "a.json")]) == 1
+    assert len(recordings.read(tmp_path / "a.json")) == 1 and "1 calls failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", record.PARTS)
+def test_every_call_that_is_named_exists(part):
+    for name, call in (*record.PARTS[part], *record.GPU_CALLS):
+        recordings._bind(record.find(name), call)
 
 
 def gpu_calls():
     """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
-    modules = {"speed": speed, "probes": probes, "roofline": roofline}
+    modules = {"speed": speed, "probes": probes, "roofline": roofline, "machine_speed": machine_speed}
+    modules["moe_speed"] = moe_speed
     for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if "gpu" not in cell["metadata"].get("tags", []):
@@ -90,5 +120,5 @@ def gpu_calls():
 @pytest.mark.parametrize(("function", "arguments"), list(gpu_calls()))
 def test_every_gpu_cell_can_be_recorded(function, arguments):
     """A GPU cell and ``make record`` must mean the same call, defaults included."""
-    calls = [(fn, recordings._bind(fn, call)) for fn, call in record.GPU_CALLS]
+    calls = [(fn, recordings._bind(fn, call)) for fn, call in ((record.find(name), c) for name, c in record.GPU_CALLS)]
     assert (function, recordings._bind(function, arguments)) in calls

@@ -1,0 +1,110 @@
+"""Decoding in steps of one shape, positions and tokens in tensors: what a CUDA graph can record once and replay.
+
+An ordinary decoding loop asks the device for each token and tells it the next position, and launches hundreds of small
+kernels for every token. On a large GPU, launching takes longer than running them. Here a step reads its token and its
+position from two tensors and writes the next ones back, always over the whole cache behind a mask. Nothing in it
+depends on the host, so CUDA can record the launches of one step as a graph and replay them with a single call.
+
+The same step runs on any device without a graph, which is how the tests hold it to :func:`generate` on a CPU.
+
+Book: ``chapters/performance/speed.ipynb``. Source: gpt-fast (github.com/pytorch-labs/gpt-fast) for what it brings.
+"""
+
+import torch
+from torch import Tensor
+
+from dslib.architecture.decoder import Decoder
+from dslib.architecture.fusion import ImageContext
+
+
+class StaticDecoding:
+    """Greedy decoding of a batch of equally long prompts.
+
+    Args:
+        max_length: tokens of a prompt and its continuation together.
+        image: what a vision-language model has seen, one picture a sequence.
+        graph: record a step as a CUDA graph and replay it.
+
+    Raises:
+        ValueError: ``graph`` on another device than CUDA.
+        RuntimeError: a step that cannot be recorded, such as one whose kernels make the host wait.
+
+    Example:
+        >>> loop = StaticDecoding(model, batch_size=2, max_length=40)
+        >>> loop.generate(prompts, 8).shape  # prompts: (2, T) with T + 8 <= 40
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self, model: Decoder, batch_size: int, max_length: int, *, image: ImageContext | None = None,
+        graph: bool = False,
+    ):  # fmt: skip
+        device = model.embed_tokens.weight.device
+        if graph and device.type != "cuda":
+            raise ValueError(f"graph: got True on device {device}, expected a CUDA device")
+        self.model, self.seen = model, {} if image is None else {"image": image}
+        prefix = 0 if image is None else image.prefix
+        self.max_length = max_length
+        self.cache = model.make_cache("preallocated", batch_size=batch_size, max_length=prefix + max_length)
+        # Read and written by every step, always at the same addresses: (B, 1).
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros_like(self.token)
+        self._run = self._step
+        if graph:
+            self._run = self._record()
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Tensor) -> Tensor:
+        """Read the prompts, int64 (B, T), anew; returns the first new token of each, (B, 1)."""
+        batch, length = self.token.shape[0], prompts.shape[1]
+        if len(prompts) != batch or not 0 < length < self.max_length:
+            wanted = f"({batch}, 1 to {self.max_length - 1})"
+            raise ValueError(f"prompts: got shape {tuple(prompts.shape)}, expected {wanted}")
+        self.cache.static = False
+        self.cache.truncate(0)
+        hidden = self.model.hidden_states(prompts.to(self.token.device), self.cache, **self.seen)
+        self.token.copy_(self.model.lm_head(hidden[:, -1:]).argmax(-1))
+        self.position.fill_(length)
+        self.cache.static = True
+        return self.token
+
+    def step(self) -> Tensor:
+        """Feed the last token and get the next one of each sequence, (B, 1): a view that the next step overwrites."""
+        self._run()
+        return self.token
+
+    def generate(self, prompts: Tensor, new_tokens: int) -> Tensor:
+        """(B, T) prompts -> (B, new_tokens). The host waits for nothing until somebody looks at the result.
+
+        Raises:
+            ValueError: prompt and new tokens do not fit into ``max_length``.
+        """
+        if not 1 <= new_tokens <= self.max_length - prompts.shape[1] + 1:
+            most = self.max_length - prompts.shape[1] + 1
+            raise ValueError(f"new_tokens: got {new_tokens}, expected 1 to {most} with max_length={self.max_length}")
+        out = torch.empty(len(self.token), new_tokens, dtype=torch.int64, device=self.token.device)
+        out[:, :1] = self.prefill(prompts)
+        for index in range(1, new_tokens):
+            out[:, index : index + 1] = self.step()
+        return out
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        logits = self.model(self.token, self.cache, self.position, **self.seen)  # (B, 1, vocab_size)
+        self.token.copy_(logits.argmax(-1))
+        self.position.add_(1)
+
+    def _record(self):
+        """Run a step a few times where CUDA wants it (kernels load and libraries get memory then), and record one."""
+        self.cache.static = True
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.position.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            self._step()
+        return graph.replay

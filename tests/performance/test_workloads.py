@@ -1,0 +1,96 @@
+"""Bytes and operations of a step, against counts by hand and against what lab.roofline says of the same shape."""
+
+import pytest
+import torch
+
+from dslib.architecture import costs, decoder, sparse_decoder
+from dslib.architecture.fusion import FusionConfig
+from dslib.architecture.int4 import quantize_
+from dslib.lab.roofline import CODER_1_3B
+from dslib.performance import workloads
+
+
+def meta(config, dtype=torch.float16):
+    return decoder.build(config, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(16, 2, 1), (16, 2, 5), (8, 3, 4), (4, 4, 3), (6, 1, 0)])
+def test_expected_experts_against_a_draw(experts, top_k, tokens):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.rand(20_000, tokens, experts, generator=generator)
+    used = keys.argsort(-1) < top_k  # a random order has each set of k places equally often
+    mean = used.any(1).sum(-1).double().mean().item() if tokens else 0.0
+    assert workloads.expected_experts(experts, top_k, tokens) == pytest.approx(mean, rel=0.01)
+
+
+def test_one_token_reads_exactly_its_experts_and_all_tokens_all():
+    model = meta(sparse_decoder.preset("tiny-moe"), torch.float32)
+    experts = sum(p.nbytes for layer in model.layers for p in layer.mlp.experts.parameters())
+    rest = 4 * decoder.count_parameters(model) - experts
+    assert workloads.weight_bytes(model) == pytest.approx(rest + experts * 2 / 8)
+    assert workloads.weight_bytes(model) == 4 * costs.active_parameters(model.config)
+    assert workloads.weight_bytes(model, 10_000) == pytest.approx(rest + experts)
+
+
+def test_a_picture_costs_the_text_its_keys_and_values_only():
+    config = FusionConfig(256, 128, 352, 4, 4, 2, tie_word_embeddings=True, cross_attention_every=2)
+    model = decoder.build(config, seed=0)
+    text = workloads.weight_bytes(decoder.build(decoder.preset("tiny"), device="meta"))
+    cross = sum(p.nbytes for name, p in model.cross.named_parameters() if "kv_proj" not in name)
+    assert workloads.weight_bytes(model) == text + cross
+    with torch.no_grad():
+        image = model.look(torch.randn(3, 3, 64, 64))
+    # two blocks, keys and values, two heads of 32, 64 places of a 64-pixel picture, four bytes
+    assert workloads.cache_bytes(model, 0, image) == 2 * 2 * 2 * 32 * 64 * 4
+    assert workloads.cache_bytes(model, 7, image) - workloads.cache_bytes(model, 0, image) == 7 * 4 * 2 * 2 * 32 * 4
+
+
+def test_four_bits_are_counted_as_they_lie():
+    model = decoder.build(decoder.preset("tiny"), seed=0)
+    before = workloads.weight_bytes(model)
+    quantize_(model, group_size=32, skip=("lm_head",))
+    linear = 4 * sum(128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 352 for _ in range(4))
+    saved = linear - linear / 4 * (0.5 + 4 / 32)  # half a byte a weight; scale and zero, two bytes each, a group
+    assert before - workloads.weight_bytes(model) == pytest.approx(saved)
+
+
+def test_the_same_shape_as_in_the_first_chapter():
+    """lab.roofline's Decoder, from four published numbers, and this, from the model, agree on what they both count."""
+    model = meta(decoder.preset("1.3b"))
+    for ours, theirs in (
+        (workloads.decode_work(model, 1024), CODER_1_3B.decode(1024)),
+        (workloads.decode_work(model, 1024, 64), CODER_1_3B.decode(1024, 64)),
+    ):
+        assert ours.bytes == pytest.approx(theirs.bytes, rel=0.02) and ours.flops == pytest.approx(
+            theirs.flops, rel=0.02
+        )
+    ours, theirs = workloads.prefill_work(model, 1024), CODER_1_3B.prefill(1024)
+    head = 2 * 32256 * 2048 * 1023  # which works on the last token alone
+    assert ours.flops == pytest.approx(theirs.flops - head, rel=0.03)
+    assert ours.bytes == pytest.approx(theirs.bytes, rel=0.02)
+
+
+def test_operations_against_torchs_own_counter():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = decoder.build(decoder.preset("tiny"), seed=0)
+    ids = torch.zeros(2, 20, dtype=torch.long)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.lm_head(model.hidden_states(ids)[:, -1:])
+    # Spelt out, attention multiplies the full square; a causal kernel does half of it and half the diagonal.
+    hidden = 2 * 2 * 4 * model.config.multiplications_per_pair * (20 * 20 - 210)
+    assert workloads.prefill_work(model, 20, 2).flops == counter.get_total_flops() - hidden
+
+
+def test_a_window_ends_the_growth_of_a_step():
+    model = meta(decoder.preset("tiny", sliding_window=16))
+    assert workloads.decode_work(model, 100) == workloads.decode_work(model, 400)
+    assert workloads.decode_work(model, 8).bytes < workloads.decode_work(model, 100).bytes
+
+
+def test_bad_numbers_are_named():
+    with pytest.raises(ValueError, match="top_k: got 5, expected 1 to num_experts=4"):
+        workloads.expected_experts(4, 5, 1)
+    with pytest.raises(ValueError, match="tokens: got -1"):
+        workloads.expected_experts(4, 2, -1)
