@@ -94,7 +94,7 @@ def _check_fields(row: dict[str, Any], fail: Any, words: Mapping[str, Collection
         fail("chapter", f"got {row['chapter']!r}, wanted part/chapter with part one of {', '.join(words['part'])}")
     if row["verdict"] not in words["verdict"]:
         fail("verdict", f"got {row['verdict']!r}, wanted one of {', '.join(words['verdict'])}")
-    if not re.fullmatch(r"pending|claim-[a-z0-9-]+", row["evidence"]):
+    if not re.fullmatch(r"pending|claim-[A-Za-z0-9-]+", row["evidence"]):
         fail("evidence", f"got {row['evidence']!r}, wanted 'pending' or a cell id such as 'claim-s1-1-04'")
     for field in ("checks", "sources"):
         if not isinstance(row[field], list) or not all(isinstance(item, str) for item in row[field]):
