@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cross_attention import GatedCrossAttention
-from dslib.architecture.decoder import Decoder, DecoderConfig, initialise
+from dslib.architecture.cross_attention import GatedCrossAttention, initialise_by_width
+from dslib.architecture.decoder import Decoder, DecoderConfig
 from dslib.architecture.kv_cache import KVCache
 from dslib.architecture.linear import Linear
 from dslib.architecture.vision import SwinStream, check_pixels
@@ -121,13 +121,13 @@ class VisionLanguageDecoder(Decoder):
         if config.fusion == "cross":
             at = range(0, config.num_hidden_layers, config.cross_attention_every)
             self.cross = nn.ModuleDict({str(layer): GatedCrossAttention(config) for layer in at})
-            self.cross.apply(initialise)
+            self.cross.apply(initialise_by_width)
         else:
             self.projector = nn.Sequential(
                 Linear(config.image_hidden_size, config.hidden_size), nn.GELU(),
                 Linear(config.hidden_size, config.hidden_size),
             )  # fmt: skip
-            self.projector.apply(initialise)
+            self.projector.apply(initialise_by_width)
 
     @classmethod
     def from_text(cls, text: Decoder, vision: nn.Module, **fusion) -> "VisionLanguageDecoder":

@@ -26,7 +26,7 @@ PLACES = {
 NUMBERS = {"en": ("none", "one", "two", "three", "four"), "zh": ("没有", "一个", "两个", "三个", "四个")}
 
 
-def random(seed: int, index: int) -> np.random.Generator:
+def item_rng(seed: int, index: int) -> np.random.Generator:
     """The random numbers of item ``index``: independent of every other item's."""
     return np.random.default_rng((seed, index))
 
@@ -104,19 +104,30 @@ class SceneMaker:
         self.names = {language: emoji.names(language) for language in PLACES}
 
     def __call__(self, rng: np.random.Generator) -> Scene:
-        half = self.size // 2
-        colour = rng.integers(200, 256, 3)
-        canvas = Image.new("RGB", (self.size, self.size), tuple(int(c) for c in colour))
+        """A scene of its own invention."""
         cells: list[int | None] = [None] * 4
         for place in rng.permutation(4)[: rng.integers(self.fill[0], self.fill[1] + 1)]:
             used = [kind for kind in cells if kind is not None]
-            kind = int(rng.choice(used)) if used and rng.random() < self.again else int(rng.integers(len(self.emoji)))
-            cells[place] = kind
+            fresh = not used or rng.random() >= self.again
+            cells[place] = int(rng.integers(len(self.emoji))) if fresh else int(rng.choice(used))
+        return self.draw(cells, rng)
+
+    def draw(self, cells: Sequence[int | None], rng: np.random.Generator) -> Scene:
+        """A scene with these kinds in its quarters; ground, sizes and exact places are left to ``rng``.
+
+        Raises:
+            ValueError: not four cells, or a number that no kind has.
+        """
+        if len(cells) != 4 or not all(cell is None or 0 <= cell < len(self.emoji) for cell in cells):
+            raise ValueError(f"cells: got {list(cells)}, expected four of None and 0 to {len(self.emoji) - 1}")
+        half = self.size // 2
+        canvas = Image.new("RGB", (self.size, self.size), tuple(rng.integers(200, 256, 3).tolist()))
+        for place, kind in enumerate(cells):
             side = int(rng.integers(round(0.7 * half), half + 1))
-            corner = rng.integers(0, half - side + 1, 2)
-            x, y = int(place) % 2 * half + int(corner[0]), int(place) // 2 * half + int(corner[1])
-            picture = _scaled(self.emoji.pixels[kind].tobytes(), side)
-            canvas.paste(picture, (x, y), picture)
+            left, top = rng.integers(0, half - side + 1, 2).tolist()
+            if kind is not None:
+                picture = _scaled(self.emoji.pixels[kind].tobytes(), side)
+                canvas.paste(picture, (place % 2 * half + left, place // 2 * half + top), picture)
         return Scene(np.asarray(canvas), tuple(cells), self.names)
 
 
@@ -233,7 +244,7 @@ class Stream(IterableDataset):
 
     def batch(self, number: int) -> Any:
         """Batch ``number``, whatever came before."""
-        items = [self.make(random(self.seed, number * self.batch_size + i)) for i in range(self.batch_size)]
+        items = [self.make(item_rng(self.seed, number * self.batch_size + i)) for i in range(self.batch_size)]
         return items if self.collate is None else self.collate(items)
 
     def __iter__(self) -> Iterator[Any]:

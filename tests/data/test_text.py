@@ -35,3 +35,17 @@ def test_random_batches_shift_by_one_and_repeat_with_the_seed():
     assert x.shape == (5, 16) and torch.equal(y, x + 1) and torch.equal(x, again)
     with pytest.raises(ValueError, match="1000"):
         text.random_batch(tokens, 1000, 1, torch.Generator())
+
+
+def test_words_cut_read_and_come_back():
+    words = text.Words(["What is top left?", "左上是什么？", "read: 42"])
+    assert words.tokens[:3] == ["<pad>", "<end>", "<unknown>"]
+    assert text.Words.pieces("o'clock, 12 左上?") == ["o'clock", ",", "1", "2", "左", "上", "?"]
+    for sentence in ("what is top left?", "左上是什么？", "read: 42"):
+        assert text.Words.UNKNOWN not in words.encode(sentence)
+    assert words.decode(words.encode("what is left top?")) == "what is left top?"
+    assert words.decode(words.encode("左上是什么？")) == "左上是什么？"
+    assert words.decode(words.encode("42")) == "42"
+    assert words.decode([*words.encode("left"), words.END, *words.encode("top")]) == "left"
+    assert words.encode("zebra") == [text.Words.UNKNOWN]
+    assert len(words) == len(words.tokens) == len(set(words.tokens))
