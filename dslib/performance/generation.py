@@ -43,6 +43,10 @@ class Sampling:
         """(B, vocab_size) logits -> (B,) token ids."""
         if self.temperature == 0:
             return logits.argmax(-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from: (B, vocab_size) logits -> the same shape; ``temperature`` must be above 0."""
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[:, -1:]
@@ -52,8 +56,8 @@ class Sampling:
             ordered, order = probabilities.sort(dim=-1, descending=True)
             # A token stays if those before it have not reached top_p yet; the first always stays.
             ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
-            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
+        return probabilities
 
 
 @dataclass

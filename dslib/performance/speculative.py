@@ -1,0 +1,247 @@
+"""Speculative decoding: cheap guesses, checked by the model several at a time, without any change to what comes out.
+
+Decoding one token reads every weight. Feeding five tokens reads them once as well, so *checking* four guesses costs
+hardly more than making one token. A draft guesses, the model looks at all guesses in one pass, and as many stay as the
+model would have produced itself. What it costs when guesses fail is the draft's time and a slightly wider pass.
+
+* Greedy: a guess stays if it is the model's own choice. The text is the one that greedy decoding gives.
+* Sampling: a guess with probability q under the draft and p under the model stays with probability ``min(1, p / q)``;
+  instead of the first that does not, a token is drawn from what is left, ``max(0, p - q)`` made to sum to one. Every
+  token then has exactly the model's distribution.
+
+"Exactly" is meant up to rounding: a pass over five tokens adds in another order than five passes over one, so two
+tokens that are equally likely to the last digit may change places.
+
+Book: ``chapters/performance/speed.ipynb``. Sources: Leviathan et al. (arXiv 2211.17192, section 2), Chen et al. (arXiv
+2302.01318) for the rule; LayerSkip (arXiv 2404.16710) for drafts from a model's own layers; looking guesses up in the
+text is known as prompt lookup.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dslib.architecture.decoder import Decoder, build
+from dslib.architecture.kv_cache import KVCache
+from dslib.architecture.token_step import TokenStep
+from dslib.performance.generation import Sampling
+
+
+class Draft(Protocol):
+    """Whatever guesses how a text goes on."""
+
+    def propose(self, text: Sequence[int], count: int) -> tuple[list[int], Tensor | None]:
+        """At most ``count`` guesses, and the distributions (guesses, vocab_size) they were drawn from.
+
+        None instead of distributions means that the guesses were certain: drawn with probability 1.
+        """
+
+
+@dataclass
+class Speculation:
+    """A text and what it took.
+
+    Attributes:
+        tokens: the new ones. passes: forward passes of the model, the prompt's not counted.
+        proposed, accepted: guesses made, and those that stayed.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the guesses that stayed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens for each time the weights were read; 1 without speculation. The first token is the prompt's."""
+        return (len(self.tokens) - 1) / self.passes if self.passes else 1.0
+
+
+class PromptLookup:
+    """Guess that the text repeats itself: what followed the last few tokens when they came before? Costs nothing.
+
+    Args:
+        longest, shortest: how many of the last tokens have to be the same; the longest that is found counts, and of
+            several places the latest.
+    """
+
+    def __init__(self, longest: int = 3, shortest: int = 1):
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"shortest, longest: got {shortest} and {longest}, expected 1 <= shortest <= longest")
+        self.longest, self.shortest = longest, shortest
+
+    def propose(self, text, count):
+        text = list(text)
+        for size in range(min(self.longest, len(text) - 1), self.shortest - 1, -1):
+            last = text[-size:]
+            for start in range(len(text) - size - 1, -1, -1):
+                if text[start : start + size] == last:
+                    return text[start + size : start + size + count], None
+        return [], None
+
+
+class ModelDraft:
+    """Guesses of a smaller, or coarser, model with the same vocabulary. It keeps a cache of its own.
+
+    Args:
+        sampling: how it draws; None is greedy (its guesses then count as certain).
+        max_length: longest text, guesses included.
+    """
+
+    def __init__(self, model: Decoder, max_length: int, sampling: Sampling | None = None, seed: int = 0):
+        self.model, self.sampling = model, sampling
+        self.cache = model.make_cache("preallocated", batch_size=1, max_length=max_length)
+        self.held: list[int] = []  # the tokens that the cache stands for
+        self.one_token = _one_token(model)
+        self.generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+
+    @torch.inference_mode()
+    def propose(self, text, count):
+        text = list(text)
+        # Back to where the text and what was fed agree; the last token has to be fed in any case.
+        same = next((i for i, (a, b) in enumerate(zip(text, self.held, strict=False)) if a != b), len(self.held))
+        self.cache.truncate(min(same, len(text) - 1))
+        logits = _feed(self.model, self.one_token, text[self.cache.length :], self.cache)[-1:]  # (1, V)
+        guesses, drawn_from = [], []
+        while True:
+            if self.sampling is None:
+                guesses.append(int(logits.argmax(-1)))
+            else:
+                drawn_from.append(self.sampling.probabilities(logits))
+                guesses.append(int(torch.multinomial(drawn_from[-1], 1, generator=self.generator)))
+            if len(guesses) == count:
+                break
+            logits = self.one_token(guesses[-1], self.cache)
+        self.held = (text + guesses)[: self.cache.length]
+        return guesses, torch.cat(drawn_from) if drawn_from else None
+
+
+@torch.inference_mode()
+def speculate(
+    model: Decoder, prompt: Sequence[int], max_new_tokens: int, draft: Draft, count: int = 4, *,
+    sampling: Sampling | None = None, seed: int = 0, eos_token_id: int | Collection[int] | None = None,
+) -> Speculation:  # fmt: skip
+    """Continue one prompt, with guesses.
+
+    Args:
+        count: guesses a pass at most.
+        sampling: None is greedy: the same tokens as :func:`~dslib.performance.generation.generate`.
+        eos_token_id: the id or ids that end the text.
+
+    Raises:
+        ValueError: an empty prompt, ``max_new_tokens`` or ``count`` below 1, a draft with another vocabulary.
+    """
+    for name, value in (("prompt", len(prompt)), ("max_new_tokens", max_new_tokens), ("count", count)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    ends = frozenset(() if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    greedy = sampling is None or sampling.temperature == 0
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    cache = model.make_cache("preallocated", batch_size=1, max_length=len(prompt) + max_new_tokens)
+    one_token, text, result = _one_token(model), list(prompt), Speculation()
+
+    def check(logits: Tensor, guesses: list[int], drawn_from: Tensor | None) -> list[int]:
+        if greedy:
+            own = logits.argmax(-1).tolist()
+            stay = next((i for i, guess in enumerate(guesses) if guess != own[i]), len(guesses))
+            return own[: stay + 1]
+        return accept(sampling.probabilities(logits), guesses, drawn_from, generator)
+
+    new = check(_feed(model, one_token, text, cache)[-1:], [], None)
+    while True:
+        for token in new:
+            text.append(token)
+            result.tokens.append(token)
+            if token in ends or len(result.tokens) == max_new_tokens:
+                return result
+        wanted = min(count, max_new_tokens - len(result.tokens) - 1)  # the pass itself gives one more
+        guesses, drawn_from = draft.propose(text, wanted) if wanted else ([], None)
+        if any(not 0 <= guess < model.config.vocab_size for guess in guesses):
+            raise ValueError(f"draft: guessed {guesses}, expected ids below {model.config.vocab_size}")
+        new = check(_feed(model, one_token, [text[-1], *guesses], cache), guesses, drawn_from)
+        cache.truncate(len(text) + len(new) - 1)  # what was fed and stayed; the last new token was not fed yet
+        result.passes += 1
+        result.proposed += len(guesses)
+        result.accepted += len(new) - 1
+
+
+def accept(
+    probabilities: Tensor, guesses: Sequence[int], drawn_from: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> list[int]:  # fmt: skip
+    """Which guesses stay, and the token after them, so that each has exactly the model's distribution.
+
+    Args:
+        probabilities: (K + 1, vocab_size), the model's, for each of K guesses and for the token behind them.
+        guesses: K token ids. drawn_from: (K, vocab_size), the draft's; None for guesses that were certain.
+
+    Returns:
+        1 to K + 1 tokens.
+
+    Raises:
+        ValueError: numbers of rows that do not fit.
+    """
+    if len(probabilities) != len(guesses) + 1 or (drawn_from is not None and len(drawn_from) != len(guesses)):
+        raise ValueError(f"probabilities: got {len(probabilities)} rows for {len(guesses)} guesses, expected one more")
+    for index, guess in enumerate(guesses):
+        p = probabilities[index]
+        q = None if drawn_from is None else drawn_from[index]
+        chance = p[guess] if q is None else p[guess] / q[guess]
+        if torch.rand((), generator=generator, device=p.device) < chance:
+            continue
+        left = p.clone()
+        if q is None:
+            left[guess] = 0
+        else:
+            left = (left - q).clamp_(min=0)
+            left = left if left.any() else p  # equal but for the last digit
+        return [*guesses[:index], int(torch.multinomial(left, 1, generator=generator))]
+    return [*guesses, int(torch.multinomial(probabilities[-1], 1, generator=generator))]
+
+
+def with_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
+    """A draft from the model itself: only some of its layers, the weights shared and not copied.
+
+    Raises:
+        ValueError: no layer, or one that the model has not.
+    """
+    most = model.config.num_hidden_layers
+    if not layers or any(not 0 <= layer < most for layer in layers):
+        raise ValueError(f"layers: got {list(layers)}, expected some of 0 to {most - 1}")
+    twin = build(dataclasses.replace(model.config, num_hidden_layers=len(layers)), device="meta")
+    twin.embed_tokens, twin.norm, twin.lm_head = model.embed_tokens, model.norm, model.lm_head
+    twin.layers = nn.ModuleList(model.layers[layer] for layer in layers)
+    return twin.train(model.training)
+
+
+def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: float = 1.0) -> float:
+    """How many times as fast as plain decoding, if each guess stays with the same chance (Leviathan, theorem 3.8).
+
+    Args:
+        draft_cost: time of one guess. pass_cost: time of a checking pass. Both in times of one plain step.
+    """
+    tokens = sum(acceptance**power for power in range(count + 1))
+    return tokens / (count * draft_cost + pass_cost)
+
+
+def _one_token(model: Decoder) -> Callable[[int, KVCache], Tensor]:
+    """(token, cache) -> (1, vocab_size) logits, by the leanest way that there is for this model."""
+    if model.embed_tokens.weight.device.type == "cpu" and TokenStep.fits(model) and not model.config.attention_sinks:
+        return TokenStep(model)
+    return lambda token, cache: model(torch.tensor([[token]], device=model.embed_tokens.weight.device), cache)[0]
+
+
+def _feed(model: Decoder, one_token, tokens: Sequence[int], cache: KVCache) -> Tensor:
+    """Logits after each of the new tokens, (tokens, vocab_size)."""
+    if len(tokens) == 1:
+        return one_token(tokens[0], cache)
+    return model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
