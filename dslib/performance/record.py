@@ -4,9 +4,10 @@ On a GPU it records what the chapters' GPU cells show, with the very same functi
 torch and transformers: no network, no other package, no weights. On a CPU it runs the same functions at the ``tiny``
 size, which proves the command and records a CPU.
 
-Four parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
+Some parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
 and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
-small models (20 and 10 minutes).
+small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
+train them apart and in 16 bits (4 minutes each).
 """
 
 import argparse
@@ -68,12 +69,17 @@ TRAINING_CALLS = (
     (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
 )
 DEPTH_CALLS = (("dslib.performance.depth_experiments:exit_runs", {"seeds": 3}),)
+ISOLATION = "dslib.performance.isolation_experiments:isolation_runs"
+LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
+RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": rate, "seeds": 2, "seed": 100}) for rate in (1e-3, 2e-3, 4e-3))
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
     "experts": FORWARD_CALLS,
     "experts-training": BACKWARD_CALLS,
     "training": TRAINING_CALLS,
     "depth": DEPTH_CALLS,
+    "isolation-rates": RATES_CALLS,
+    "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
 }
 
 
