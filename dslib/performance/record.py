@@ -7,7 +7,8 @@ size, which proves the command and records a CPU.
 Some parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
 and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
 small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
-train them apart and in 16 bits (4 minutes each).
+train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (25 minutes) and
+``PART=evaluation`` times that against lm-eval (12 minutes).
 """
 
 import argparse
@@ -71,7 +72,21 @@ TRAINING_CALLS = (
 DEPTH_CALLS = (("dslib.performance.depth_experiments:exit_runs", {"seeds": 3}),)
 ISOLATION = "dslib.performance.isolation_experiments:isolation_runs"
 LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
-RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": rate, "seeds": 2, "seed": 100}) for rate in (1e-3, 2e-3, 4e-3))
+RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3))
+ANSWERS, WRITTEN = "dslib.performance.accuracy:answer_run", "dslib.performance.accuracy:written_run"
+LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed", "text")
+ACCURACY_CALLS = (
+    *((ANSWERS, {"prompt": prompt}) for prompt in LAYOUTS),
+    *((ANSWERS, {"rotate": places}) for places in (1, 2, 3)),
+    (ANSWERS, {"shots": 3}),
+    *((WRITTEN, {"prompt": prompt}) for prompt in ("mmlu", "chat")),
+    *((ANSWERS, {"questions": name}) for name in ("us_tort_law", "medmcqa", "jee-math")),
+)
+EVALUATION_CALLS = tuple(
+    ("dslib.performance.accuracy:against_lm_eval", {"prompt": prompt, "dtype": dtype})
+    for prompt in ("mmlu", "text")
+    for dtype in ("float32", "bfloat16")
+)
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
     "experts": FORWARD_CALLS,
@@ -79,6 +94,8 @@ PARTS = {
     "training": TRAINING_CALLS,
     "depth": DEPTH_CALLS,
     "isolation-rates": RATES_CALLS,
+    "accuracy": ACCURACY_CALLS,
+    "evaluation": EVALUATION_CALLS,
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
 }
 

@@ -1,0 +1,166 @@
+"""Four-choice questions: what is read from each source, and what a bad file is told."""
+
+import collections
+import importlib.util
+import json
+import zipfile
+
+import pytest
+import yaml
+
+from dslib.data import pretrained, questions
+from dslib.data.questions import AREAS, SUBJECTS, TEST_SIZES, Question
+
+GOOD = {"question": "Which is a prime?", "choices": ["4", "6", "7", "9"], "answer": 2}
+
+
+def test_281_items_of_57_subjects():
+    items = questions.mmlu_examples()
+    counts = collections.Counter(one.subject for one in items)
+    assert len(items) == 281 and counts.keys() == TEST_SIZES.keys()
+    assert set(counts.values()) == {3, 4, 5} and counts["college_chemistry"] == 3
+    assert collections.Counter(one.answer for one in items) == {0: 66, 1: 70, 2: 68, 3: 77}
+
+
+def test_the_text_of_an_item_is_taken_apart():
+    item = questions.mmlu_examples()[0]
+    assert item.subject == "abstract_algebra"
+    assert item.question == "Statement 1 | Every element of a group generates a cyclic subgroup of the group. Statement 2 | The symmetric group S_10 has 10 elements."  # fmt: skip # noqa: E501
+    assert item.choices == ("True, True", "False, False", "True, False", "False, True") and item.answer == 2
+    # No label is left in a choice, and no choice is left in a question.
+    for one in questions.mmlu_examples():
+        assert not any(label in text for label in ("(B)", "(C)", "(D)") for text in (one.question, *one.choices))
+
+
+def test_groups_are_those_of_lm_evals_tags_and_sizes_add_up():
+    folder = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
+    names = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
+    for group, sizes in SUBJECTS.items():
+        for subject in sizes:
+            with open(f"{folder}/tasks/mmlu/flan_cot_fewshot/mmlu_{subject}.yaml", encoding="utf-8") as file:
+                tag = yaml.load(file, questions._TaskLoader)["tag"]
+            assert names[tag.removeprefix("mmlu_flan_cot_fewshot_")] == group
+    assert sum(TEST_SIZES.values()) == 14042 and len(TEST_SIZES) == 57
+    assert {area: questions.test_size(area) for area in AREAS} == {"mathematics": 1064, "law": 1763, "medicine": 1640}
+
+
+def test_domains():
+    items = questions.mmlu_examples()
+    sizes = {name: len(questions.in_domain(items, name)) for name in (*SUBJECTS, *AREAS, "all")}
+    assert sum(sizes[group] for group in SUBJECTS) == sizes["all"] == 281
+    assert (sizes["mathematics"], sizes["law"], sizes["medicine"]) == (25, 15, 39)
+    with pytest.raises(ValueError, match="'maths', expected one of all, STEM"):
+        questions.in_domain(items, "maths")
+
+
+def test_rotation_keeps_the_right_choice():
+    one = Question(**GOOD)
+    for by in range(-3, 9):
+        turned = one.rotated(by)
+        assert turned.choices[turned.answer] == "7" and sorted(turned.choices) == sorted(one.choices)
+        assert turned.answer == (2 + by) % 4
+    assert one.rotated(1).choices == ("9", "4", "6", "7") and one.rotated(4) == one
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_readers_file(tmp_path):
+    path = write(tmp_path, GOOD, "", {**GOOD, "answer": "A", "subject": "numbers"})
+    first, second = questions.load(path)
+    assert first == Question(**GOOD) and (second.answer, second.subject) == (0, "numbers")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**GOOD, "choices": ["4", "6", "7"]}, "choices: got 3, expected four"),
+        ({**GOOD, "choices": ["4", "6", "7", "9", "11"]}, "choices: got 5"),
+        ({**GOOD, "choices": ["4", "", "7", "9"]}, "choices: got '' for B"),
+        ({**GOOD, "choices": "4679"}, "choices: got '4679', expected a list"),
+        ({**GOOD, "choices": ["4", "6", 7, "9"]}, "choices: got 7 for C"),
+        ({**GOOD, "answer": 4}, "answer: got 4, expected 0 to 3"),
+        ({**GOOD, "answer": -1}, "answer: got -1"),
+        ({**GOOD, "answer": "E"}, "answer: got 'E'"),
+        ({**GOOD, "answer": ""}, "answer: got ''"),
+        ({**GOOD, "answer": True}, "answer: got True"),
+        ({**GOOD, "answer": 2.0}, "answer: got 2.0"),
+        ({**GOOD, "question": " "}, "question: got ' '"),
+        ({"question": "?", "choices": GOOD["choices"]}, "answer: missing"),
+        ([1, 2], r"got \[1, 2\], expected an object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_bad_line_is_reported_with_file_and_line(tmp_path, row, said):
+    with pytest.raises(ValueError, match=rf"mine\.jsonl line 3.*{said}"):
+        questions.load(write(tmp_path, GOOD, "", row))
+
+
+def test_an_empty_file_and_a_missing_one(tmp_path):
+    with pytest.raises(ValueError, match=r"mine\.jsonl: got no question"):
+        questions.load(write(tmp_path, ""))
+    with pytest.raises(questions.QuestionsNotFound, match=r"nowhere\.jsonl', expected a file or one of mmlu-281"):
+        questions.load("nowhere.jsonl")
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(questions.QuestionsNotFound, match=r"pip install --no-deps lm-eval==0\.4\.13"):
+        questions.mmlu_examples()
+
+
+ROWS = {
+    "us_tort_law": ("Is it?\nA. Yes, A. Smith\nB. No\nC. Both\nD. None\nAnswer:", "B"),
+    "medmcqa": ("Subject: Anatomy\n\nWhich (b) one\n\na) Left\nb) Right\nc) Up\nd) Down", "d) Down"),
+    "jee-math": ("f(A) is\n(A) 1\n(B) f(B)\n(C) 3\n(D) 4\n", ["the correct answer is (C)", "other"]),
+}
+WANTED = {
+    "us_tort_law": ("Is it?", ("Yes, A. Smith", "No", "Both", "None"), 1),
+    "medmcqa": ("Which (b) one", ("Left", "Right", "Up", "Down"), 3),
+    "jee-math": ("f(A) is", ("1", "f(B)", "3", "4"), 2),
+}
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """An archive laid out like the wheel of evals, one good and one damaged question a set."""
+    path = tmp_path / questions._EVALS_WHEEL
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, (text, ideal) in ROWS.items():
+            good = {"input": [{"role": "system", "content": "Be right."}, {"role": "user", "content": text}]}
+            bad = {"input": [{"role": "user", "content": text.replace("1", "").replace("C", "").replace("c)", "")}]}
+            rows = [json.dumps({**row, "ideal": ideal}) for row in (good, bad)]
+            archive.writestr(f"evals/registry/data/{name}/samples.jsonl", "\n".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_sets_of_evals_are_read_in_place(wheel, name):
+    (one,) = questions.evals_set(name, wheel)  # the damaged one is left out
+    assert (one.question, one.choices, one.answer) == WANTED[name] and one.subject == name
+
+
+def test_the_wheel_is_looked_for_in_the_cache_then_fetched(wheel, monkeypatch, tmp_path):
+    monkeypatch.setenv("DSLIB_CACHE", str(wheel.parent))
+    assert len(questions.load("medmcqa")) == 1
+    monkeypatch.setenv("DSLIB_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(questions, "EVALS", "--no-such-option")
+    with pytest.raises(questions.QuestionsNotFound, match="pip could not fetch"):
+        questions.load("medmcqa")
+    with pytest.raises(ValueError, match="'law', expected one of us_tort_law"):
+        questions.evals_set("law", wheel)
+    assert pretrained.cache_root() == tmp_path / "other"
+
+
+def test_mmlu_from_the_hub_says_why_not(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(questions.QuestionsNotFound, match=r"pyarrow|no network"):
+        questions.load("mmlu")
