@@ -3,8 +3,8 @@
 Every function returns plain data, so that it can be shown live, recorded on a GPU (``make record``) or printed
 (``python -m dslib.performance.bench``).
 
-Book: ``chapters/architecture/decoder.ipynb``; the speed chapter will add to it. Source of the bound: Pope et al. 2022
-(arXiv 2211.05102, section 2.1): decoding one sequence takes at least the time to read every weight once a token.
+Book: ``chapters/architecture/decoder.ipynb``, ``chapters/performance/speed.ipynb``. Source of the bound: Pope et al.
+2022 (arXiv 2211.05102, section 2.1): decoding one sequence takes at least the time to read every weight once a token.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from dslib.architecture.kv_cache import visible
 from dslib.architecture.linear import set_split_rows
 from dslib.lab.device import as_device
 from dslib.lab.probes import read_bandwidth
-from dslib.lab.timing import Timing, compare, measure, ratio
+from dslib.lab.timing import Stopwatch, Timing, compare, measure, ratio
 from dslib.performance.generation import generate
 from dslib.performance.workloads import bytes_per_token
 
@@ -49,6 +49,42 @@ def decode_speed(
         "tokens_per_second": batch_size * new_tokens / timing.median,
         "bytes_per_token": read,
         "share_of_read": read * new_tokens / read_bandwidth(device) / timing.median,
+    }
+
+
+def latency(
+    model: Decoder, prompt_tokens: int = 128, new_tokens: int = 128, batch_size: int = 1,
+    pixels: torch.Tensor | None = None, runs: int = 3, seed: int = 0,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time to the first token apart from time per token after it, greedy, with a random prompt.
+
+    Args:
+        pixels: pictures for a vision-language model, (batch_size, 3, H, W); looking at them counts, as it happens
+            before the first token.
+
+    Returns:
+        Timings ``first_token`` and ``per_token`` (of a whole step, however large the batch).
+    """
+    prompts = torch.randint(
+        model.config.vocab_size, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(seed)
+    )
+
+    def laps() -> list[float]:
+        """Seconds until each token is known."""
+        times: list[float] = []
+        watch = Stopwatch(model.embed_tokens.weight.device)
+        seen = {}
+        if pixels is not None:
+            with torch.inference_mode():
+                seen = {"image": model.look(pixels)}
+        # Called for every sequence of a step; the clock is read once a step.
+        generate(model, prompts, new_tokens, on_token=lambda row, _: row or times.append(watch.lap()), **seen)
+        return times
+
+    kept = [laps() for _ in range(runs + 1)][1:]  # the first run warms up
+    return {
+        "first_token": Timing(tuple(times[0] for times in kept)),
+        "per_token": Timing(tuple((times[-1] - times[0]) / (new_tokens - 1) for times in kept)),
     }
 
 
