@@ -1,4 +1,6 @@
-"""Side-by-side timings from the command line: ``python -m dslib.performance.bench decode`` (or ``window``, or ``moe``).
+"""Side-by-side timings from the command line: ``python -m dslib.performance.bench decode``.
+
+Also ``window``, ``moe``, and ``evaluate`` (against lm-eval; takes minutes, ``--every 4`` asks a quarter).
 
 Prints medians, quartiles and ratios, with the share of this machine's measured read bandwidth or beside the bound.
 Nothing else should run on the machine meanwhile.
@@ -13,7 +15,9 @@ import torch
 from dslib.data.pretrained import load_smollm2
 from dslib.lab.device import describe
 from dslib.lab.probes import read_bandwidth
+from dslib.performance.accuracy import against_lm_eval
 from dslib.performance.moe_speed import SHAPES, TOKENS, moe_speed, ratios
+from dslib.performance.multiple_choice import PROMPTS
 from dslib.performance.speed import bytes_per_token, decode_comparison, window_speed
 
 PROMPT = "The history of the steam engine begins"
@@ -21,18 +25,19 @@ PROMPT = "The history of the steam engine begins"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dslib.performance.bench", description=__doc__)
-    parser.add_argument("what", choices=("decode", "window", "moe"))
+    parser.add_argument("what", choices=("decode", "window", "moe", "evaluate"))
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (decode)")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(moe)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(moe, evaluate)")
     parser.add_argument("--precision", choices=("highest", "medium"), default="highest", help="of matmuls (moe)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024], help="hidden sizes (moe)")
     parser.add_argument("--training", action="store_true", help="forward and backward pass (moe)")
+    parser.add_argument("--every", type=int, default=1, help="ask every so many questions (evaluate)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{describe()}; {options.threads} threads")
-    {"decode": decode, "window": window, "moe": moe}[options.what](options)
+    {"decode": decode, "window": window, "moe": moe, "evaluate": evaluate}[options.what](options)
     return 0
 
 
@@ -83,6 +88,18 @@ def moe(options: argparse.Namespace) -> None:
                   f"largest difference {point['largest_difference']:.0e}", flush=True)  # fmt: skip
             for name, why in point["failed"].items():
                 print(f"  {name} does not run: {why}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """SmolLM2 on the 281 items of MMLU, scored by letter and by full text, ours against lm-eval."""
+    for prompt in ("mmlu", "text"):
+        found = against_lm_eval(prompt, options.dtype, every=options.every, rounds=options.rounds)
+        print(f"\n{found['n']} questions, answers by {PROMPTS[prompt].answer}, {options.dtype}; same answers "
+              f"{found['same_answers']}, largest difference {found['largest_difference']:.1e} nats")  # fmt: skip
+        for way in ("lm_eval", "ours", "ours_same_kernel"):
+            print(f"  {way:17} {found[way]}, {found['n'] / found[way].median:5.1f} questions/s")
+        print(f"  ours is {found['times']:.2f} times as fast as lm-eval at its best batch size, {found['batch_size']}; "
+              f"{found['times_same_kernel']:.2f} times with products by the same library", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

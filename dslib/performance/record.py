@@ -78,9 +78,9 @@ LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed
 ACCURACY_CALLS = (
     *((ANSWERS, {"prompt": prompt}) for prompt in LAYOUTS),
     *((ANSWERS, {"rotate": places}) for places in (1, 2, 3)),
-    (ANSWERS, {"shots": 3}),
+    (ANSWERS, {"shots": 2, "dtype": "bfloat16"}),
     *((WRITTEN, {"prompt": prompt}) for prompt in ("mmlu", "chat")),
-    *((ANSWERS, {"questions": name}) for name in ("us_tort_law", "medmcqa", "jee-math")),
+    *((ANSWERS, {"questions": name, "dtype": "bfloat16"}) for name in ("us_tort_law", "medmcqa", "jee-math")),
 )
 EVALUATION_CALLS = tuple(
     ("dslib.performance.accuracy:against_lm_eval", {"prompt": prompt, "dtype": dtype})
