@@ -2,8 +2,7 @@
 
 Decoding a photograph takes as long as a small encoder takes to look at it. Done in turns, each of the two waits for the
 other half of the time. :class:`ImageLoader` decodes ahead in workers, keeps the order, holds only a few batches in
-memory, and reports every failure with the number and the name of the picture: an exception, a worker that died, one that
-does not answer.
+memory, and reports every failure with the picture's number and name: an error, a worker that died or does not answer.
 
 Book: ``chapters/scenarios/multimodal.ipynb``.
 """
@@ -80,11 +79,7 @@ def tokenise(texts: Sequence[str], tokenizer, max_length: int = 128) -> dict[str
     Raises:
         ValueError: a plain string, no text, an empty text, a tokenizer that cannot pad.
     """
-    if isinstance(texts, str) or not len(texts):
-        raise ValueError(f"texts: got {texts!r}, expected a list of at least one text")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"texts: number {number} is {text!r}, expected a text that says something")
+    _check_texts(texts)
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer: has no padding token; set tokenizer.pad_token, for example to its eos_token")
     # An own call without the limit: cutting must not be silent, and the tokenizer does not say where it cut.
@@ -92,6 +87,14 @@ def tokenise(texts: Sequence[str], tokenizer, max_length: int = 128) -> dict[str
     batch = tokenizer(list(texts), padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
     cut = torch.tensor([length > max_length for length in lengths])
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "cut": cut}
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"texts: got {texts!r}, expected a list of at least one text")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"texts: number {number} is {text!r}, expected a text that says something")
 
 
 class ImageLoader:
@@ -124,6 +127,8 @@ class ImageLoader:
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'skip'")
         if texts is not None and (len(texts) != len(sources) or tokenizer is None):
             raise ValueError(f"texts: got {len(texts)}, expected {len(sources)}, one a picture, and a tokenizer")
+        if texts is not None:
+            _check_texts(texts)  # before the first picture is decoded, not at the batch that holds the empty one
         self.sources, self.recipe, self.batch_size = sources, recipe, batch_size
         self.texts, self.tokenizer, self.max_length = texts, tokenizer, max_length
         self.workers, self.ahead, self.processes, self.on_error, self.timeout = (
@@ -143,7 +148,7 @@ class ImageLoader:
         starts = range(0, len(self.sources), self.batch_size)
         if self.workers == 0:
             for start in starts:
-                yield from self._finish({i: None for i in self._numbers(start)})
+                yield from self._finish(dict.fromkeys(self._numbers(start)))
             return
         pool, waiting = self._pool(), deque()
         try:
@@ -154,7 +159,10 @@ class ImageLoader:
             while waiting:
                 yield from self._finish(waiting.popleft())
         finally:  # also when the caller stops early, or a picture fails
+            workers = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:  # one that hangs would keep the program from ending
+                worker.kill()
 
     def _numbers(self, start: int) -> range:
         return range(start, min(start + self.batch_size, len(self.sources)))
@@ -200,3 +208,6 @@ class ImageLoader:
             raise WorkerLost(f"picture {index} or one after it: the worker that decoded it died") from error
         except TimeoutError as error:
             raise WorkerLost(f"picture {index}: no answer from its worker within {self.timeout:g} s") from error
+        except MemoryError as error:
+            error.add_note(f"while preparing picture {index}")
+            raise

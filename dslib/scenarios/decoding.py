@@ -18,8 +18,8 @@ import torch
 from PIL import ExifTags, Image
 
 # What cameras, scanners, browsers and phones write. Not the formats for which Pillow starts other programs (EPS), nor
-# those that hardly anybody tests.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
+# those that hardly anybody tests. (JPEG includes MPO, the two-picture JPEG of some cameras.)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
 MAX_PIXELS = 80_000_000  # 240 MB as RGB; below the size at which Pillow itself begins to warn
 
 Source = bytes | bytearray | memoryview | str | Path | Image.Image | np.ndarray | torch.Tensor
