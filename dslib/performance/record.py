@@ -8,7 +8,7 @@ Some parts take longer than a page should, and are made on a CPU with nothing el
 and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
 small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
 train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (25 minutes) and
-``PART=evaluation`` times that against lm-eval (12 minutes).
+``PART=evaluation`` times that against lm-eval (10 minutes).
 """
 
 import argparse
@@ -73,6 +73,11 @@ DEPTH_CALLS = (("dslib.performance.depth_experiments:exit_runs", {"seeds": 3}),)
 ISOLATION = "dslib.performance.isolation_experiments:isolation_runs"
 LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
 RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3))
+BRANCHED = ["isolated, then mixed", "isolated to the end", "joint", "joint, equal compute"]
+ISOLATION_CALLS = tuple(
+    (ISOLATION, {**LATE, "arms": arms, "learning_rate": rate, "seeds": 5})  # each arm at its best rate of those
+    for arms, rate in ((BRANCHED, 2e-3), (["joint from scratch"], 4e-3))
+)
 ANSWERS, WRITTEN = "dslib.performance.accuracy:answer_run", "dslib.performance.accuracy:written_run"
 LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed", "text")
 ACCURACY_CALLS = (
@@ -82,10 +87,12 @@ ACCURACY_CALLS = (
     *((WRITTEN, {"prompt": prompt}) for prompt in ("mmlu", "chat")),
     *((ANSWERS, {"questions": name, "dtype": "bfloat16"}) for name in ("us_tort_law", "medmcqa", "jee-math")),
 )
-EVALUATION_CALLS = tuple(
-    ("dslib.performance.accuracy:against_lm_eval", {"prompt": prompt, "dtype": dtype})
-    for prompt in ("mmlu", "text")
-    for dtype in ("float32", "bfloat16")
+LM_EVAL = "dslib.performance.accuracy:against_lm_eval"
+EVALUATION_CALLS = (
+    (LM_EVAL, {"dtype": "float32", "rounds": 1}),
+    (LM_EVAL, {"dtype": "bfloat16", "rounds": 1}),
+    (LM_EVAL, {"prompt": "text", "dtype": "float32", "every": 4, "rounds": 1}),
+    (LM_EVAL, {"prompt": "text", "dtype": "bfloat16", "every": 4, "rounds": 1}),
 )
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
@@ -94,6 +101,7 @@ PARTS = {
     "training": TRAINING_CALLS,
     "depth": DEPTH_CALLS,
     "isolation-rates": RATES_CALLS,
+    "isolation": ISOLATION_CALLS,
     "accuracy": ACCURACY_CALLS,
     "evaluation": EVALUATION_CALLS,
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
