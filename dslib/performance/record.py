@@ -8,7 +8,8 @@ Some parts take longer than a page should, and are made on a CPU with nothing el
 and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
 small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
 train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (25 minutes) and
-``PART=evaluation`` times that against lm-eval (10 minutes).
+``PART=evaluation`` times that against lm-eval (10 minutes). ``PART=vision`` trains small models with pictures (10
+minutes; ``vision-0`` to ``vision-2`` are its thirds) and ``PART=vision-speed`` times them (3 minutes).
 """
 
 import argparse
@@ -94,6 +95,9 @@ EVALUATION_CALLS = (
     (LM_EVAL, {"prompt": "text", "dtype": "float32", "every": 4, "rounds": 1}),
     (LM_EVAL, {"prompt": "text", "dtype": "bfloat16", "every": 4, "rounds": 1}),
 )
+RUN, SPEED = "dslib.performance.vision_figures:vision_run", "dslib.performance.vision_speed"
+VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
+LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}), (f"{SPEED}:stream_cost", {}))
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
     "experts": FORWARD_CALLS,
@@ -104,6 +108,9 @@ PARTS = {
     "isolation": ISOLATION_CALLS,
     "accuracy": ACCURACY_CALLS,
     "evaluation": EVALUATION_CALLS,
+    "vision": VISION_CALLS,
+    **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
+    "vision-speed": LOOK_CALLS,
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
 }
 

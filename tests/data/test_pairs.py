@@ -63,7 +63,7 @@ def test_no_identity_is_on_two_sides_of_the_split(emoji):
 
 
 def test_nearly_equal_pictures_and_variants_are_on_one_side(emoji):
-    """What the build promises, checked on what it shipped: no pair across the split nearer than NEAR, no variant apart."""
+    """What the build promises, checked on what it shipped: no pair across the split nearer than NEAR."""
     flat = emoji.images().reshape(1895, -1).float()
     squares = flat.square().sum(1)
     distance = ((squares[:, None] + squares - 2 * flat @ flat.T).clamp(min=0) / flat.shape[1]).sqrt()
