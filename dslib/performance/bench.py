@@ -1,6 +1,6 @@
 """Side-by-side timings from the command line: ``python -m dslib.performance.bench decode``.
 
-Also ``window``, ``moe``, and ``evaluate`` (against lm-eval; takes minutes, ``--every 4`` asks a quarter).
+Also ``window``, ``moe``, ``look`` (a token after a look at a picture), and ``evaluate`` (against lm-eval; takes minutes, ``--every 4`` asks a quarter).
 
 Prints medians, quartiles and ratios, with the share of this machine's measured read bandwidth or beside the bound.
 Nothing else should run on the machine meanwhile.
@@ -19,13 +19,14 @@ from dslib.performance.accuracy import against_lm_eval
 from dslib.performance.moe_speed import SHAPES, TOKENS, moe_speed, ratios
 from dslib.performance.multiple_choice import PROMPTS
 from dslib.performance.speed import bytes_per_token, decode_comparison, window_speed
+from dslib.performance.vision_speed import look_cost
 
 PROMPT = "The history of the steam engine begins"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dslib.performance.bench", description=__doc__)
-    parser.add_argument("what", choices=("decode", "window", "moe", "evaluate"))
+    parser.add_argument("what", choices=("decode", "window", "moe", "look", "evaluate"))
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (decode)")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{describe()}; {options.threads} threads")
-    {"decode": decode, "window": window, "moe": moe, "evaluate": evaluate}[options.what](options)
+    {"decode": decode, "window": window, "moe": moe, "look": look, "evaluate": evaluate}[options.what](options)
     return 0
 
 
@@ -67,6 +68,16 @@ def window(options: argparse.Namespace) -> None:
         print(f"  {way:7} {result[way]}")
     print(f"  blocks are {result['times_band']:.1f} times as fast as a band mask, {result['times_causal']:.1f} times "
           f"as fast as full causal; largest difference {result['largest_difference']:.1e}")  # fmt: skip
+
+
+def look(options: argparse.Namespace) -> None:
+    for every in (1, 4):
+        found = look_cost(every=every, rounds=options.rounds)
+        where = "every layer" if every == 1 else f"every {every} layers"
+        print(f"\nSmolLM2's shape, float32, 16 tokens behind 64; cross-attention before {where}")
+        for way, run in found["seconds"].items():
+            times = f"{found['over_text'][way]:.2f} of text, {found['over_equal_size'][way]:.2f} at equal size"
+            print(f"  {way:16} {run.median / 16 * 1e3:6.2f} ms a token, {times}")
 
 
 def moe(options: argparse.Namespace) -> None:
