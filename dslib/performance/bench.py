@@ -1,6 +1,7 @@
 """Side-by-side timings from the command line: ``python -m dslib.performance.bench decode``.
 
-Also ``window``, ``moe``, ``look`` (a token after a look at a picture), and ``evaluate`` (against lm-eval; takes minutes, ``--every 4`` asks a quarter).
+Also ``window``, ``moe``, ``look`` (a token after a look at a picture), and ``evaluate`` (against lm-eval; takes
+minutes, ``--every 4`` asks a quarter).
 
 Prints medians, quartiles and ratios, with the share of this machine's measured read bandwidth or beside the bound.
 Nothing else should run on the machine meanwhile.
