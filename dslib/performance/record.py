@@ -10,6 +10,7 @@ small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rate
 train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (25 minutes) and
 ``PART=evaluation`` times that against lm-eval (10 minutes). ``PART=vision`` trains small models with pictures (10
 minutes; ``vision-0`` to ``vision-2`` are its thirds) and ``PART=vision-speed`` times them (3 minutes).
+``PART=speculative`` has SmolLM2 decode with guesses (2 minutes).
 """
 
 import argparse
@@ -111,6 +112,7 @@ PARTS = {
     "vision": VISION_CALLS,
     **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
     "vision-speed": LOOK_CALLS,
+    "speculative": (("dslib.performance.speculative_speed:speculative_speed", {}),),
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
 }
 

@@ -101,7 +101,7 @@ class ModelDraft:
         self.model, self.sampling = model, sampling
         self.cache = model.make_cache("preallocated", batch_size=1, max_length=max_length)
         self.held: list[int] = []  # the tokens that the cache stands for
-        self.one_token = _one_token(model)
+        self.one_token = one_token_step(model)
         self.generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
 
     @torch.inference_mode()
@@ -110,7 +110,7 @@ class ModelDraft:
         # Back to where the text and what was fed agree; the last token has to be fed in any case.
         same = next((i for i, (a, b) in enumerate(zip(text, self.held, strict=False)) if a != b), len(self.held))
         self.cache.truncate(min(same, len(text) - 1))
-        logits = _feed(self.model, self.one_token, text[self.cache.length :], self.cache)[-1:]  # (1, V)
+        logits = feed(self.model, self.one_token, text[self.cache.length :], self.cache)[-1:]  # (1, V)
         guesses, drawn_from = [], []
         while True:
             if self.sampling is None:
@@ -147,7 +147,7 @@ def speculate(
     greedy = sampling is None or sampling.temperature == 0
     generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     cache = model.make_cache("preallocated", batch_size=1, max_length=len(prompt) + max_new_tokens)
-    one_token, text, result = _one_token(model), list(prompt), Speculation()
+    one_token, text, result = one_token_step(model), list(prompt), Speculation()
 
     def check(logits: Tensor, guesses: list[int], drawn_from: Tensor | None) -> list[int]:
         if greedy:
@@ -156,7 +156,7 @@ def speculate(
             return own[: stay + 1]
         return accept(sampling.probabilities(logits), guesses, drawn_from, generator)
 
-    new = check(_feed(model, one_token, text, cache)[-1:], [], None)
+    new = check(feed(model, one_token, text, cache)[-1:], [], None)
     while True:
         for token in new:
             text.append(token)
@@ -167,7 +167,7 @@ def speculate(
         guesses, drawn_from = draft.propose(text, wanted) if wanted else ([], None)
         if any(not 0 <= guess < model.config.vocab_size for guess in guesses):
             raise ValueError(f"draft: guessed {guesses}, expected ids below {model.config.vocab_size}")
-        new = check(_feed(model, one_token, [text[-1], *guesses], cache), guesses, drawn_from)
+        new = check(feed(model, one_token, [text[-1], *guesses], cache), guesses, drawn_from)
         cache.truncate(len(text) + len(new) - 1)  # what was fed and stayed; the last new token was not fed yet
         result.passes += 1
         result.proposed += len(guesses)
@@ -233,14 +233,16 @@ def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: f
     return tokens / (count * draft_cost + pass_cost)
 
 
-def _one_token(model: Decoder) -> Callable[[int, KVCache], Tensor]:
+def one_token_step(model: Decoder) -> Callable[[int, KVCache], Tensor]:
     """(token, cache) -> (1, vocab_size) logits, by the leanest way that there is for this model."""
-    if model.embed_tokens.weight.device.type == "cpu" and TokenStep.fits(model) and not model.config.attention_sinks:
+    lean = model.embed_tokens.weight.device.type == "cpu" and not model.config.attention_sinks and TokenStep.fits(model)
+    # Not with weights in 8 or 4 bits: it would multiply them out.
+    if lean and isinstance(model.layers[0].self_attn.qkv_proj, nn.Linear):
         return TokenStep(model)
     return lambda token, cache: model(torch.tensor([[token]], device=model.embed_tokens.weight.device), cache)[0]
 
 
-def _feed(model: Decoder, one_token, tokens: Sequence[int], cache: KVCache) -> Tensor:
+def feed(model: Decoder, one_token, tokens: Sequence[int], cache: KVCache) -> Tensor:
     """Logits after each of the new tokens, (tokens, vocab_size)."""
     if len(tokens) == 1:
         return one_token(tokens[0], cache)

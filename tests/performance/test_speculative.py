@@ -160,3 +160,19 @@ def test_bad_input_is_named():
         with_layers(model, [4])
     with pytest.raises(ValueError, match="got 3 and 2"):
         PromptLookup(2, 3)
+
+
+def test_the_table_of_drafts_adds_up(monkeypatch):
+    from types import SimpleNamespace
+
+    from dslib.performance import speculative_speed
+
+    model = noisy(CONFIGS["V1"])
+    tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()[:20]))  # noqa: E731
+    monkeypatch.setattr(speculative_speed, "load_smollm2", lambda dtype: (model, tokenizer))
+    found = speculative_speed.speculative_speed("float32", new_tokens=12, counts=(3,), rounds=1)
+    rows = found["rows"]
+    assert len(rows) == 2 * 4 and all(row["same_tokens"] for row in rows)
+    assert all(1 <= row["tokens_per_pass"] <= 4 and row["times"] > 0 for row in rows)
+    assert {row["draft_cost"] for row in rows if row["draft"] == "prompt lookup"} == {0.0}
+    assert type(model.layers[0].mlp.down_proj).__name__ == "Linear", "the model itself keeps its weights"
