@@ -62,9 +62,26 @@ class EfficientNetLite(nn.Module):
             raise ValueError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W), H and W multiples of 32")
         return self.network.extract_features(pixels)
 
+    def pooled(self, pixels: Tensor, blocks: Sequence[int] = ()) -> list[Tensor]:
+        """Means over places: of the outputs of some of the 16 blocks, (B, C) each, and last of the last map, (B, 1280).
+
+        Early blocks see shapes and colours, late ones things that ImageNet has names for.
+        """
+        found: list[Tensor] = []
+        hooks = [
+            self.network._blocks[block].register_forward_hook(lambda module, given, map: found.append(map.mean((2, 3))))
+            for block in sorted(blocks)
+        ]
+        try:
+            last = self.extract_features(pixels).mean((2, 3))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*found, last]
+
     def classify(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, 1000): logits of ImageNet's classes."""
-        return self.network._fc(self.extract_features(pixels).mean(dim=(2, 3)))
+        return self.network._fc(self.pooled(pixels)[-1])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, N, 1280), N = H / 32 * W / 32, row by row."""

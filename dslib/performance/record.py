@@ -114,6 +114,9 @@ PARTS = {
     "vision-speed": LOOK_CALLS,
     "speculative": (("dslib.performance.speculative_speed:speculative_speed", {}),),
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
+    "ocr": (("dslib.scenarios.legibility:legibility_runs", {}),),
+    "retrieval": (("dslib.scenarios.retrieval_experiments:retrieval_runs", {}),),
+    "preprocessing": (("dslib.scenarios.bench:preparation", {}), ("dslib.scenarios.bench:overlap", {})),
 }
 
 

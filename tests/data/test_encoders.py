@@ -46,6 +46,19 @@ def test_logits_are_those_of_the_package_itself(vision):
 
 
 @needs_packages
+def test_pooled_layers_are_means_of_the_blocks_outputs(vision):
+    pixels = torch.randn(2, 3, 64, 64)
+    early, late, last = vision.pooled(pixels, (12, 3))
+    assert [len(part[0]) for part in (early, late, last)] == [40, 192, 1280]
+    torch.testing.assert_close(last, vision.extract_features(pixels).mean((2, 3)))
+    x = vision.network._swish(vision.network._bn0(vision.network._conv_stem(pixels)))
+    for block in vision.network._blocks[:4]:
+        x = block(x)
+    torch.testing.assert_close(early, x.mean((2, 3)))
+    assert not any(block._forward_hooks for block in vision.network._blocks)
+
+
+@needs_packages
 def test_the_weights_know_imagenet(vision):
     """It names drawings it has never seen; one right answer in five guesses of 1,000 is chance once in 200."""
     classes = {
