@@ -171,13 +171,17 @@ def _estimate(options: argparse.Namespace) -> None:
     api = prices.api_price(options.api)
     api_usd = api.per_request(traffic.tokens_in, traffic.tokens_out, traffic.cached)
     volume = break_even(traffic, replica, rent, api, **extra)
+    # The rent is a factor of the whole bill, so this is the rent at which a fleet without idle replicas costs as much.
+    full = cost(traffic, replica, rent, utilisation=options.utilisation, whole=False).per_request
+    matching = rent * api_usd / full
     if options.json:
         found = dataclasses.asdict(bill) | {"per_year": bill.per_year, "api_per_request": api_usd, "break_even": volume}
-        print(json.dumps(found | {"usd_per_gpu_hour": rent}, indent=2))
+        print(json.dumps(found | {"usd_per_gpu_hour": rent, "matching_rent": matching}, indent=2))
         return
     fleet = " + ".join(f"{part:g}" for part in bill.replicas) + (" (prompts + answers)" if replica.apart else "")
     per_million = {"prompts": bill.per_million_in, "answers": bill.per_million_out}
     speeds = f"{replica.prefill:,.0f} prompt or {replica.decode:,.0f} answer tokens/s"
+    never = f"never at this rent; below ${matching:.2f} an hour it would"
     rows = {
         "load": f"{options.per_day:,.0f} requests a day of {options.tokens_in:g} + {options.tokens_out:g} tokens",
         "replica": f"{replica.gpus} x {replica.gpu}: {speeds} [{', '.join(replica.source) or 'as given'}]",
@@ -188,7 +192,7 @@ def _estimate(options: argparse.Namespace) -> None:
         "a day": f"${bill.per_day:,.2f}",
         "a year": f"${bill.per_year:,.0f}",
         "API": f"${api_usd:.6f} a request, {api}",
-        "break-even": f"{volume:,.0f} requests a day" if volume else "never: dearer a request at any volume",
+        "break-even": f"{volume:,.0f} requests a day" if volume else never,
     }  # fmt: skip
     for label, text in rows.items():
         print(f"{label:11} {text}")

@@ -3,7 +3,7 @@
 The model is M/M/c: requests arrive at random and independently (Poisson), each holds one of ``servers`` places for a
 random time (exponential), and who finds all of them taken waits in line. Erlang's second formula gives the share that
 waits and the mean wait (Harchol-Balter 2013, chapter 14). A language-model server is not quite that: its places share
-one GPU, so each is slower when many are taken. As a lower bound of what randomness alone costs it serves.
+one GPU, so each is slower when many are taken, and real requests come in bursts. It shows what chance alone does.
 
 Plain Python; randomness through a seed. Chapter: ``chapters/performance/cost.ipynb``.
 """

@@ -282,6 +282,16 @@ def test_the_command_as_json_says_the_same_as_the_function(capsys):
     assert 0 < found["break_even"] < 2e7
 
 
+def test_the_command_says_at_which_rent_it_would_pay(capsys):
+    base = ("estimate", "--json", "--peak", "1.5", "--redundancy", "1", "--fixed", "1000")
+    matching = json.loads(run(capsys, *base)[1])["matching_rent"]
+    for times, pays in ((0.99, True), (1.01, False)):
+        found = json.loads(run(capsys, *base, "--usd-per-hour", str(times * matching))[1])
+        assert (found["break_even"] is not None) is pays
+        assert found["matching_rent"] == close(matching)
+    assert f"below ${matching:.2f} an hour" in run(capsys, *base[:1], *base[2:])[1]
+
+
 def test_the_command_lists_prices(capsys):
     status, out, _ = run(capsys, "prices", "A10")
     assert status == 0 and out == "A10 $0.75 an hour, Lambda, undated [lambda_catalog]  list, secondary\n"
