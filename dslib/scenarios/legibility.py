@@ -42,7 +42,7 @@ class Page:
     lines: tuple[str, ...]
 
 
-def text_page(height: int, lines: int = 8, characters: int = 40, seed: int = 0) -> Page:
+def text_page(height: int, lines: int = 6, characters: int = 32, seed: int = 0) -> Page:
     """Dark text on white, spread over the page: ``lines`` of at most ``characters``, in letters of ``height`` pixels.
 
     ``height`` is the font's size, from the top of a "d" to the bottom of a "g". Font, place in the novel and margins
