@@ -24,6 +24,8 @@ from dslib.performance.static_decode import StaticDecoding
 from dslib.performance.workloads import decode_work, prefill_work
 
 WEIGHTS = ("plain", "int8", "int4")
+# Kernels launched one by one, replayed as a CUDA graph, and that after torch.compile has fused the small ones.
+WAYS = ("calls", "graph", "compiled graph")
 INT4_GROUPS = (128, 64, 32)  # the largest that divides every layer
 # Swin-T (arXiv 2103.14030, section 3.3) at its published size, and a thumbnail of one.
 SWIN_T = {"image_size": 224, "patch_size": 4, "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
@@ -85,20 +87,21 @@ def with_weights(model: Decoder, weights: str) -> Decoder:
 def machine_speed(
     name: str = "V1", size: str = "1.3b", dtype: str = "bfloat16", weights: str = "plain",
     batches: tuple[int, ...] = (1, 32), prompts: tuple[int, ...] = (512, 4096), new_tokens: int = 128,
-    prompt_tokens: int = 128, roof_seconds: float = 0.5, seed: int = 0,
+    prompt_tokens: int = 128, compiled: bool = False, roof_seconds: float = 0.5, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Decode and prefill with random weights of one design on the best device, eager and as a CUDA graph.
 
     Args:
         size: one of ``SIZES``. weights: one of ``WEIGHTS``, see :func:`with_weights`.
         batches: of decoding, after prompts of ``prompt_tokens``. prompts: lengths for prefill, at batch 1.
+        compiled: on CUDA, decode the smallest batch in a third way too, see ``WAYS``; compiling takes a minute.
         roof_seconds: time for each of the device's own rates.
 
     Returns:
         ``parameters``, ``weight_bytes`` (all that is stored), ``int8_way``; ``copy_gb_s``, ``read_gb_s`` and
         ``tflops``: the device's own rates, measured in the same run, and ``peak_gb_s``, the published bandwidth of a
         known card; ``image``: a Timing of looking at a picture (V2). ``rows``: one mapping for each measurement, with
-        ``kind`` (``"decode"`` or ``"prefill"``), ``batch``, ``tokens`` (of the prompt), ``graph``, ``seconds`` (a
+        ``kind`` (``"decode"`` or ``"prefill"``), ``batch``, ``tokens`` (of the prompt), ``way``, ``seconds`` (a
         Timing of the ``new_tokens - 1`` steps after the first token, or of the prefill), ``bytes`` and ``flops`` of it
         all, ``gb_s``, ``share_of_copy`` and ``peak_memory_gb``; or ``failed``, why that one does not run here.
     """
@@ -117,14 +120,16 @@ def machine_speed(
         seen = _first(image, batch)
         steps = new_tokens - 1
         work = decode_work(model, prompt_tokens + new_tokens // 2, batch, seen)
-        for graph in (False, True) if device.type == "cuda" else (False,):
-            row = {"kind": "decode", "batch": batch, "tokens": prompt_tokens, "graph": graph}
-            call = _decode(model, prompt, new_tokens, seen, graph)
+        for way in WAYS if device.type == "cuda" else WAYS[:1]:
+            if way == "compiled graph" and not (compiled and batch == min(batches)):
+                continue
+            row = {"kind": "decode", "batch": batch, "tokens": prompt_tokens, "way": way}
+            call = _decode(model, prompt, new_tokens, seen, way)
             rows.append(_measured(row, call, device, work.bytes * steps, work.flops * steps, copied))
     for length in prompts:
         prompt = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
         work = prefill_work(model, length)
-        row = {"kind": "prefill", "batch": 1, "tokens": length, "graph": False}
+        row = {"kind": "prefill", "batch": 1, "tokens": length, "way": "calls"}
 
         def call(prompt=prompt):
             loop = StaticDecoding(model, 1, prompt.shape[1] + 1, image=_first(image, 1))
@@ -140,9 +145,10 @@ def machine_speed(
     }  # fmt: skip
 
 
-def _decode(model: Decoder, prompt, new_tokens: int, image: ImageContext | None, graph: bool):
+def _decode(model: Decoder, prompt, new_tokens: int, image: ImageContext | None, way: str):
     def prepare():
-        loop = StaticDecoding(model, len(prompt), prompt.shape[1] + new_tokens, image=image, graph=graph)
+        options = {"graph": "graph" in way, "backend": "inductor" if "compiled" in way else None}
+        loop = StaticDecoding(model, len(prompt), prompt.shape[1] + new_tokens, image=image, **options)
         loop.prefill(prompt)
 
         def steps():

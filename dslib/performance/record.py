@@ -35,9 +35,9 @@ DESIGNS = "dslib.performance.moe_experiments:train_designs"
 GPU_CALLS = (
     (ROOF, {}),
     (GAP, {"side": 8192}),
-    (MACHINE, {"name": "V1"}),
-    (MACHINE, {"name": "V1", "weights": "int4"}),
-    (MACHINE, {"name": "V1", "weights": "int8"}),
+    (MACHINE, {"name": "V1", "compiled": True}),
+    (MACHINE, {"name": "V1", "weights": "int4", "compiled": True}),
+    (MACHINE, {"name": "V1", "weights": "int8", "compiled": True}),
     (MACHINE, {"name": "V1", "dtype": "float16"}),
     (MACHINE, {"name": "V2"}),
     (MACHINE, {"name": "V3"}),

@@ -58,6 +58,17 @@ def test_a_step_does_not_ask_the_device(monkeypatch):
     loop.step()
 
 
+@pytest.mark.parametrize("name", ["V1", "V1, window", "V2, cross"])
+def test_a_compiled_step_gives_the_same_tokens(name):
+    """Traced whole, and then run by torch's own operations: what a compiler on a GPU starts from."""
+    model, prompts, image = made(name)
+    plain = StaticDecoding(model, 2, 24, image=image).generate(prompts, 6).tolist()
+    torch._dynamo.reset()
+    loop = StaticDecoding(model, 2, 24, image=image, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert loop.generate(prompts, 6).tolist() == plain
+
+
 def test_what_does_not_fit_is_refused():
     model, prompts, _ = made("V1")
     with pytest.raises(ValueError, match="graph: got True on device cpu"):
