@@ -109,7 +109,8 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"\n{found['n']} questions, answers by {PROMPTS[prompt].answer}, {options.dtype}; same answers "
               f"{found['same_answers']}, largest difference {found['largest_difference']:.1e} nats")  # fmt: skip
         for way in ("lm_eval", "ours", "ours_same_kernel"):
-            print(f"  {way:17} {found[way]}, {found['n'] / found[way].median:5.1f} questions/s")
+            if way in found:
+                print(f"  {way:17} {found[way]}, {found['n'] / found[way].median:5.1f} questions/s")
         print(f"  ours is {found['times']:.2f} times as fast as lm-eval at its best batch size, {found['batch_size']}; "
               f"{found['times_same_kernel']:.2f} times with products by the same library", flush=True)  # fmt: skip
 

@@ -30,6 +30,11 @@ class Mean:
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
+    def percent(self, sign: str = "") -> str:
+        """In per cent, e.g. ``24.2 (19.6 to 29.5)``; ``sign="+"`` for a difference."""
+        value, low, high = (f"{100 * x:{sign}.1f}" for x in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})"
+
 
 @dataclass(frozen=True)
 class Perplexity:

@@ -62,6 +62,7 @@ def test_wilsons_interval_by_hand_and_at_the_ends():
     got = evaluation.share([True] * 7 + [False] * 3)
     assert (got.value, got.n) == (0.7, 10)
     assert (got.low, got.high) == pytest.approx((0.3968, 0.8922), abs=1e-4)
+    assert got.percent() == "70.0 (39.7 to 89.2)" and got.percent("+").startswith("+70.0 (+39.7")
     none, all_ = evaluation.share([False] * 10), evaluation.share([True] * 10)
     assert none.low == 0 and none.high == pytest.approx(0.2775, abs=1e-4)
     assert all_.high == pytest.approx(1) and all_.high <= 1 and all_.low == pytest.approx(0.7225, abs=1e-4)
