@@ -45,14 +45,19 @@ def folds(emoji: EmojiSet, count: int, pool: int, seed: int) -> list[tuple[list[
 
     ``pool`` pictures are drawn from each held-out part, to make all searches equally hard.
     """
-    rng, groups = random.Random(seed), sorted({row.identity for row in emoji.rows})
-    rng.shuffle(groups)
+    rng = random.Random(seed)
+    groups: dict[int, list[int]] = {}
+    for number, row in enumerate(emoji.rows):
+        groups.setdefault(row.identity, []).append(number)
+    order = sorted(groups)
+    rng.shuffle(order)
+    held: list[list[int]] = [[] for _ in range(count)]
+    for identity in order:
+        min(held, key=len).extend(groups[identity])  # identities differ in size; the parts should not
     found = []
-    for fold in range(count):
-        out = set(groups[fold::count])
-        held = [i for i, row in enumerate(emoji.rows) if row.identity in out]
-        train = [i for i, row in enumerate(emoji.rows) if row.identity not in out]
-        found.append((train, sorted(rng.sample(held, pool))))
+    for part in held:
+        out = set(part)
+        found.append(([i for i in range(len(emoji)) if i not in out], sorted(rng.sample(part, pool))))
     return found
 
 
