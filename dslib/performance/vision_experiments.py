@@ -67,7 +67,7 @@ class World:
     def __init__(self, kinds: Sequence[str] = KINDS):
         self.scenes = SceneMaker(load_emoji().named(*kinds), SIZE)
         every = [f"{number:0{DIGITS}}" for number in range(10**DIGITS)]
-        look = {"size": (SIZE, SIZE), "points": (9, 14)}
+        look = {"size": (SIZE, SIZE), "points": (13, 18), "angle": 6.0}
         self.numbers = {
             held_out: TextMaker([n for n in every if (int(n) % 7 == 3) is held_out], **look)
             for held_out in (False, True)
@@ -112,7 +112,7 @@ class World:
 
     def labelled(self, rng: np.random.Generator) -> tuple[np.ndarray, list[int], list[int]]:
         """A picture with labels: the kind in each quarter (the last number is "nothing"), and the digits."""
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             scene, nothing = self.scenes(rng), len(self.scenes.emoji)
             cells = [nothing if cell is None else cell for cell in scene.cells]
             return scene.image, cells, [IGNORED] * DIGITS
@@ -162,7 +162,7 @@ def label_loss(model: _Labels, images: Tensor, cells: Tensor, digits: Tensor) ->
 
 
 def taught_stream(
-    world: World, *, steps: int, seed: int = 0, batch_size: int = 64, learning_rate: float = 3e-3
+    world: World, *, steps: int, seed: int = 0, batch_size: int = 64, learning_rate: float = 4e-3
 ) -> SwinStream:
     """A small Swin, taught by labels and not by language: the stand-in for SigLIP, which no laptop trains."""
     torch.manual_seed(seed)
