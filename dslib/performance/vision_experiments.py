@@ -190,7 +190,7 @@ def text_start(
 
 def train_variant(
     variant: str, world: World, text: Decoder, stream: nn.Module, *, steps: int, seed: int = 0, batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
 ) -> tuple[Decoder, list[float]]:  # fmt: skip
     """Copy text model and stream, join them in one of ``VARIANTS``, and train all of it; same batches for all.
 

@@ -139,7 +139,7 @@ def _count(items: Sequence[Example], right: Tensor, sort: str, language: str) ->
 
 
 def vision_run(
-    seed: int = 0, steps: int = 400, text_steps: int = 100, label_steps: int = 300, batch_size: int = 64,
+    seed: int = 0, steps: int = 450, text_steps: int = 60, label_steps: int = 300, batch_size: int = 64,
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> dict[str, Any]:  # fmt: skip
     """Train every variant once, from the same start and on the same batches, and measure it on held-out pictures.
