@@ -22,7 +22,7 @@ Book: ``chapters/architecture/int4.ipynb``. Sources: ZeroQuant (arXiv 2206.01861
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from dslib.architecture.decoder import DecoderConfig
 from dslib.architecture.experts import Experts, Pairs
-from dslib.architecture.int4_format import KERNEL_GROUPS, cuda_tiles, no_kernel, pack, say_once, unpack
+from dslib.architecture.int4_format import KERNEL_GROUPS, cuda_tiles, many_rows, no_kernel, pack, say_once, unpack
 from dslib.architecture.int4_methods import METHODS, check_group_size
 
-FEW_ROWS_ON_CUDA = 32  # more are multiplied by unpacked weights
+# More rows than these are multiplied by unpacked weights: unpacking takes as long as that many rows in the kernel.
+FEW_ROWS, FEW_ROWS_ON_CUDA = 48, 32
 
 
 class Int4Linear(nn.Module):
@@ -150,12 +151,24 @@ class Int4Linear(nn.Module):
     def product(self, rows: Tensor) -> Tensor:
         """``x Wᵀ`` on the fast path: bfloat16 (N, in) -> (N, out), without the bias."""
         if rows.device.type == "cpu":
+            if len(rows) > FEW_ROWS:
+                return many_rows(rows, self.packed, self.scales, self.group_size)
             return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.pairs())
         if len(rows) > FEW_ROWS_ON_CUDA:
             return F.linear(rows, self.dequantize(torch.bfloat16))
         if self.tiles is None:
             self.tiles = cuda_tiles(unpack(self.packed))
         return torch.ops.aten._weight_int4pack_mm(rows, self.tiles, self.group_size, self.pairs())
+
+    def row_product(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """:meth:`product` for one row of ``dtype`` on a CPU, with all looked up: for loops that count microseconds."""
+        multiply, args = (
+            torch.ops.aten._weight_int4pack_mm_for_cpu.default,
+            (self.packed, self.group_size, self.pairs()),
+        )
+        if dtype is torch.bfloat16:
+            return lambda row: multiply(row, *args)
+        return lambda row: multiply(row.bfloat16(), *args).to(dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         """What :meth:`forward` must equal: unpack all, multiply. Works anywhere, in any dtype, with gradients."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # rows that lie together
+OUT_AT_ONCE = 2048  # rows of W that are unpacked at a time: with as many columns, 8 MB
 KERNEL_GROUPS = (32, 64, 128, 256)  # that torch's kernels know
 
 
@@ -49,6 +50,45 @@ def unpack(packed: Tensor) -> Tensor:
             both = part.reshape(-1, columns, size // 2).transpose(1, 2)  # (blocks, size / 2, in)
             parts.append(torch.cat((both & 15, both >> 4), dim=1).reshape(-1, columns))
     return torch.cat(parts)
+
+
+def many_rows(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """``x Wᵀ`` by unpacking W to bfloat16, some columns of the result at a time, so that it never is there as a whole.
+
+    The zero of a group is added once for all its weights: ``sum x (c s + z) = sum x (c s) + z sum x``. So W gets one
+    more input for each group, which holds the zeros, and x the sums over its groups.
+
+    Args:
+        x: bfloat16 (N, in). packed: from :func:`pack`, its rows a multiple of 64.
+        scales: bfloat16 (groups, out, 1 or 2), scales and perhaps zeros.
+
+    Returns:
+        bfloat16 (N, out).
+    """
+    if scales.shape[-1] == 2:
+        x = torch.cat((x, x.view(len(x), -1, group_size).sum(-1)), dim=1)  # (N, in + groups)
+    out = x.new_empty(len(x), len(packed))
+    for start in range(0, len(packed), OUT_AT_ONCE):
+        part = slice(start, start + OUT_AT_ONCE)
+        torch.mm(x, _columns(packed[part], scales[:, part], group_size), out=out[:, part])
+    return out
+
+
+def _columns(packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """(out, in / 2) -> W transposed in bfloat16, (in, out), followed by the zeros if there are any, (groups, out).
+
+    In this orientation 32 codes that lie together stay together: the order of :func:`pack` costs nothing to undo.
+    """
+    rows, columns, groups = len(packed), 2 * packed.shape[1], len(scales)
+    out = torch.empty(columns + (groups if scales.shape[-1] == 2 else 0), rows, dtype=torch.bfloat16)
+    codes = packed.view(-1, columns, BLOCK // 2)  # (blocks, in, 32)
+    halves = out[:columns].view(columns, -1, 2, BLOCK // 2)  # (in, blocks, 2, 32)
+    halves[:, :, 0].copy_((codes & 15).view(torch.int8).sub_(8).transpose(0, 1))
+    halves[:, :, 1].copy_((codes >> 4).view(torch.int8).sub_(8).transpose(0, 1))
+    out[:columns].view(groups, group_size, rows).mul_(scales[..., 0].contiguous().unsqueeze(1))
+    if scales.shape[-1] == 2:
+        out[columns:] = scales[..., 1]
+    return out
 
 
 @cache

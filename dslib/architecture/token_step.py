@@ -10,7 +10,8 @@ What it leaves out:
 * the copies of key and value: both are written to the cache by one copy, as they lie side by side in the projection;
 * most of the norm: ``x / hypot(|x|, sqrt(C eps))`` times ``sqrt(C) weight`` is RMSNorm in four operations.
 
-The weights are those of the model, not copies. ``tests/architecture/test_token_step.py`` holds it to the decoder.
+The weights are those of the model, not copies; those of four bits (:mod:`dslib.architecture.int4`) go to their own
+kernel, in the same loop. ``tests/architecture/test_token_step.py`` holds it to the decoder.
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 """
@@ -20,15 +21,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dslib.architecture.attention import Attention, rope_angles
 from dslib.architecture.blocks import SwiGLU
 from dslib.architecture.cross_attention import Gate
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext
+from dslib.architecture.int4 import Int4Linear
 from dslib.architecture.kv_cache import KVCache
-from dslib.architecture.linear import cut_rows, row_chunks
+from dslib.architecture.linear import cut_rows, one_row_linear, row_chunks
+
+Matrix = Tensor | Callable[[Tensor], Tensor]  # something to multiply a row by, or what does it
 
 
 class TokenStep:
@@ -47,7 +51,13 @@ class TokenStep:
 
     @staticmethod
     def fits(model: Decoder) -> bool:
-        """Whether every block has plain attention and a dense feed-forward network, so that the loop below is right."""
+        """Whether every block has plain attention and a dense feed-forward network, so that the loop below is right.
+
+        Weights of four bits need their kernel, too.
+        """
+        like = model.embed_tokens.weight
+        if any(module.why_slow(like) for module in model.modules() if isinstance(module, Int4Linear)):
+            return False
         return all(type(block.self_attn) is Attention and type(block.mlp) is SwiGLU for block in model.layers)
 
     def __init__(self, model: Decoder, image: ImageContext | None = None):
@@ -63,29 +73,38 @@ class TokenStep:
         # a threaded kernel of their own.
         rows = (heads * config.head_dim, size, 2 * config.intermediate_size, config.vocab_size)
         rows += (2 * getattr(config, "cross_intermediate_size", 0),)
-        split = self.dtype is torch.float32 and model.lm_head.split_rows
-        self.chunks = row_chunks(*rows) if split else 1
+        int4 = any(isinstance(module, Int4Linear) for module in model.modules())
+        split = self.dtype is torch.float32 and getattr(model.lm_head, "split_rows", False)
+        self.chunks = row_chunks(*rows) if split and not int4 else 1
+        self.product, self.add_product = (torch.mm, torch.addmm) if self.chunks == 1 else (torch.bmm, torch.baddbmm)
+        if int4:  # then every matrix is a function
+            self.product, self.add_product = _product, _add_product
+        self.functions = int4
         # The one row, and with chunks one copy of it for each: (1, size) or (chunks, 1, size).
         self.lead = (1,) if self.chunks == 1 else (self.chunks, 1)
         self.eps = torch.tensor(math.sqrt(size * config.rms_norm_eps))
         self.layers = [
             (
                 self._norm(layer.input_layernorm.weight),
-                self._matrix(layer.self_attn.qkv_proj.weight),
+                self._matrix(layer.self_attn.qkv_proj),
                 self._bias(layer.self_attn.qkv_proj.bias),
-                self._matrix(layer.self_attn.o_proj.weight),
+                self._matrix(layer.self_attn.o_proj),
                 self._norm(layer.post_attention_layernorm.weight),
-                self._matrix(layer.mlp.gate_up_proj.weight),
-                self._matrix(layer.mlp.down_proj.weight),
+                self._matrix(layer.mlp.gate_up_proj),
+                self._matrix(layer.mlp.down_proj),
             )
             for layer in model.layers
         ]
         self.looks = self._looks(model, image)
-        self.last_norm, self.head = self._norm(model.norm.weight), self._matrix(model.lm_head.weight)
+        self.last_norm, self.head = self._norm(model.norm.weight), self._matrix(model.lm_head)
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """(out, in) -> a view (in, out), or with chunks (chunks, in, out / chunks)."""
-        weight = weight.detach()
+    def _matrix(self, linear: nn.Linear | Int4Linear) -> Matrix:
+        """(out, in) -> a view (in, out), or with chunks (chunks, in, out / chunks), or a function of the row."""
+        if isinstance(linear, Int4Linear):
+            return linear.row_product(self.dtype)
+        weight = linear.weight.detach()
+        if self.functions:
+            return lambda row: one_row_linear(row, weight) if row.dtype is torch.float32 else F.linear(row, weight)
         return weight.t() if self.chunks == 1 else cut_rows(weight, self.chunks)
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
@@ -108,11 +127,11 @@ class TokenStep:
         for (layer, block), (k, v) in zip(model.cross.items(), image.keys_values, strict=True):
             mlp = None
             if block.mlp is not None:
-                weights = (self._matrix(w.weight) for w in (block.mlp.gate_up_proj, block.mlp.down_proj))
+                weights = (self._matrix(w) for w in (block.mlp.gate_up_proj, block.mlp.down_proj))
                 mlp = (self._norm(block.post_attention_layernorm.weight), *weights, _opening(block.mlp_gate))
             looks[int(layer)] = (
-                self._norm(block.input_layernorm.weight), self._matrix(block.q_proj.weight),
-                self._matrix(block.o_proj.weight), _opening(block.gate), k[:, :, real], v[:, :, real], mlp,
+                self._norm(block.input_layernorm.weight), self._matrix(block.q_proj),
+                self._matrix(block.o_proj), _opening(block.gate), k[:, :, real], v[:, :, real], mlp,
             )  # fmt: skip
         return looks
 
@@ -120,7 +139,7 @@ class TokenStep:
         """One gated cross-attention block; ``h`` is room for the normed row. The gate scales the last product."""
         norm, w_q, w_o, opening, k, v, mlp = look
         size, lead = self.config.hidden_size, self.lead
-        product, add_product = (torch.mm, torch.addmm) if self.chunks == 1 else (torch.bmm, torch.baddbmm)
+        product, add_product = self.product, self.add_product
         self._normed(x.view(1, size), norm, h)
         q = product(h, w_q).view(1, k.shape[1], -1, k.shape[3])
         y = F.scaled_dot_product_attention(q, k, v)
@@ -154,7 +173,7 @@ class TokenStep:
         # Looked up once: the loop below runs them thirty times over.
         norm, hypot, mul, div, float32 = torch.linalg.vector_norm, torch.hypot, torch.mul, torch.div, torch.float32
         attention, eps = F.scaled_dot_product_attention, self.eps
-        product, add_product = (torch.mm, torch.addmm) if self.chunks == 1 else (torch.bmm, torch.baddbmm)
+        product, add_product = self.product, self.add_product
 
         position = torch.tensor([[cache.length]])
         cos, sin = rope_angles(position, dim, config.rope_theta, config.rope_scaling, dtype)
@@ -188,6 +207,14 @@ class TokenStep:
             row = x.view(1, size)
             div(mul(row, self.last_norm), hypot(norm(row, dtype=float32), eps), out=h)
             return product(h, self.head).view(1, -1)
+
+
+def _product(row: Tensor, matrix: Callable[[Tensor], Tensor]) -> Tensor:
+    return matrix(row)
+
+
+def _add_product(x: Tensor, row: Tensor, matrix: Callable[[Tensor], Tensor], alpha: float = 1.0) -> Tensor:
+    return torch.add(x, matrix(row), alpha=alpha)
 
 
 def _opening(gate: Gate) -> Callable[[Tensor], float]:

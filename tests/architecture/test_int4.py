@@ -7,7 +7,7 @@ from torch import nn
 from dslib.architecture import int4_format
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.experts import Experts
-from dslib.architecture.int4 import Int4Experts, Int4Linear, nbytes, quantize_
+from dslib.architecture.int4 import FEW_ROWS, Int4Experts, Int4Linear, nbytes, quantize_
 from dslib.architecture.int4_format import pack, unpack
 from dslib.architecture.sparse_decoder import SparseConfig
 
@@ -35,7 +35,9 @@ def test_the_kernel_equals_the_reference(method, symmetric, group_size, bias):
         x = random(*shape).bfloat16()
         with torch.no_grad():
             want = layer.reference(x.float())
-            torch.testing.assert_close(layer(x).float(), want, rtol=2**-7, atol=2**-7 * want.std().item())
+            # Unpacked for many rows, the weights are rounded to bfloat16 once more.
+            slack = 2**-6 if len(x) > FEW_ROWS and x.ndim == 2 else 2**-7
+            torch.testing.assert_close(layer(x).float(), want, rtol=slack, atol=slack * want.std().item())
 
 
 def test_a_decoder_and_its_experts_are_replaced():

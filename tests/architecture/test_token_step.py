@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dslib.architecture.decoder import DecoderConfig, build
+from dslib.architecture.int4 import Int4Linear, quantize_
+from dslib.architecture.int4_format import cpu_kernel
 from dslib.architecture.linear import set_split_rows
 from dslib.architecture.token_step import TokenStep
 
@@ -115,3 +118,40 @@ def test_what_a_step_refuses():
             step(token, model.make_cache(max_length=4))
     with pytest.raises(ValueError, match="made for 2 sequences"):
         step(0, model.make_cache(batch_size=2, max_length=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [("embed_tokens", "lm_head"), ("embed_tokens",), ("o_proj",)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_of_four_bits(dtype, skip, symmetric):
+    """The kernel computes in bfloat16, so both are compared with the same codes, unpacked and multiplied in float32."""
+    size = (128, 64, 64, 2, 4, 2, 32)
+    model = quantize_(noisy(size, qkv_bias=True, tie_word_embeddings=True), 32, symmetric=symmetric, skip=skip).to(
+        dtype
+    )
+    exact = noisy(size, qkv_bias=True, tie_word_embeddings=True)
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(exact.get_submodule(parent), last, nn.Linear(module.in_features, module.out_features, bias=False))
+            plain = exact.get_submodule(name)
+            plain.weight = nn.Parameter(module.dequantize())
+            plain.bias = None if module.bias is None else nn.Parameter(module.bias.float())
+    want = uncached(exact)
+    if cpu_kernel():
+        assert TokenStep.fits(model)
+        lean, full, _ = both(model, "preallocated")
+        errors = [(got.float() - want).norm() / want.norm() for got in (lean, full)]
+        assert errors[0] < 1.5 * errors[1] + 1e-3
+        assert errors[0] < 0.05
+
+
+@torch.no_grad()
+def uncached(model, prompt=5, steps=20):
+    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
+    return model(ids)[0, prompt:]
+
+
+def test_four_bits_without_a_kernel_take_the_decoder():
+    model = quantize_(noisy((128, 64, 96, 2, 4, 2, None)), 16)  # no kernel knows groups of 16
+    assert not TokenStep.fits(model)
