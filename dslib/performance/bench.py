@@ -1,7 +1,7 @@
 """Side-by-side timings from the command line: ``python -m dslib.performance.bench decode``.
 
-Also ``window``, ``moe``, ``look`` (a token after a look at a picture), and ``evaluate`` (against lm-eval; takes
-minutes, ``--every 4`` asks a quarter).
+Also ``window``, ``moe``, ``int4``, ``look`` (a token after a look at a picture), and ``evaluate`` (against lm-eval;
+takes minutes, ``--every 4`` asks a quarter).
 
 Prints medians, quartiles and ratios, with the share of this machine's measured read bandwidth or beside the bound.
 Nothing else should run on the machine meanwhile.
@@ -17,6 +17,7 @@ from dslib.data.pretrained import load_smollm2
 from dslib.lab.device import describe
 from dslib.lab.probes import read_bandwidth
 from dslib.performance.accuracy import against_lm_eval
+from dslib.performance.int4_speed import decode_int4, int4_grid
 from dslib.performance.moe_speed import SHAPES, TOKENS, moe_speed, ratios
 from dslib.performance.multiple_choice import PROMPTS
 from dslib.performance.speed import bytes_per_token, decode_comparison, window_speed
@@ -27,7 +28,7 @@ PROMPT = "The history of the steam engine begins"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dslib.performance.bench", description=__doc__)
-    parser.add_argument("what", choices=("decode", "window", "moe", "look", "evaluate"))
+    parser.add_argument("what", choices=("decode", "window", "moe", "int4", "look", "evaluate"))
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (decode)")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{describe()}; {options.threads} threads")
-    {"decode": decode, "window": window, "moe": moe, "look": look, "evaluate": evaluate}[options.what](options)
+    ways = {"decode": decode, "window": window, "moe": moe, "int4": int4, "look": look, "evaluate": evaluate}
+    ways[options.what](options)
     return 0
 
 
@@ -69,6 +71,20 @@ def window(options: argparse.Namespace) -> None:
         print(f"  {way:7} {result[way]}")
     print(f"  blocks are {result['times_band']:.1f} times as fast as a band mask, {result['times_causal']:.1f} times "
           f"as fast as full causal; largest difference {result['largest_difference']:.1e}")  # fmt: skip
+
+
+def int4(options: argparse.Namespace) -> None:
+    """One row a product: milliseconds of every way; then a whole model's tokens a second."""
+    for point in int4_grid(rounds=options.rounds)["points"]:
+        each = {name: run.median / point["layers"][name] for name, run in point["seconds"].items()}
+        place = f"2048 to {point['out_features']}, {point['rows']} rows, groups of {point['group_size']}"
+        print(f"{place}: {', '.join(f'{name} {seconds * 1e3:.3g}' for name, seconds in each.items())} ms")
+        ours = min(each["ours"], each["ours, float32"])
+        print("  over ours:", ", ".join(f"{name} {s / ours:.2f}" for name, s in each.items() if "ours" not in name))
+    result = decode_int4(options.tokens, options.rounds)
+    print(f"SmolLM2-135M, batch 1, {options.tokens} new tokens, greedy")
+    for name, run in result["seconds"].items():
+        print(f"  {name:28} {options.tokens / run.median:6.1f} tokens/s")
 
 
 def look(options: argparse.Namespace) -> None:

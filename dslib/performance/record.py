@@ -7,7 +7,7 @@ size, which proves the command and records a CPU.
 Some parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
 and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
 small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
-train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (25 minutes) and
+train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (15 minutes) and
 ``PART=evaluation`` times that against lm-eval (10 minutes). ``PART=vision`` trains small models with pictures (10
 minutes; ``vision-0`` to ``vision-2`` are its thirds) and ``PART=vision-speed`` times them (3 minutes).
 ``PART=speculative`` has SmolLM2 decode with guesses (2 minutes).
@@ -82,12 +82,14 @@ ISOLATION_CALLS = tuple(
 )
 ANSWERS, WRITTEN = "dslib.performance.accuracy:answer_run", "dslib.performance.accuracy:written_run"
 LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed", "text")
+BRIEF = {"dtype": "bfloat16"}
 ACCURACY_CALLS = (
-    *((ANSWERS, {"prompt": prompt}) for prompt in LAYOUTS),
-    *((ANSWERS, {"rotate": places}) for places in (1, 2, 3)),
-    (ANSWERS, {"shots": 2, "dtype": "bfloat16"}),
-    *((WRITTEN, {"prompt": prompt}) for prompt in ("mmlu", "chat")),
-    *((ANSWERS, {"questions": name, "dtype": "bfloat16"}) for name in ("us_tort_law", "medmcqa", "jee-math")),
+    (ANSWERS, {}),
+    *((ANSWERS, {**BRIEF, "prompt": prompt}) for prompt in LAYOUTS),
+    *((ANSWERS, {**BRIEF, "rotate": places}) for places in (1, 2, 3)),
+    *((ANSWERS, {**BRIEF, "questions": name}) for name in ("medmcqa", "jee-math", "us_tort_law")),
+    *((WRITTEN, {**BRIEF, "prompt": prompt}) for prompt in ("mmlu", "chat")),
+    (ANSWERS, {**BRIEF, "shots": 2}),
 )
 LM_EVAL = "dslib.performance.accuracy:against_lm_eval"
 EVALUATION_CALLS = (
@@ -99,6 +101,7 @@ EVALUATION_CALLS = (
 RUN, SPEED = "dslib.performance.vision_figures:vision_run", "dslib.performance.vision_speed"
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
 LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}), (f"{SPEED}:stream_cost", {}))
+FOUR_BITS = "dslib.performance.int4_speed"
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
     "experts": FORWARD_CALLS,
@@ -112,6 +115,7 @@ PARTS = {
     "vision": VISION_CALLS,
     **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
     "vision-speed": LOOK_CALLS,
+    "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
     "speculative": (("dslib.performance.speculative_speed:speculative_speed", {}),),
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
     "ocr": (("dslib.scenarios.legibility:legibility_runs", {}),),
