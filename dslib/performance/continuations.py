@@ -6,15 +6,19 @@ Continuations of one token, such as letters, add nothing to it. The output layer
 run only where a token is scored. Rows of similar length share a batch. In float32 on a CPU the products are oneDNN's
 where that is the quicker library.
 
+The output layer runs in float32 whatever the model's format. Two letters often lie closer together than bfloat16 can
+tell apart, and a tie would go to the first.
+
 Book: ``chapters/performance/accuracy.ipynb``, section "Four answers for the price of one".
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -66,6 +70,7 @@ def log_likelihoods(
         limit = model.config.max_position_embeddings
         raise ValueError(f"rows: the longest takes {longest} tokens, the model has room for {limit}")
     out = torch.empty(len(rows), len(rows[0].ends))
+    head = _float_head(model)
     products = _products(model) if quick_products else contextlib.nullcontext()
     with products, tqdm(total=len(rows), desc="questions", disable=not progress) as bar:
         for group in dict.fromkeys(groups):
@@ -75,7 +80,7 @@ def log_likelihoods(
             while order:
                 count = max(1, batch_tokens // (len(rows[order[0]].tokens) - prefix.length))
                 batch, order = order[:count], order[count:]
-                out[batch] = _score_batch(model, [rows[index] for index in batch], prefix)
+                out[batch] = _score_batch(model, head, [rows[index] for index in batch], prefix)
                 bar.update(len(batch))
     return out
 
@@ -106,7 +111,16 @@ class _Prefix:
         )
 
 
-def _score_batch(model: Decoder, rows: list[Row], prefix: _Prefix) -> Tensor:
+def _float_head(model: Decoder) -> Callable[[Tensor], Tensor]:
+    """The output layer: states (places, hidden_size) -> float32 logits."""
+    layer = model.lm_head
+    if type(layer) is not Linear or layer.weight.dtype is torch.float32:
+        return lambda states: layer(states).float()  # quantised layers have their own way
+    weight = layer.weight.float()
+    return lambda states: F.linear(states.float(), weight)
+
+
+def _score_batch(model: Decoder, head: Callable[[Tensor], Tensor], rows: list[Row], prefix: _Prefix) -> Tensor:
     device, skip = model.embed_tokens.weight.device, prefix.length
     width = max(len(row.tokens) for row in rows) - skip
     ids = torch.zeros(len(rows), width, dtype=torch.long)  # (B, T), padded on the right with any token
@@ -127,7 +141,7 @@ def _score_batch(model: Decoder, rows: list[Row], prefix: _Prefix) -> Tensor:
     # A place that predicts for several continuations (the end of the context) goes through the output layer once.
     places, back = torch.tensor(where, device=device).unique(return_inverse=True)
     states = _states_at(model, ids.to(device), positions.to(device), branch.to(device), prefix, places)
-    logits = model.lm_head(model.norm(states)).float()  # (places, vocab_size)
+    logits = head(model.norm(states))  # (places, vocab_size)
     picked = logits[back, torch.tensor(what, device=device)] - logits.logsumexp(-1)[back]
     sums = torch.zeros(len(rows) * len(rows[0].ends), device=device)
     return sums.index_add_(0, torch.tensor(whose, device=device), picked).view(len(rows), -1).cpu()
