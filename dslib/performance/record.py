@@ -9,8 +9,10 @@ and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=
 small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
 train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (15 minutes) and
 ``PART=evaluation`` times that against lm-eval (10 minutes). ``PART=vision`` trains small models with pictures (10
-minutes; ``vision-0`` to ``vision-2`` are its thirds) and ``PART=vision-speed`` times them (3 minutes).
-``PART=speculative`` has SmolLM2 decode with guesses (2 minutes).
+minutes; ``vision-0`` to ``vision-2`` are its thirds); ``PART=vision-speed`` and ``PART=vision-answer`` time
+them (4 minutes).
+``PART=speculative`` has SmolLM2 decode with guesses (2 minutes). ``PART=int4-quality`` rounds it to four bits in many
+ways (5 minutes; ``int4-quality-0`` to ``int4-quality-4`` are its five calls).
 """
 
 import argparse
@@ -81,10 +83,11 @@ ISOLATION_CALLS = tuple(
     for arms, rate in ((BRANCHED, 2e-3), (["joint from scratch"], 4e-3))
 )
 ANSWERS, WRITTEN = "dslib.performance.accuracy:answer_run", "dslib.performance.accuracy:written_run"
-LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed", "text")
+LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed")
 BRIEF = {"dtype": "bfloat16"}
 ACCURACY_CALLS = (
     (ANSWERS, {}),
+    (ANSWERS, {"prompt": "text"}),
     *((ANSWERS, {**BRIEF, "prompt": prompt}) for prompt in LAYOUTS),
     *((ANSWERS, {**BRIEF, "rotate": places}) for places in (1, 2, 3)),
     *((ANSWERS, {**BRIEF, "questions": name}) for name in ("medmcqa", "jee-math", "us_tort_law")),
@@ -100,8 +103,16 @@ EVALUATION_CALLS = (
 )
 RUN, SPEED = "dslib.performance.vision_figures:vision_run", "dslib.performance.vision_speed"
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
-LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}), (f"{SPEED}:stream_cost", {}))
+LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}))
 FOUR_BITS = "dslib.performance.int4_speed"
+QUALITY = "dslib.performance.int4_quality"
+QUALITY_CALLS = (
+    (f"{QUALITY}:smollm2_quality", {}),
+    (f"{QUALITY}:smollm2_quality", {"symmetric": True, "shuffles": [0]}),
+    (f"{QUALITY}:smollm2_quality", {"method": "hqq", "shuffles": [0]}),
+    (f"{QUALITY}:layer_quality", {}),
+    (f"{QUALITY}:trained_quality", {}),
+)
 PARTS = {
     "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
     "experts": FORWARD_CALLS,
@@ -115,9 +126,12 @@ PARTS = {
     "vision": VISION_CALLS,
     **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
     "vision-speed": LOOK_CALLS,
+    "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
     "speculative": (("dslib.performance.speculative_speed:speculative_speed", {}),),
     "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
+    "int4-quality": QUALITY_CALLS,
+    **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
     "ocr": (("dslib.scenarios.legibility:legibility_runs", {}),),
     "retrieval": (("dslib.scenarios.retrieval_experiments:retrieval_runs", {}),),
     "preprocessing": (("dslib.scenarios.bench:preparation", {}), ("dslib.scenarios.bench:overlap", {})),
