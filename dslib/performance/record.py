@@ -13,6 +13,8 @@ minutes; ``vision-0`` to ``vision-2`` are its thirds); ``PART=vision-speed`` and
 them (4 minutes).
 ``PART=speculative`` has SmolLM2 decode with guesses (2 minutes). ``PART=int4-quality`` rounds it to four bits in many
 ways (5 minutes; ``int4-quality-0`` to ``int4-quality-4`` are its five calls).
+``PART=ocr`` has an OCR engine read pages as an encoder sees them, ``PART=retrieval`` searches pictures by name in nine
+splits (4 minutes each), ``PART=preprocessing`` times pictures on their way to a model (1 minute).
 """
 
 import argparse
