@@ -39,8 +39,8 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def questions():
-    """Every 31st item, so 10 subjects, short questions among them and long ones."""
-    return sorted(mmlu_examples(), key=lambda one: len(one.question))[: 8 * 31 : 31]
+    """Five items, from the shortest question on."""
+    return sorted(mmlu_examples(), key=lambda one: len(one.question))[: 5 * 45 : 45]
 
 
 @pytest.mark.parametrize("name", COMPARED)
