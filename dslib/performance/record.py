@@ -76,6 +76,7 @@ TRAINING_CALLS = (
     (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
 )
 DEPTH_CALLS = (("dslib.performance.depth_experiments:exit_runs", {"seeds": 3}),)
+PRECISION = "dslib.performance.precision_experiments:precision_runs"
 ISOLATION = "dslib.performance.isolation_experiments:isolation_runs"
 LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
 RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3))
@@ -131,7 +132,7 @@ PARTS = {
     "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
     "speculative": (("dslib.performance.speculative_speed:speculative_speed", {}),),
-    "precision": (("dslib.performance.precision_experiments:precision_runs", {"seeds": 5}),),
+    "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
     "int4-quality": QUALITY_CALLS,
     **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
     "ocr": (("dslib.scenarios.legibility:legibility_runs", {}),),
