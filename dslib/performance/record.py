@@ -129,7 +129,7 @@ PARTS = {
     "vision": VISION_CALLS,
     **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
     "vision-speed": LOOK_CALLS,
-    "vision-answer": ((f"{SPEED}:stream_cost", {}),),
+    "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
     "speculative": (("dslib.performance.speculative_speed:speculative_speed", {}),),
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
