@@ -6,7 +6,9 @@ import torch
 from dslib.architecture.balance import moe_layers
 from dslib.architecture.decoder import build
 from dslib.data import domains as texts
+from dslib.lab import recordings
 from dslib.performance import isolation_experiments as isolation
+from dslib.performance import record
 from dslib.performance.isolation_experiments import ARMS, dense_config, isolation_runs, mix
 
 TINY = {"seeds": 2, "seed_steps": 3, "steps": 6, "mix_steps": 3, "hidden_size": 32, "layers": 1, "batch_size": 3,
@@ -142,3 +144,24 @@ def test_a_python_without_the_texts_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
     with pytest.raises(ValueError, match=r"manual: this Python has no module pydoc_data.topics"):
         texts.domains()
+
+
+@pytest.mark.parametrize("part", ["isolation-rates", "isolation", "precision"])
+def test_the_long_runs_are_recorded_as_they_are_now(part):
+    """The page shows them; whoever changes what they measure has to record them again (``make record PART=...``)."""
+    for name, call in record.PARTS[part]:
+        shown = recordings.recorded(record.find(name), **call)
+        assert shown.origin == "recorded" and not shown.stale
+
+
+def test_each_arm_runs_at_the_rate_that_served_it_best():
+    rates = {call["learning_rate"]: call for _, call in record.PARTS["isolation-rates"]}
+    losses = {
+        rate: {
+            arm: sum(sum(values) for values in run["loss"].values())
+            for arm, run in recordings.recorded(isolation_runs, **call).result.items()
+        }
+        for rate, call in rates.items()
+    }
+    used = {arm: call["learning_rate"] for _, call in record.PARTS["isolation"] for arm in call["arms"]}
+    assert used == {arm: min(rates, key=lambda rate: losses[rate][arm]) for arm in ARMS}

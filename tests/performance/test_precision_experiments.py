@@ -83,3 +83,12 @@ def test_runs_repeat_and_too_small_gradients_do_not_learn(monkeypatch):
         precision_runs(["float8"])
     with pytest.raises(ValueError, match="seeds: got 0"):
         precision_runs(seeds=0)
+
+
+def test_the_picture_is_what_its_program_draws():
+    """Its ends come from torch.finfo, so that the picture cannot say something else than the formats."""
+    from tools import draw_number_formats
+
+    text = draw_number_formats.draw()
+    assert draw_number_formats.PATH.read_text(encoding="utf-8") == text
+    assert all(ends in text for ends in ("2⁻¹⁴⁹, 24 binary", "2⁻¹³³, 8 binary", "2⁻²⁴, 11 binary"))
