@@ -33,7 +33,7 @@ SWIN_XS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1],
 SIZES = {
     "tiny": (decoder.preset("tiny"), SWIN_XS),
     # Larger than the caches of most processors, small enough to decode in a notebook.
-    "45m": (decoder.DecoderConfig(8192, 512, 1408, 12, 8, 8), SWIN_T),
+    "30m": (decoder.DecoderConfig(8192, 512, 1408, 8, 8, 8), SWIN_T),
     "1.3b": (decoder.preset("1.3b"), SWIN_T),
 }
 # The cards of data/hardware.yml by the name that they give themselves.

@@ -37,7 +37,7 @@ TEXTS = {
 def drafts(model: Decoder, max_length: int) -> dict[str, Draft]:
     """Everything here that can guess for ``model``: the text so far, the model's own layers, its own 4-bit weights."""
     layers = model.config.num_hidden_layers
-    coarse = quantize_(copy.deepcopy(model), group_size=32, skip=("embed_tokens", "lm_head"))
+    coarse = quantize_(copy.deepcopy(model), group_size=32, skip=("embed_tokens",))
     half, most = list(range(layers // 2)), [*range(layers // 2), *range(layers // 2 + 3, layers)]
     return {
         "prompt lookup": PromptLookup(),

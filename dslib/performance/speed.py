@@ -69,7 +69,7 @@ def latency(
         model.config.vocab_size, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(seed)
     )
 
-    def laps() -> list[float]:
+    def laps(new_tokens: int) -> list[float]:
         """Seconds until each token is known."""
         times: list[float] = []
         watch = Stopwatch(model.embed_tokens.weight.device)
@@ -81,7 +81,8 @@ def latency(
         generate(model, prompts, new_tokens, on_token=lambda row, _: row or times.append(watch.lap()), **seen)
         return times
 
-    kept = [laps() for _ in range(runs + 1)][1:]  # the first run warms up
+    laps(min(new_tokens, 4))  # warms up
+    kept = [laps(new_tokens) for _ in range(runs)]
     return {
         "first_token": Timing(tuple(times[0] for times in kept)),
         "per_token": Timing(tuple((times[-1] - times[0]) / (new_tokens - 1) for times in kept)),
