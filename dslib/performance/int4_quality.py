@@ -145,7 +145,7 @@ def layer_quality(
 
 
 def trained_quality(
-    steps: int = 600, seeds: int = 3, hidden_size: int = 128, layers: int = 2,
+    steps: int = 400, seeds: int = 3, hidden_size: int = 128, layers: int = 2,
     group_sizes: Sequence[Group] = (32, 64, 128, "row"),
 ) -> dict[str, Any]:  # fmt: skip
     """A small byte model trained here in float32, whose weights no four bits have touched, and every method on it.
