@@ -199,10 +199,13 @@ def _quiet():
     """No progress bars or notices while transformers unpacks: a chapter's output stays clean."""
     from transformers.utils import logging as hf_logging
 
-    level = hf_logging.get_verbosity()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()  # in a notebook they are widgets, which no redirection catches
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar knows no switch
             yield
     finally:
         hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
