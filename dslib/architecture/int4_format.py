@@ -129,6 +129,6 @@ def no_kernel(device: torch.device, rows: int, columns: int) -> str | None:
 
 
 @cache
-def say_once(reason: str) -> None:
-    """Warn, the first time that this reason comes up."""
-    warnings.warn(f"int4: no fast path, the reference is used: {reason}", stacklevel=5)
+def say_once(what: str) -> None:
+    """Warn, the first time that this comes up."""
+    warnings.warn(f"int4: {what}", stacklevel=5)

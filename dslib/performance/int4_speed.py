@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dslib.architecture import int4_rows
 from dslib.architecture.int4 import Int4Linear, quantize_
 from dslib.architecture.int4_format import unpack
 from dslib.data.pretrained import load_smollm2
@@ -38,12 +39,13 @@ def int4_speed(
 
     Returns:
         ``seconds``: a Timing each for ``"float32"`` and ``"bfloat16"`` (``F.linear``), ``"ours"`` (activations in
-        bfloat16) and ``"ours, float32"`` (converted there and back), ``"torch int4"`` (its packed product alone, where
-        this CPU has it), and where it is installed ``"onnxruntime"`` (MatMulNBits at accuracy level 1, activations in
-        float32) and ``"onnxruntime, int8"`` (level 4, which rounds activations to 8 bits). These run in processes of
-        their own: two thread pools in one would disturb each other.
+        bfloat16), ``"ours, float32"`` (converted there and back) and, for a few rows and where there is one,
+        ``"ours, int8"`` (activations in eight bits); ``"torch int4"`` (its packed product alone, where this CPU has
+        it); and where it is installed ``"onnxruntime"`` (MatMulNBits at accuracy level 1, activations in float32) and
+        ``"onnxruntime, int8"`` (level 4, which rounds activations to 8 bits). These run in processes of their own:
+        two thread pools in one would disturb each other.
         ``layers``: through how many each reading goes; the seconds are those of all of them. ``bytes``: of one layer's
-        weights. ``error``: of ours and of onnxruntime's against the same weights in float32, relative.
+        weights. ``error``: of each 4-bit way against the same weights in float32, relative.
     """
     layer, x = _layer(in_features, out_features, rows, group_size, seed)
     layers = {"float32": [layer.dequantize()], "bfloat16": [layer.dequantize(torch.bfloat16)], "ours": [layer]}
@@ -58,13 +60,18 @@ def int4_speed(
         "ours": lambda: [layer(half) for layer in layers["ours"]],
         "ours, float32": lambda: [layer(x) for layer in layers["ours"]],
     }
+    exact = layer.reference(x)
+    error = {"ours": _distance(layer(x), exact)}
+    if rows <= int4_rows.FEW and (multiply := layer.int8_product()) is not None:
+        products = [some.int8_product() for some in layers["ours"]]
+        ways["ours, int8"] = lambda: [multiply(x) for multiply in products]
+        error["ours, int8"] = _distance(multiply(x), exact)
     if layer.why_slow(half) is None and x.device.type == "cpu":
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
         ways["torch int4"] = lambda: [kernel(half, a.packed, group_size, a.pairs()) for a in layers["ours"]]
     with torch.no_grad():
         seconds = compare(ways, rounds=rounds)
-        error = {"ours": _distance(layer(x), layer.reference(x))}
-    found = {name: len(layers[name.removesuffix(", float32").replace("torch int4", "ours")]) for name in ways}
+    found = {name: len(layers.get(name, layers["ours"])) for name in ways}
     for name, level in (("onnxruntime", 1), ("onnxruntime, int8", 4)):
         other = onnxruntime_speed(level, in_features, out_features, rows, group_size, seed)
         if other is not None:
@@ -87,7 +94,8 @@ def int4_grid(group_sizes: tuple[int, ...] = (32, 128), rounds: int = 7) -> dict
 def decode_int4(new_tokens: int = 128, rounds: int = 3, group_size: int = 32) -> dict[str, Any]:
     """SmolLM2-135M, batch 1, greedy: transformers and ours in float32 and bfloat16, and ours in four bits.
 
-    The 4-bit model keeps its embedding, and once its head too, which is then the same matrix.
+    The 4-bit model keeps its embedding, and once its head too, which is then the same matrix. Once it rounds
+    activations to eight bits.
 
     Returns:
         ``seconds`` for ``new_tokens`` by way; ``bytes`` of weights that a token reads; ``read_bandwidth``, bytes a
@@ -98,6 +106,8 @@ def decode_int4(new_tokens: int = 128, rounds: int = 3, group_size: int = 32) ->
         models[str(dtype)[6:]], tokenizer = load_smollm2(dtype=dtype)
     for name, skip in (("int4, head in bfloat16", ("embed_tokens", "lm_head")), ("int4", ("embed_tokens",))):
         models[name] = quantize_(load_smollm2(dtype=torch.bfloat16)[0], group_size, skip=skip)
+    half = load_smollm2(dtype=torch.bfloat16)[0]
+    models["int4, int8 rows"] = quantize_(half, group_size, skip=("embed_tokens",), activations="int8")
     prompt = tokenizer(PROMPT).input_ids
     ways = {f"ours, {name}": functools.partial(generate, model, [prompt], new_tokens) for name, model in models.items()}
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
@@ -159,7 +169,9 @@ def _onnxruntime(
     nodes, weights, results = [], [], []
     for i in range(count):
         names = [f"{name}{i}" for name in tensors]
-        weights += [numpy_helper.from_array(t.numpy(), name) for t, name in zip(tensors.values(), names, strict=True)]
+        # Equal tensors it would keep once, and so multiply by weights from the cache. The first layer is as it was.
+        own = (tensor.view(-1).roll(i * 64).view_as(tensor) for tensor in tensors.values())
+        weights += [numpy_helper.from_array(t.numpy(), name) for t, name in zip(own, names, strict=True)]
         nodes.append(
             helper.make_node(
                 "MatMulNBits", ["x", *names], [f"y{i}"], domain="com.microsoft", accuracy_level=accuracy_level, **shape
@@ -175,7 +187,7 @@ def _onnxruntime(
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     seconds = measure(lambda: session.run(None, feed))
-    error = _distance(torch.from_numpy(session.run(None, feed)[-1]), exact)
+    error = _distance(torch.from_numpy(session.run(None, feed)[0]), exact)
     return {"seconds": seconds.seconds, "calls": seconds.calls, "layers": count, "bytes": size, "error": error}
 
 
