@@ -18,6 +18,22 @@ namespace {
 constexpr int64_t kBlock = 64;  // rows of W that lie together, see int4_format.py
 constexpr int64_t kAtOnce = 4;  // columns that one vpdpbusd adds up
 
+// Two loads bring four columns of a block. Bytes in this order bring the four codes of a row together: rows 0 to 15, and
+// 16 to 31. (In the upper half of each byte, rows 32 to 47 and 48 to 63.)
+struct Order {
+  alignas(64) uint8_t bytes[2][64];
+};
+constexpr Order make_order() {
+  Order order{};
+  for (int half = 0; half < 2; ++half) {
+    for (int byte = 0; byte < 64; ++byte) {
+      order.bytes[half][byte] = static_cast<uint8_t>(byte % 4 * 32 + byte / 4 + 16 * half);
+    }
+  }
+  return order;
+}
+constexpr Order kOrder = make_order();
+
 // A row x in eight bits, group by group: x is about scale * codes. The sums are those of x before rounding.
 struct Rounded {
   std::vector<int8_t> codes;
@@ -52,14 +68,7 @@ void round_row(const scalar_t* x, int64_t group, Rounded& row) {
 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vnni")))
 void multiply_block(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Rounded& row, int64_t group,
                     float* y) {
-  // Two loads bring four columns. These bring the four codes of a row together: rows 0 to 15, and 16 to 31.
-  alignas(64) uint8_t order[2][64];
-  for (int half = 0; half < 2; ++half) {
-    for (int byte = 0; byte < 64; ++byte) {
-      order[half][byte] = static_cast<uint8_t>(byte % 4 * 32 + byte / 4 + 16 * half);
-    }
-  }
-  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
+  const __m512i first = _mm512_load_si512(kOrder.bytes[0]), second = _mm512_load_si512(kOrder.bytes[1]);
   const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
   __m512 total[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   const int8_t* x = row.codes.data();

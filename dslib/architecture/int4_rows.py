@@ -6,7 +6,7 @@ calls this "accuracy level 4". The price is an error of about 0.6 %, next to abo
 0.25 % of activations in bfloat16.
 
 torch has no such product for the order of :mod:`dslib.architecture.int4_format`, so ``int4_rows.cpp`` is one. It is
-compiled at the first use, which takes about ten seconds and needs a C++ compiler, and kept in torch's cache folder.
+compiled at the first use, which takes about fifteen seconds and needs a C++ compiler, and kept in torch's cache folder.
 :func:`plain` is the same arithmetic in torch, and what the tests hold it against.
 
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
@@ -15,9 +15,10 @@ Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -70,10 +71,9 @@ def compiled() -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | str:
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([torch.__version__, *FLAGS]).encode()).hexdigest()[:16]
     library = Path(torch.hub.get_dir()) / f"dslib-int4-rows-{key}.so"
     try:
-        if library.exists():
-            torch.ops.load_library(library)
-        else:
+        if not library.exists():
             _compile(library)
+        torch.ops.load_library(library)
     except (ImportError, OSError, RuntimeError) as error:
         return f"the product for rows in eight bits cannot be compiled: {str(error).strip().splitlines()[0]}"
     if not torch.ops.dslib.int4_rows_supported():
@@ -82,25 +82,19 @@ def compiled() -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | str:
 
 
 def _compile(library: Path) -> None:
-    """Compile and load. In a folder of its own, then moved: processes that start together need not wait."""
-    from torch.utils import cpp_extension  # looks for compilers when imported
+    """Compile, in a process of its own: torch loads what it compiles, and one process must not load two copies."""
+    import ninja
 
-    with tempfile.TemporaryDirectory() as folder, _ninja_in_path():
-        cpp_extension.load("dslib_int4_rows", [str(SOURCE)], FLAGS, build_directory=folder, is_python_module=False)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"extra_cflags": FLAGS, "build_directory": folder, "is_python_module": False}
+        load = f"cpp_extension.load('dslib_int4_rows', [{str(SOURCE)!r}], **{options!r})"
+        # torch calls ninja by its name, but a Python called by its full path does not have its own folder in PATH.
+        environment = os.environ | {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])}
+        run = [sys.executable, "-c", f"from torch.utils import cpp_extension; {load}"]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
         made = next(Path(folder).glob("*.so"))
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, part := library.with_suffix(f".{os.getpid()}"))
-        part.replace(library)
-
-
-@contextmanager
-def _ninja_in_path():
-    """torch calls ninja by its name, but a Python called by its full path does not have its own folder in PATH."""
-    import ninja
-
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+        part.replace(library)  # processes that compile at the same time need not wait for each other

@@ -1,5 +1,8 @@
 """Rows in eight bits times 4-bit weights: the compiled product against the same steps in torch, and what has none."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -113,16 +116,25 @@ def test_experts_are_reached_too():
         quantize_(build(config, seed=0), activations="int4")
 
 
-@pytest.mark.parametrize("hindrance", ["no compiler", "no AVX-512", "shape"])
-def test_where_there_is_none_activations_stay_in_bfloat16_and_it_is_said_once(monkeypatch, tmp_path, hindrance):
+def test_shapes_without_a_product_are_named():
+    layer = Int4Linear.from_weight(random(64, 96), 6)
+    assert "in groups of 6" in int4_rows.why_not(layer.packed, 6)
+
+
+@pytest.fixture
+def nothing_remembered():
+    """Whether there is a product is found out anew in this test, and again after it, however it ends."""
     int4_format.say_once.cache_clear()
     int4_rows.compiled.cache_clear()
+    yield
+    int4_rows.compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.parametrize("hindrance", ["no compiler", "no AVX-512"])
+def test_where_there_is_none_activations_stay_in_bfloat16_and_it_is_said_once(monkeypatch, tmp_path, hindrance):
     layer, rows = layer_and_rows(out=192)
-    want = {"no compiler": "cannot be compiled", "no AVX-512": "has no AVX-512", "shape": "in groups of 6"}[hindrance]
-    if hindrance == "shape":
-        layer = Int4Linear.from_weight(random(64, 96), 6)
-        assert want in int4_rows.why_not(layer.packed, 6)
-        return
+    want = {"no compiler": "cannot be compiled", "no AVX-512": "has no AVX-512"}[hindrance]
     if hindrance == "no compiler":
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
             pytest.skip("this CPU has no AVX-512")
@@ -136,7 +148,18 @@ def test_where_there_is_none_activations_stay_in_bfloat16_and_it_is_said_once(mo
         assert torch.equal(layer(rows), exact)
         layer(rows)
     assert len(seen) == 1
-    int4_rows.compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_it_may_be_compiled_and_then_found_again(multiply, monkeypatch, tmp_path):
+    """As on a new machine: the first process compiles, and what it loads it can ask for again. In a process of its
+    own, since an operator can be registered once only."""
+    ask = "from dslib.architecture import int4_rows; a = int4_rows.compiled(); int4_rows.compiled.cache_clear(); "
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    run = [sys.executable, "-c", ask + "assert a is int4_rows.compiled(), a"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.suffix for path in (tmp_path / "hub").iterdir()] == [".so"]
 
 
 def test_the_compiled_product_checks_what_it_is_given(multiply):
