@@ -44,7 +44,7 @@ refresh: venv ## run the notebooks again and normalise them (NB=path for some of
 	@$(PY) -m tools.notebooks refresh $(NB)
 
 record: venv ## record this machine's measurements into data/recordings/ (PART=… for the long ones, see the module)
-	@$(PY) -m dslib.performance.record --part $(PART)
+	@$(PY) -m measured.record --part $(PART)
 
 lint: venv ## check style and formatting of code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check

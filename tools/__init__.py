@@ -1,1 +1,1 @@
-"""What the Makefile runs: set-up, notebooks, tests and the HTML book. Not part of dslib."""
+"""What the Makefile runs: set-up, notebooks, tests and the HTML book. Part of neither package."""

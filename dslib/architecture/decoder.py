@@ -4,8 +4,11 @@ RMSNorm before each block, rotary positions, grouped-query attention with an opt
 untied embeddings. With the right configuration it *is* Llama, Mistral, Qwen2 or deepseek-coder-1.3b: the tests load the
 same weights into ours and into transformers' classes and compare the logits.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2), DeepSeek LLM (arXiv
-2401.02954) for DeepSeek's own dense model.
+Book: ``chapters/architecture/decoder.ipynb``. Of that chapter are also, in reading order:
+:mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.cache`, :mod:`dslib.performance.generation`,
+:mod:`~dslib.architecture.weights`, :mod:`dslib.performance.perplexity`, and the shortcuts :mod:`dslib.fast.linear`,
+:mod:`dslib.fast.token_step`. Sources: Llama (arXiv 2302.13971, section 2.2), DeepSeek LLM (arXiv 2401.02954) for
+DeepSeek's own dense model.
 """
 
 import copy
@@ -15,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.attention import Attention, rope_angles
-from dslib.architecture.blocks import Block, RMSNorm, SwiGLU
-from dslib.architecture.kv_cache import GrowingCache, KVCache, PreallocatedCache, RollingCache, no_cache_step
-from dslib.architecture.linear import Linear
+from dslib.architecture.cache import GrowingCache, KVCache, PreallocatedCache, RollingCache, no_cache_step
+from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU, rope_angles
+from dslib.fast.linear import Linear
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.blocks import Block
+from dslib.architecture.cache import KVCache, Step
 from dslib.architecture.decoder import Decoder
-from dslib.architecture.kv_cache import KVCache, Step
+from dslib.architecture.layers import Block
 
 
 @dataclass(frozen=True)

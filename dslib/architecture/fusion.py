@@ -6,11 +6,11 @@
 * *Projector* (what DeepSeek-VL, VL2 and Janus do; LLaVA's design): a small MLP turns image features into vectors of the
   token space, which simply stand before the text.
 
-Both sit behind one interface: ``image = model.look(pixels)`` once, then ``model(input_ids, cache, image=image)``.
-Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
+Both sit behind one interface: ``image = model.encode_image(pixels)`` once, then ``model(input_ids, cache,
+image=image)``. Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
 
-Book: ``chapters/architecture/fusion.ipynb``. Sources: Flamingo (arXiv 2204.14198, section 2.2), LLaVA-1.5 (arXiv
-2310.03744) for the two-layer projector.
+Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision`. Sources: Flamingo (arXiv
+2204.14198, section 2.2), LLaVA-1.5 (arXiv 2310.03744) for the two-layer projector.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cross_attention import GatedCrossAttention, initialise_by_width
+from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, DecoderConfig
-from dslib.architecture.kv_cache import KVCache
-from dslib.architecture.linear import Linear
-from dslib.architecture.vision import SwinStream, check_pixels
+from dslib.architecture.vision import GatedCrossAttention, SwinStream, check_pixels, initialise_by_width
+from dslib.fast.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class FusionConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class ImageContext:
-    """What a model has seen: computed once by ``look``, and used for every token.
+    """What a model has seen: computed once by ``encode_image``, and used for every token.
 
     Attributes:
         keys_values: for cross-attention, keys and values of every block, each (B, Hk, N, D).
@@ -105,7 +104,7 @@ class VisionLanguageDecoder(Decoder):
 
     Example:
         >>> model = build(FusionConfig(256, 128, 352, 4, 4, 2))
-        >>> image = model.look(torch.randn(1, 3, 64, 64))
+        >>> image = model.encode_image(torch.randn(1, 3, 64, 64))
         >>> model(torch.zeros(1, 5, dtype=torch.long), image=image).shape
         torch.Size([1, 5, 256])
     """
@@ -145,7 +144,7 @@ class VisionLanguageDecoder(Decoder):
             setattr(model, name, getattr(text, name))
         return model.train(text.training)
 
-    def look(self, pixels: Tensor, mask: Tensor | None = None) -> ImageContext:
+    def encode_image(self, pixels: Tensor, mask: Tensor | None = None) -> ImageContext:
         """Run the image stream and keep what the text model needs of it.
 
         Args:
@@ -173,10 +172,10 @@ class VisionLanguageDecoder(Decoder):
                 raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected bool {expected}")
             pictures = mask if several else mask.unsqueeze(1)
             mask = pictures.repeat_interleave(features.shape[1] // pictures.shape[1], dim=1)
-        return self.look_at(features, mask)
+        return self.image_context(features, mask)
 
-    def look_at(self, features: Tensor, mask: Tensor | None = None) -> ImageContext:
-        """As :meth:`look`, from features that an image stream has made: (B, N, C), and a bool mask (B, N).
+    def image_context(self, features: Tensor, mask: Tensor | None = None) -> ImageContext:
+        """As :meth:`encode_image`, from features that an image stream has made: (B, N, C), and a bool mask (B, N).
 
         Raises:
             ValueError: features of another size; a mask for a projector, whose tokens cannot be left out of a batch.
@@ -192,7 +191,7 @@ class VisionLanguageDecoder(Decoder):
 
     def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
                       image: ImageContext | None = None) -> Tensor:  # fmt: skip
-        """(B, T) token ids -> (B, T, hidden_size); as for :class:`Decoder`, with what ``look`` returned.
+        """(B, T) token ids -> (B, T, hidden_size); as for :class:`Decoder`, with what ``encode_image`` returned.
 
         With a cache, hand ``image`` over at every call. A projector's tokens enter at the first one, when the cache is
         empty, and need room for ``image.prefix`` more positions; ``positions`` count text tokens only.

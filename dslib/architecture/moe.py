@@ -17,9 +17,11 @@ DeepSeek-V4                   sqrt(softplus)  top k of score + bias; first layer
 
 Shapes: N tokens, E experts, k experts a token, H hidden size.
 
-Book: ``chapters/architecture/moe.ipynb``. Sources: GShard (arXiv 2006.16668), Switch (arXiv 2101.03961) for capacity,
-Mixtral (arXiv 2401.04088), DeepSeekMoE (arXiv 2401.06066) for shared experts, DeepSeek-V2 (arXiv 2405.04434, section
-2.2), DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), Hash Layers (arXiv 2106.04426).
+Book: ``chapters/architecture/moe.ipynb``. Of that chapter are also, in reading order: :mod:`dslib.fast.experts`,
+:mod:`~dslib.architecture.balance`, :mod:`~dslib.architecture.sparse_decoder`. Sources: GShard (arXiv 2006.16668),
+Switch (arXiv 2101.03961) for capacity, Mixtral (arXiv 2401.04088), DeepSeekMoE (arXiv 2401.06066) for shared experts,
+DeepSeek-V2 (arXiv 2405.04434, section 2.2), DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), Hash Layers (arXiv
+2106.04426).
 """
 
 import dataclasses
@@ -30,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.blocks import SwiGLU
-from dslib.architecture.experts import Experts
+from dslib.architecture.layers import SwiGLU
+from dslib.fast.experts import Experts
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(-1),

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dslib.architecture.attention import Attention
-from dslib.architecture.blocks import Block, SwiGLU
 from dslib.architecture.decoder import Decoder, DecoderConfig, choose
-from dslib.architecture.mla import LatentCache, MultiHeadLatentAttention, Yarn
+from dslib.architecture.layers import Attention, Block, SwiGLU
 from dslib.architecture.moe import MoE, Router, check_routing
+from dslib.architecture.published import LatentCache, MultiHeadLatentAttention, Yarn
 
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _LEAST = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1, "n_shared_experts": 0}
@@ -37,8 +36,8 @@ class SparseConfig(DecoderConfig):
             router, see :class:`~dslib.architecture.moe.Router`.
         kv_lora_rank: size of the latent; None for plain attention. With latent attention, ``q_lora_rank``,
             ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim`` are as in
-            :class:`~dslib.architecture.mla.MultiHeadLatentAttention`; ``num_key_value_heads`` is then the number of
-            heads, and ``head_dim`` the size of the rotated part, whatever is given.
+            :class:`~dslib.architecture.published.MultiHeadLatentAttention`; ``num_key_value_heads`` is then the number
+            of heads, and ``head_dim`` the size of the rotated part, whatever is given.
         yarn: stretched rotary positions of latent attention; None for plain (or linearly scaled) ones.
     """
 

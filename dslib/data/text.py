@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dslib.lab.paths import data_path
+from dslib.data.files import data_path
 
 
 def moby_dick() -> str:

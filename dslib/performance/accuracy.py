@@ -1,193 +1,236 @@
-"""SmolLM2 on four-choice questions: runs that are recorded, the comparison with lm-eval, and a command line.
+"""Four-choice questions put to a language model: how likely is each answer, and which letter does it write?
 
-    python -m dslib.performance.accuracy mmlu-281                     share of right answers, by domain
-    python -m dslib.performance.accuracy us_tort_law medmcqa jee-math --dtype bfloat16
-    python -m dslib.performance.accuracy mmlu --shots 5 --model deepseek-ai/DeepSeek-V2-Lite      (needs the hub)
-    python -m dslib.performance.accuracy my_questions.jsonl --prompt text
+A question becomes a *context*; each choice becomes a *continuation*, either its letter or its full text. The score of a
+choice is the log-likelihood of the continuation after the context, and the highest score is the model's answer. That is
+how lm-eval scores too, and the tests compare the two item by item. How it is computed without repeating anything is in
+:mod:`dslib.fast.scoring`.
 
-Book: ``chapters/performance/accuracy.ipynb``.
+Book: ``chapters/performance/accuracy.ipynb``, with :mod:`~dslib.performance.statistics`. Sources: MMLU (arXiv
+2009.03300) for letters, GPT-3 (arXiv 2005.14165, section 2.4) for full answers, their length and their prior.
 """
 
-import argparse
-import logging
-import sys
+import re
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from dslib.data import questions as data
-from dslib.data.pretrained import load_pretrained, load_smollm2
-from dslib.lab.timing import compare, ratio
-from dslib.performance import evaluation
-from dslib.performance.multiple_choice import NORMALISATIONS, PROMPTS, Prompt, Scores, score, write_letters
-from dslib.performance.speed import hf_twin
+from dslib.architecture.decoder import Decoder
+from dslib.data.questions import LETTERS, Question
+from dslib.fast.scoring import Row, log_likelihoods
+from dslib.performance.generation import generate
 
-DOMAINS = ("mathematics", "law", "medicine", "STEM", "humanities", "social sciences", "other", "all")
-
-
-@cache
-def _model(dtype: str):
-    return load_smollm2(dtype=getattr(torch, dtype))
+NORMALISATIONS = ("none", "tokens", "characters", "bytes", "prior")
 
 
-def answer_run(
-    questions: str = "mmlu-281", prompt: str = "mmlu", dtype: str = "float32", shots: int = 0, rotate: int = 0
-) -> dict[str, Any]:
-    """Score a set with SmolLM2; plain data, to be recorded.
+@dataclass(frozen=True)
+class Prompt:
+    """How a question becomes text.
+
+    Attributes:
+        answer: ``"letter"`` or ``"text"``: what is scored.
+        listed: whether the four choices are shown before the answer.
+        header: first lines; ``{subject}`` in it becomes the subject.
+        stem: stands before the question.
+        label: how a letter is written before a choice.
+        lead: stands before the answer.
+        reply: how an answer follows the lead; the letter or the text takes the place of ``{}``.
+        chat: wrap it all as a user's message in the tokenizer's chat template.
+    """
+
+    answer: str = "letter"
+    listed: bool = True
+    header: str = ""
+    stem: str = ""
+    label: str = "{}."
+    lead: str = "Answer:"
+    reply: str = " {}"
+    chat: bool = False
+
+    def __post_init__(self):
+        if self.answer not in ("letter", "text"):
+            raise ValueError(f"answer: got {self.answer!r}, expected 'letter' or 'text'")
+        if self.answer == "letter" and not self.listed:
+            raise ValueError("listed: got False with answer='letter'; a letter means nothing without the list")
+
+    def body(self, one: Question) -> str:
+        """The question as it is put, up to and with the lead."""
+        lines = [self.stem + one.question.strip()]
+        if self.listed:
+            lines += [f"{self.label.format(x)} {choice}" for x, choice in zip(LETTERS, one.choices, strict=True)]
+        return "\n".join([*lines, self.lead] if self.lead else lines)
+
+    def replies(self, one: Question) -> list[str]:
+        """The four continuations."""
+        return [self.reply.format(x) for x in (LETTERS if self.answer == "letter" else one.choices)]
+
+    def text(self, one: Question, examples: Sequence[Question] = ()) -> str:
+        """The whole context: header, answered examples, the question."""
+        shown = [self.body(example) + self.replies(example)[example.answer] for example in examples]
+        return self.header.format(subject=one.subject.replace("_", " ")) + "\n\n".join([*shown, self.body(one)])
+
+
+_HEADER = "The following are multiple choice questions (with answers) about {subject}.\n\n"
+PROMPTS = {
+    "mmlu": Prompt(header=_HEADER),  # as MMLU's authors put it, and lm-eval's tasks of that name
+    "no header": Prompt(),
+    "in brackets": Prompt(header=_HEADER, label="({})", reply=" ({})"),
+    "no space": Prompt(header=_HEADER, reply="{}"),
+    "chat": Prompt(lead="Answer with the letter of the right choice.", reply="{}", chat=True),
+    "text, listed": Prompt(answer="text", header=_HEADER),
+    "text": Prompt(answer="text", listed=False, stem="Question: "),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-likelihoods of the choices, and what they were given for.
+
+    Attributes:
+        questions: the n questions.
+        log_likelihoods: float32 (n, 4), in nats: the sum over the tokens of a choice's continuation.
+        sizes: per unit of length (``"tokens"``, ``"characters"``, ``"bytes"``) int64 (n, 4).
+        prior: float32 (n, 4), the log-likelihoods after the lead alone; None if not asked for.
+    """
+
+    questions: tuple[Question, ...]
+    log_likelihoods: Tensor
+    sizes: dict[str, Tensor]
+    prior: Tensor | None = None
+
+    def values(self, normalisation: str = "none") -> Tensor:
+        """(n, 4): what the choices are compared by.
+
+        Args:
+            normalisation: ``"none"`` is the sum; ``"tokens"``, ``"characters"`` and ``"bytes"`` divide it by the length
+                of the choice (lm-eval's ``acc_norm`` divides by characters); ``"prior"`` subtracts what the choice
+                scores when the question is hidden.
+        """
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation: got {normalisation!r}, expected one of {', '.join(NORMALISATIONS)}")
+        if normalisation == "none":
+            return self.log_likelihoods
+        if normalisation == "prior":
+            if self.prior is None:
+                raise ValueError("normalisation: got 'prior', but these were scored without with_prior=True")
+            return self.log_likelihoods - self.prior
+        return self.log_likelihoods / self.sizes[normalisation]
+
+    def answers(self, normalisation: str = "none") -> Tensor:
+        """int64 (n,): the choice with the highest value; the first of equals."""
+        return self.values(normalisation).argmax(1)
+
+    def right(self, normalisation: str = "none") -> Tensor:
+        """bool (n,): whether the answer is the right one."""
+        return self.answers(normalisation) == torch.tensor([one.answer for one in self.questions])
+
+
+def score(
+    model: Decoder,
+    tokenizer,
+    questions: Sequence[Question],
+    prompt: Prompt = PROMPTS["mmlu"],
+    *,
+    shots: int = 0,
+    examples: Sequence[Question] | None = None,
+    with_prior: bool = False,
+    batch_tokens: int = 512,
+    quick_products: bool = True,
+    progress: bool = False,
+) -> Scores:
+    """Score the four choices of every question.
 
     Args:
-        questions: a set, see :func:`dslib.data.questions.load`. prompt: a key of
-            :data:`~dslib.performance.multiple_choice.PROMPTS`. rotate: by how many places the choices are moved.
+        tokenizer: a transformers tokenizer.
+        shots: how many others of the same subject stand before each question, answered.
+        examples: where these are taken from; None takes them from the ``questions`` themselves.
+        with_prior: also score every continuation after the lead alone, for ``normalisation="prior"``.
+        batch_tokens, quick_products: see :func:`dslib.fast.scoring.log_likelihoods`.
 
-    Returns:
-        ``n``; ``key``, the right letters in one string; ``answers``, the letters given, a string for each normalisation
-        that makes sense for the prompt; ``log_likelihoods``, four numbers in a string for each question.
+    Raises:
+        ValueError: no question; a subject with too few others for ``shots``; a prompt longer than
+            ``max_position_embeddings``; a continuation that has no token of its own.
     """
-    model, tokenizer = _model(dtype)
-    asked = [one.rotated(rotate) for one in data.load(questions)]
-    texts = PROMPTS[prompt].answer == "text"
-    scores = score(model, tokenizer, asked, PROMPTS[prompt], shots=shots, with_prior=texts)
-    return {
-        "n": len(asked),
-        "key": _letters([one.answer for one in asked]),
-        "answers": {name: _letters(scores.answers(name).tolist()) for name in (NORMALISATIONS if texts else ("none",))},
-        "log_likelihoods": [" ".join(f"{value:.3f}" for value in row) for row in scores.log_likelihoods.tolist()],
-    }
+    questions = tuple(questions)
+    if not questions:
+        raise ValueError("questions: got none, expected at least one")
+    pool = questions if examples is None else tuple(examples)
+    texts = [prompt.text(one, _examples(one, pool, shots)) for one in questions]
+    replies = [prompt.replies(one) for one in questions]
+    rows = [_row(tokenizer, text, ends, prompt.chat) for text, ends in zip(texts, replies, strict=True)]
+    units = {"characters": len, "bytes": lambda text: len(text.encode("utf-8"))}
+    bare = [LETTERS if prompt.answer == "letter" else one.choices for one in questions]
+    sizes = {name: torch.tensor([[size(text) for text in four] for four in bare]) for name, size in units.items()}
+    sizes["tokens"] = torch.tensor([[len(end) for end in row.ends] for row in rows])
+    options = {"batch_tokens": batch_tokens, "quick_products": quick_products, "progress": progress}
+    prior = None
+    if with_prior:
+        alone = [_row(tokenizer, prompt.lead or "\n", ends, False) for ends in replies]
+        prior = log_likelihoods(model, alone, **options)
+    groups = [one.subject for one in questions] if shots else None  # the examples before a question are its subject's
+    return Scores(questions, log_likelihoods(model, rows, groups=groups, **options), sizes, prior)
 
 
-def written_run(
-    questions: str = "mmlu-281", prompt: str = "mmlu", dtype: str = "float32", max_new_tokens: int = 8
-) -> dict[str, Any]:
-    """Let SmolLM2 write its answers; as :func:`answer_run`, with ``-`` where no letter can be read, and ``samples``."""
-    model, tokenizer = _model(dtype)
-    asked = data.load(questions)
-    written = write_letters(model, tokenizer, asked, PROMPTS[prompt], max_new_tokens=max_new_tokens)
-    return {
-        "n": len(asked),
-        "key": _letters([one.answer for one in asked]),
-        "answers": {"written": _letters(written.answers.tolist())},
-        "samples": list(written.texts[:: max(1, len(asked) // 8)]),
-    }
+def _examples(one: Question, pool: tuple[Question, ...], shots: int) -> list[Question]:
+    found = [other for other in pool if other.subject == one.subject and other != one][:shots] if shots else []
+    if len(found) < shots:
+        raise ValueError(f"shots: got {shots}, but there are only {len(found)} other questions on {one.subject!r}")
+    return found
 
 
-def _letters(answers: Sequence[int]) -> str:
-    return "".join("-" if at < 0 else data.LETTERS[at] for at in answers)
+def _row(tokenizer, text: str, ends: Sequence[str], chat: bool) -> Row:
+    special = {}
+    if chat:  # the template brings the special tokens itself
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        special = {"add_special_tokens": False}
+    # A space at the end would be a token of its own, which the model never saw before a word: it moves to the answer.
+    kept = text.rstrip(" ")
+    context, found = tokenizer(kept, **special).input_ids, []
+    for end in ends:
+        # Together, then cut: a word's first token depends on what stands before it.
+        found.append(tokenizer(kept + text[len(kept) :] + end, **special).input_ids[len(context) :])
+        if not found[-1]:
+            raise ValueError(f"reply: {end!r} after {kept[-20:]!r} has no token of its own; put a space between them")
+    return Row(context, found)
 
 
-def right(run: dict[str, Any], normalisation: str = "none") -> list[bool]:
-    """Which answers of a recorded run are right, in the order of the set."""
-    return [given == key for given, key in zip(run["answers"][normalisation], run["key"], strict=True)]
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote as its answer: the text, and the choice read from it (-1 if there is none)."""
+
+    texts: tuple[str, ...]
+    answers: Tensor
 
 
-def against_lm_eval(
-    prompt: str = "mmlu",
-    dtype: str = "float32",
-    every: int = 1,
-    batch_sizes: Sequence[int] = (1, 2, 4, 8),
-    sweep_every: int = 24,
-    rounds: int = 2,
-) -> dict[str, Any]:
-    """Ours and lm-eval's Hugging Face model on the same questions and weights, side by side.
+def write_letters(
+    model: Decoder,
+    tokenizer,
+    questions: Sequence[Question],
+    prompt: Prompt = PROMPTS["mmlu"],
+    *,
+    max_new_tokens: int = 8,
+    batch_size: int = 16,
+) -> Written:
+    """Let the model continue greedily, and read the letter from what it writes.
 
-    lm-eval's batch size is the quickest of ``batch_sizes`` on every ``sweep_every``-th question, ours is the default.
-
-    Returns:
-        Timings ``lm_eval`` and ``ours``, and in float32 ``ours_same_kernel``, without oneDNN; ``times`` and
-        ``times_same_kernel``: how many times as fast ours is (median of the rounds); ``questions_per_second`` of both;
-        ``batch_size``, lm-eval's; ``same_answers`` of ``n``; ``largest_difference`` of log-likelihoods, in nats.
+    A reply counts if it begins with a letter from A to D that stands alone, or says "answer is" and such a letter.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model came ready-made
-    import lm_eval.models.huggingface as harness
-    from lm_eval.api.instance import Instance
-
-    model, tokenizer = _model(dtype)
-    twin, format_ = hf_twin(model), PROMPTS[prompt]
-    every_one = data.mmlu_examples()
-
-    def theirs(asked: Sequence[data.Question], batch_size: int) -> torch.Tensor:
-        # Log-probabilities in float32, as ours are: in bfloat16 lm-eval would round them to two or three digits.
-        hf = harness.HFLM(pretrained=twin, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-        requests = [
-            Instance("loglikelihood", {}, (format_.text(one), reply), index)
-            for index, one in enumerate(asked)
-            for reply in format_.replies(one)
-        ]
-        return torch.tensor([value for value, _ in hf.loglikelihood(requests, disable_tqdm=True)]).view(len(asked), -1)
-
-    few, asked = every_one[::sweep_every], every_one[::every]
-    score(model, tokenizer, few, format_), theirs(few, 2)  # both sides warm
-    sweep = compare({str(size): lambda size=size: theirs(few, size) for size in batch_sizes}, rounds=1, warmup=0)
-    best = min(batch_sizes, key=lambda size: sweep[str(size)].median)
-    found: dict[str, torch.Tensor] = {}
-
-    def kept(name: str, run) -> None:
-        found[name] = run()
-
-    ways = {
-        "lm_eval": lambda: kept("lm_eval", lambda: theirs(asked, best)),
-        "ours": lambda: kept("ours", lambda: score(model, tokenizer, asked, format_).log_likelihoods),
-    }
-    if dtype == "float32":  # in other formats there is nothing to choose
-        ways["ours_same_kernel"] = lambda: score(model, tokenizer, asked, format_, quick_products=False)
-    times = compare(ways, rounds=rounds, warmup=0)
-    ours, other = found["ours"], found["lm_eval"]
-    return {
-        **times,
-        "times": ratio(times["lm_eval"], times["ours"]).median,
-        "times_same_kernel": ratio(times["lm_eval"], times.get("ours_same_kernel", times["ours"])).median,
-        "questions_per_second": {name: len(asked) / times[name].median for name in ("lm_eval", "ours")},
-        "batch_size": best,
-        "n": len(asked),
-        "same_answers": int((ours.argmax(1) == other.argmax(1)).sum()),
-        "largest_difference": (ours - other).abs().max().item(),
-    }
+    contexts = [_row(tokenizer, prompt.text(one), ["\n."], prompt.chat).context for one in questions]
+    order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]), reverse=True)
+    texts = [""] * len(contexts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        options = {"eos_token_id": tokenizer.eos_token_id}
+        for index, result in zip(
+            batch, generate(model, [contexts[i] for i in batch], max_new_tokens, **options), strict=True
+        ):
+            texts[index] = tokenizer.decode(result.tokens, skip_special_tokens=True)
+    return Written(tuple(texts), torch.tensor([read_letter(text) for text in texts]))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m dslib.performance.accuracy", description="Four-choice questions, with intervals."
-    )
-    parser.add_argument("sets", nargs="+", help=f"{', '.join(data.SETS)}, or a JSON Lines file")
-    parser.add_argument("--prompt", choices=PROMPTS, default="mmlu")
-    parser.add_argument("--shots", type=int, default=0, help="answered examples before each question")
-    parser.add_argument(
-        "--model", default=None, help="a model of the Hugging Face hub (default: SmolLM2-135M-Instruct)"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-    place = {"dtype": getattr(torch, options.dtype), "device": options.device}
-    try:
-        chosen = {name: data.load(name) for name in options.sets}  # before the model: a bad file should show at once
-        model, tokenizer = load_pretrained(options.model, **place) if options.model else load_smollm2(**place)
-        for name, asked in chosen.items():
-            examples = data.mmlu_examples() if name == "mmlu" else None
-            scores = score(model, tokenizer, asked, PROMPTS[options.prompt], shots=options.shots, examples=examples,
-                           progress=True)  # fmt: skip
-            _report(name, scores, PROMPTS[options.prompt])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _report(name: str, scores: Scores, prompt: Prompt) -> None:
-    """Print the share of right answers by domain, each with its interval and n; for texts, by normalisation."""
-    print(f"\n{name}: {len(scores.questions)} questions, right in per cent with 95 % interval (chance 25)")
-    for normalisation in NORMALISATIONS[:-1] if prompt.answer == "text" else ("none",):
-        right_ones = scores.right(normalisation)
-        for domain in DOMAINS:
-            inside = set(data.in_domain(scores.questions, domain))
-            picked = [bool(hit) for one, hit in zip(scores.questions, right_ones, strict=True) if one in inside]
-            if picked:
-                said = evaluation.share(picked)
-                label = domain if prompt.answer == "letter" else f"{domain}, by {normalisation}"
-                print(
-                    f"  {label:30} {100 * said.value:5.1f}  ({100 * said.low:.1f} to {100 * said.high:.1f}, n={said.n})"
-                )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def read_letter(text: str) -> int:
+    """The choice that a reply names, 0 to 3; -1 if it names none."""
+    match = re.match(r"\W*([A-D])(?![\w'’])", text) or re.search(r"answer is:?\W*([A-D])(?![\w'’])", text)
+    return LETTERS.index(match[1]) if match else -1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext
-from dslib.architecture.token_step import TokenStep
+from dslib.fast.token_step import TokenStep
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def generate(
         seed: of the sampling; the same seed gives the same text on the same device.
         cache: kind of cache, see :meth:`Decoder.make_cache`; prompts of different lengths need ``"preallocated"``.
         image: what a :class:`~dslib.architecture.fusion.VisionLanguageDecoder` has seen, one picture (or several) a
-            prompt: ``model.look(pixels)``.
+            prompt: ``model.encode_image(pixels)``.
         on_token: called as ``on_token(index of the prompt, token id)`` as soon as a token is known.
 
     Returns:

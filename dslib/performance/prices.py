@@ -1,7 +1,7 @@
 """What an hour of a GPU and a million tokens of an API cost, and how many GPUs a model needs: from ``data/``, dated.
 
 Prices move by the month, so :class:`Price` never stands without the day it was read and where. Plain Python and PyYAML
-only: this module, :mod:`~dslib.performance.cost` and :mod:`~dslib.performance.queueing` work where torch is absent.
+only: this module, :mod:`~dslib.performance.cost` and :mod:`~dslib.performance.servers` work where torch is absent.
 
 Chapter: ``chapters/performance/cost.ipynb``.
 """
@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dslib.lab.paths import data_path
-from dslib.lab.roofline import published_names, published_roof
+from dslib.data.files import data_path
+from dslib.roofline import published_names, published_roof
 
 
 class DoesNotFit(ValueError):

@@ -25,10 +25,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, build
-from dslib.architecture.int4 import Int4Linear
-from dslib.architecture.kv_cache import KVCache
-from dslib.architecture.token_step import TokenStep
+from dslib.architecture.int4_layers import Int4Linear
+from dslib.fast.token_step import TokenStep
 from dslib.performance.generation import Sampling
 
 

@@ -1,200 +1,187 @@
-"""Speed, measured: decoding and windowed attention, beside the bound and beside what people use.
+"""What decoding and prefill have to move and to compute, for any of our models: the two numbers a roof needs.
 
-Every function returns plain data, so that it can be shown live, recorded on a GPU (``make record``) or printed
-(``python -m dslib.performance.bench``).
+*Operations* come from the configuration alone. A multiply-add counts as two; norms, rotary positions and the softmax
+are left out: they grow like the hidden size, not like its square, and come to a percent or so. Parameters are counted
+on a model without memory (on the meta device), so that no formula can differ from the model.
 
-Book: ``chapters/architecture/decoder.ipynb``, ``chapters/performance/speed.ipynb``. Source of the bound: Pope et al.
-2022 (arXiv 2211.05102, section 2.1): decoding one sequence takes at least the time to read every weight once a token.
+*Bytes* are counted from the model's own tensors, so that 4-bit weights, tied embeddings and experts need no formula of
+their own. A model on ``device="meta"`` will do: nothing is read.
+
+Book: ``chapters/performance/speed.ipynb``, and the chapters on architecture. Of that chapter are also, in reading
+order: :mod:`~dslib.performance.generation`, :mod:`dslib.fast.cuda_graph`, :mod:`dslib.fast.int8`,
+:mod:`~dslib.performance.speculative`, :mod:`dslib.scenarios.pipeline`, and ``place_experts`` in
+:mod:`dslib.architecture.balance`. Sources: Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) for the count of
+operations, Pope et al. 2022 (arXiv 2211.05102, section 2.1) for that of bytes.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from functools import cache
 
-import torch
-import torch.nn.functional as F
+from torch import nn
 
-from dslib.architecture.attention import causal_attention, window_attention
-from dslib.architecture.checkpoint import to_hf_state_dict
-from dslib.architecture.decoder import Decoder, build, preset
-from dslib.architecture.kv_cache import visible
-from dslib.architecture.linear import set_split_rows
-from dslib.lab.device import as_device
-from dslib.lab.probes import read_bandwidth
-from dslib.lab.timing import Stopwatch, Timing, compare, measure, ratio
-from dslib.performance.generation import generate
-from dslib.performance.workloads import bytes_per_token
+from dslib.architecture.decoder import Decoder, DecoderConfig, build
+from dslib.architecture.fusion import ImageContext
+from dslib.architecture.moe import MoE
+from dslib.roofline import Workload
 
 
-def decode_speed(
-    name: str = "1.3b",
-    dtype: str = "bfloat16",
-    batch_size: int = 1,
-    prompt_tokens: int = 128,
-    new_tokens: int = 128,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Decode ``new_tokens`` with random weights of a preset's shape on the best device, prompt included.
+def active_parameters(config: DecoderConfig) -> int:
+    """Parameters that take part in one token: of routed experts only the chosen ones, of a dense decoder all.
 
-    Returns:
-        ``seconds`` for the whole of it (a Timing), ``tokens_per_second``, ``bytes_per_token``, and ``share_of_read``:
-        the bytes that had to be read over the measured read bandwidth, as a share of the time it took.
+    The embedding is left out (a token reads one row of it), unless it is the output head as well. Counted so, the
+    published 2.4B, 21B and 37B of DeepSeek-V2-Lite, V2 and V3 are 2.45, 20.9 and 36.6; with the embedding they would be
+    2.66, 21.4 and 37.6. Modules for multi-token prediction are not part of our models.
     """
-    device = as_device(None)
-    model = build(preset(name), seed=seed, device=device, dtype=getattr(torch, dtype)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
-    timing = measure(lambda: generate(model, prompts, new_tokens), device=device, min_runs=3, max_runs=7, warmup=1)
-    read = bytes_per_token(model, prompt_tokens + new_tokens // 2)
-    return {
-        "seconds": timing,
-        "tokens_per_second": batch_size * new_tokens / timing.median,
-        "bytes_per_token": read,
-        "share_of_read": read * new_tokens / read_bandwidth(device) / timing.median,
-    }
+    return sum(count for _, count in _used(config))
 
 
-def latency(
-    model: Decoder, prompt_tokens: int = 128, new_tokens: int = 128, batch_size: int = 1,
-    pixels: torch.Tensor | None = None, runs: int = 3, seed: int = 0,
-) -> dict[str, Timing]:  # fmt: skip
-    """Time to the first token apart from time per token after it, greedy, with a random prompt.
+def matrix_parameters(config: DecoderConfig) -> int:
+    """Of the :func:`active_parameters`, those in matrices: what every token is multiplied by. Not the norms."""
+    return sum(count for dimensions, count in _used(config) if dimensions > 1)
 
-    Args:
-        pixels: pictures for a vision-language model, (batch_size, 3, H, W); looking at them counts, as it happens
-            before the first token.
 
-    Returns:
-        Timings ``first_token`` and ``per_token`` (of a whole step, however large the batch).
+def _used(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
+    """(number of dimensions, elements that one token uses) of every parameter."""
+    try:
+        return _used_once(config)
+    except TypeError:  # a configuration that holds a dict, as that of an image stream, cannot be looked up
+        return tuple(_count(build(config, device="meta")))
+
+
+@cache
+def _used_once(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
+    return tuple(_count(build(config, device="meta")))
+
+
+def _count(model: nn.Module) -> Iterator[tuple[int, int]]:
+    experts = {}  # a parameter of routed experts -> (experts that a token uses, experts)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            share = (module.router.top_k, module.router.num_experts)
+            experts.update(dict.fromkeys(module.experts.parameters(), share))
+    for name, parameter in model.named_parameters():  # a tied head is listed once, as the embedding
+        used, of = experts.get(parameter, (1, 1))
+        lookup = name == "embed_tokens.weight" and not model.config.tie_word_embeddings
+        if not lookup and not once_per_picture(name):
+            yield parameter.ndim, parameter.numel() * used // of
+
+
+def once_per_picture(name: str) -> bool:
+    """Whether a vision-language model uses the parameter of this name for a picture only, and for no token of text."""
+    parts = name.split(".")
+    return parts[0] in ("vision", "projector") or (parts[0] == "cross" and "kv_proj" in parts)
+
+
+def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:
+    """(query, key) pairs that causal attention over ``length`` tokens looks at; with a window, fewer."""
+    if window is None:
+        return length * (length + 1) // 2
+    near = min(length, window)
+    pairs = near * (near + 1) // 2 + (length - near) * window
+    # A sink counts on its own only for queries whose window has left it behind.
+    return pairs + sum(max(0, length - window - sink) for sink in range(min(sinks, length)))
+
+
+def attention_flops(config: DecoderConfig, length: int) -> int:
+    """Operations for the scores and the weighted sums of ``length`` tokens, all layers (not the projections).
+
+    For latent attention, those of the naive form.
     """
-    prompts = torch.randint(
-        model.config.vocab_size, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(seed)
-    )
-
-    def laps(new_tokens: int) -> list[float]:
-        """Seconds until each token is known."""
-        times: list[float] = []
-        watch = Stopwatch(model.embed_tokens.weight.device)
-        seen = {}
-        if pixels is not None:
-            with torch.inference_mode():
-                seen = {"image": model.look(pixels)}
-        # Called for every sequence of a step; the clock is read once a step.
-        generate(model, prompts, new_tokens, on_token=lambda row, _: row or times.append(watch.lap()), **seen)
-        return times
-
-    laps(min(new_tokens, 4))  # warms up
-    kept = [laps(new_tokens) for _ in range(runs)]
-    return {
-        "first_token": Timing(tuple(times[0] for times in kept)),
-        "per_token": Timing(tuple((times[-1] - times[0]) / (new_tokens - 1) for times in kept)),
-    }
+    pairs = visible_pairs(length, config.sliding_window, config.attention_sinks)
+    return 2 * config.num_hidden_layers * config.multiplications_per_pair * pairs
 
 
-def window_speed(
-    length: int = 4096, window: int = 256, heads: int = 8, head_dim: int = 64, dtype: str = "float32", rounds: int = 5
-) -> dict[str, Any]:
-    """Windowed attention in blocks against full causal attention and against a band mask, side by side.
-
-    Returns:
-        Timings ``blocks``, ``causal``, ``band``; ``times_causal`` and ``times_band``: how many times as fast blocks are
-        (median of paired rounds); ``largest_difference`` between blocks and band mask.
-    """
-    device = as_device(None)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, heads, length, head_dim, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)
-    )
-    at = torch.arange(length, device=device)
-    mask = visible(at, at, window)
-    ways = {
-        "blocks": lambda: window_attention(q, k, v, window),
-        "causal": lambda: causal_attention(q, k, v),
-        "band": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-    }
-    with torch.inference_mode():
-        difference = (ways["blocks"]() - ways["band"]()).abs().max().item()
-        times = compare(ways, rounds=rounds, device=device)
-    return {
-        **times,
-        "times_causal": ratio(times["causal"], times["blocks"]).median,
-        "times_band": ratio(times["band"], times["blocks"]).median,
-        "largest_difference": difference,
-    }
+def matrix_flops(config: DecoderConfig, length: int) -> int:
+    """Operations for all matrix products of ``length`` tokens: two for each parameter and token."""
+    return 2 * matrix_parameters(config) * length
 
 
-def hf_twin(model: Decoder) -> Any:
-    """The same weights in transformers' ``LlamaForCausalLM``, with the same dtype, on the same device, in eval mode.
+def kv_bytes(config: DecoderConfig, length: int, bytes_per_number: float = 2, batch_size: int = 1) -> float:
+    """Bytes of keys and values that must be kept after ``length`` tokens; a window limits how many."""
+    kept = length
+    if config.sliding_window is not None:
+        kept = min(length, config.sliding_window + config.attention_sinks)
+    return batch_size * kept * config.kv_elements_per_token * bytes_per_number
+
+
+def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
+    """How many different experts ``tokens`` tokens use together, on average, if all are equally likely.
+
+    A token leaves a given expert out with probability ``1 - top_k / num_experts``; with n tokens, n times over. A real
+    router is less even than that, and then the number is lower.
 
     Raises:
-        ValueError: the model has a window or biases, which Llama has not.
+        ValueError: ``top_k`` outside 1 to ``num_experts``, or fewer than 0 tokens.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = model.config
-    if config.sliding_window is not None or config.qkv_bias:
-        raise ValueError("model: has a window or biases, expected plain Llama")
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling != 1.0:
-        rope |= {"rope_type": "linear", "factor": config.rope_scaling}
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-    )  # fmt: skip
-    weight = model.embed_tokens.weight
-    with torch.device("meta"):
-        twin = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope))
-    twin = twin.to(weight.dtype).to_empty(device=weight.device)
-    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config).to(weight.device)  # its buffers were on meta
-    twin.load_state_dict(to_hf_state_dict(model), strict=False)
-    twin.tie_weights()
-    return twin.eval()
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k: got {top_k}, expected 1 to num_experts={num_experts}")
+    if tokens < 0:
+        raise ValueError(f"tokens: got {tokens}, expected 0 or more")
+    return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
 
 
-def decode_comparison(
-    model: Decoder, prompt: list[int], new_tokens: int = 128, rounds: int = 3, kernels: bool = True
-) -> dict[str, Any]:
-    """Greedy decoding of one prompt, ours against ``transformers.generate`` with its default cache, side by side.
+def weight_bytes(model: Decoder, tokens: int = 1) -> float:
+    """Bytes of weights that one pass over ``tokens`` tokens has to read, all sequences together.
+
+    Every weight once, except: of routed experts the expected number of different ones; of an untied embedding a row a
+    token; of an image stream, of what it hands to the text model, and of a hash table of experts nothing.
+    """
+    shares = {}  # id of a tensor -> share of it that is read
+    for module in model.modules():
+        if isinstance(module, MoE):
+            router = module.router
+            share = expected_experts(router.num_experts, router.top_k, tokens) / router.num_experts
+            shares |= {id(tensor): share for tensor in _tensors(module.experts).values()}
+    total = 0.0
+    for name, tensor in _tensors(model).items():
+        if name == "embed_tokens.weight" and not model.config.tie_word_embeddings:
+            total += min(tokens, len(tensor)) * tensor[0].nbytes
+        elif not once_per_picture(name) and not name.endswith("tid2eid"):
+            total += shares.get(id(tensor), 1.0) * tensor.nbytes
+    return total
+
+
+def cache_bytes(model: Decoder, context: int, image: ImageContext | None = None) -> float:
+    """Bytes of keys and values that one sequence's next token looks at after ``context`` tokens, the picture's too."""
+    number = model.embed_tokens.weight.element_size()
+    seen = 0 if image is None or image.tokens is not None else image.nbytes / image.batch_size
+    return kv_bytes(model.config, context + (0 if image is None else image.prefix), number) + seen
+
+
+def bytes_per_token(model: Decoder, context: int = 0, batch_size: int = 1, image: ImageContext | None = None) -> int:
+    """Bytes that one decoding step reads to give each of ``batch_size`` sequences its next token.
 
     Args:
-        kernels: also time ours with the one-row path off, so that both sides use the same matrix product.
-
-    Returns:
-        Timings ``transformers``, ``ours`` and (with ``kernels``) ``ours_same_kernel``; ``times`` and
-        ``times_same_kernel``: how many times as fast ours is; ``same_tokens``; ``tokens_per_second``.
+        context: tokens already in the cache of each sequence.
+        image: what a vision-language model has seen; cross-attention reads it at every token.
     """
-    twin = hf_twin(model)
-    ids = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+    return round(weight_bytes(model, batch_size) + batch_size * cache_bytes(model, context, image))
 
-    @torch.inference_mode()
-    def theirs() -> list[int]:
-        out = twin.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
 
-    def ours() -> list[int]:
-        return generate(model, [prompt], new_tokens)[0].tokens
+def decode_work(model: Decoder, context: int, batch_size: int = 1, image: ImageContext | None = None) -> Workload:
+    """One decoding step of ``batch_size`` sequences as a :class:`~dslib.roofline.Workload`."""
+    config = model.config
+    pairs = visible_pairs(context + 1, config.sliding_window, config.attention_sinks)
+    pairs -= visible_pairs(context, config.sliding_window, config.attention_sinks)
+    work = matrix_flops(config, 1) + 2 * config.num_hidden_layers * config.multiplications_per_pair * pairs
+    moved = bytes_per_token(model, context, batch_size, image)
+    return Workload(f"decode, batch {batch_size}", moved, batch_size * work, _dtype(model))
 
-    def ours_same_kernel() -> list[int]:
-        set_split_rows(model, False)
-        try:
-            return ours()
-        finally:
-            set_split_rows(model, True)
 
-    ways = {"transformers": theirs, "ours": ours} | ({"ours_same_kernel": ours_same_kernel} if kernels else {})
-    same = theirs() == ours()
-    times: dict[str, Timing] = compare(ways, rounds=rounds, warmup=0)
-    out: dict[str, Any] = {
-        **times,
-        "times": ratio(times["transformers"], times["ours"]).median,
-        "same_tokens": same,
-        "tokens_per_second": new_tokens / times["ours"].median,
-    }
-    if kernels:
-        out["times_same_kernel"] = ratio(times["transformers"], times["ours_same_kernel"]).median
-    return out
+def prefill_work(model: Decoder, prompt: int, batch_size: int = 1) -> Workload:
+    """One pass over prompts of ``prompt`` tokens; the output head works on the last token of each only."""
+    config, tokens = model.config, batch_size * prompt
+    head = 2 * model.lm_head.in_features * model.lm_head.out_features
+    work = batch_size * (matrix_flops(config, prompt) - (prompt - 1) * head + attention_flops(config, prompt))
+    moved = weight_bytes(model, tokens) + batch_size * cache_bytes(model, prompt)
+    return Workload(f"prefill, {prompt} tokens, batch {batch_size}", moved, work, _dtype(model))
+
+
+def _dtype(model: Decoder) -> str:
+    return str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+
+
+def _tensors(module: nn.Module) -> dict[str, "nn.Parameter"]:
+    """Every parameter and buffer of a module by name, shared ones once; not the second copies that kernels keep."""
+    named = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor for name, tensor in named.items() if name.rpartition(".")[2] != "tiles"}

@@ -5,8 +5,9 @@ says what float16 needs for that), and goes on from a checkpoint as if it had ne
 (:mod:`~dslib.performance.resume`). The hooks are what mixtures of experts need: ``loss`` may add balance terms to the
 loss of the next token, and ``after_step`` is where a selection bias is moved.
 
-Book: ``chapters/performance/training.ipynb`` takes it apart. Sources: AdamW (arXiv 1711.05101), cosine decay (arXiv
-1608.03983), mixed precision (arXiv 1710.03740).
+Book: ``chapters/performance/training.ipynb`` takes it apart, with :mod:`~dslib.performance.loss_scaling`,
+:mod:`~dslib.performance.resume` and :mod:`~dslib.performance.pretraining`. Sources: AdamW (arXiv 1711.05101), cosine
+decay (arXiv 1608.03983), mixed precision (arXiv 1710.03740).
 """
 
 import math
@@ -29,7 +30,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """What ``on_step`` is told.
 
     Attributes:
@@ -84,7 +85,7 @@ def fit(
     model: nn.Module, batch: Callable[[int], tuple[Tensor, ...]], *, steps: int, loss: Callable[..., Tensor],
     learning_rate: float = 3e-3, after_step: Callable[[nn.Module], None] | None = None, weight_decay: float = 0.1,
     warmup: float = 0.1, clip: float = 1.0, accumulate: int = 1, counts: Callable[..., int] | None = None,
-    precision: str = "float32", scaler: LossScaler | None = None, on_step: Callable[[Step], None] | None = None,
+    precision: str = "float32", scaler: LossScaler | None = None, on_step: Callable[[TrainingStep], None] | None = None,
     progress: bool = False, checkpoint: str | Path | None = None, every: int = 100,
     generator: torch.Generator | None = None, settings: dict[str, Any] | None = None,
 ) -> list[float]:  # fmt: skip
@@ -167,7 +168,7 @@ def fit(
             if scaler:
                 scaler.update(skipped)
             if on_step is not None:
-                on_step(Step(step, losses[-1], rate, norm, scale, skipped))
+                on_step(TrainingStep(step, losses[-1], rate, norm, scale, skipped))
             if kept and ((step + 1) % every == 0 or step + 1 == steps):
                 kept.save(losses)
     finally:

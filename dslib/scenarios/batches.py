@@ -17,8 +17,8 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from dslib.scenarios.decoding import ImageError, Source
-from dslib.scenarios.preprocessing import Recipe, Views, prepare
+from dslib.scenarios.images import ImageError, Source
+from dslib.scenarios.multimodal import Recipe, Views, prepare
 
 
 class WorkerLost(RuntimeError):

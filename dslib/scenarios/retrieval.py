@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.data.encoders import EfficientNetLite
-from dslib.data.pairs import EmojiSet
+from dslib.data.pictures import EmojiSet
 
 PAPERS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (127, 127, 127)}
 

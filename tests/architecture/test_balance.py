@@ -138,7 +138,7 @@ def test_the_bias_evens_out_the_load_and_leaves_the_weights_of_the_experts():
     router, x = layer(scoring_func="sigmoid", selection_bias=True).router, torch.randn(400, 16) + 3.0
     before = balance.load_statistics(router(x).indices, 4).max_vio
     for _ in range(200):
-        balance.update_bias(router, balance.load(router(x).indices, 4), 0.005)
+        balance.update_bias(router, balance.expert_load(router(x).indices, 4), 0.005)
     routing = router(x)
     assert balance.load_statistics(routing.indices, 4).max_vio < 0.1 < 0.5 < before
     assert torch.equal(routing.weights, routing.scores.gather(1, routing.indices))
@@ -152,7 +152,7 @@ def test_the_sequence_loss_counts_scores_without_the_bias():
     before = balance.total_balance_loss(moe, sequence=1.0, batch_size=2)
     moe.router.e_score_correction_bias += torch.tensor([5.0, 5.0, 0.0, 0.0])  # everyone on the first two now
     moe(x)
-    assert balance.load(moe.last_routing.indices, 4).tolist() == [20, 20, 0, 0]
+    assert balance.expert_load(moe.last_routing.indices, 4).tolist() == [20, 20, 0, 0]
     assert torch.equal(balance.total_balance_loss(moe, sequence=1.0, batch_size=2), before)
 
 
@@ -184,8 +184,8 @@ def test_hash_routing_is_passed_over():
 
 def test_load_by_hand():
     indices = torch.tensor([[0, 1], [0, 2], [0, 4], [1, 0]])  # 4 of 4 experts: dropped
-    assert balance.load(indices, 4).tolist() == [4, 2, 1, 0]
-    assert balance.load(indices, 4, torch.tensor([True, True, False, False])).tolist() == [2, 1, 1, 0]
+    assert balance.expert_load(indices, 4).tolist() == [4, 2, 1, 0]
+    assert balance.expert_load(indices, 4, torch.tensor([True, True, False, False])).tolist() == [2, 1, 1, 0]
     stats = balance.load_statistics(indices, 4)
     assert stats.dropped == 1 and stats.idle == 0.25
     assert stats.share.tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0])
@@ -227,8 +227,8 @@ ROUTING = (SCORES, TOP_1)
         (lambda: balance.sequence_loss(*ROUTING, 3), "batch_size: got 3, expected a divisor of the 4 tokens"),
         (lambda: balance.sequence_loss(*ROUTING, 0), "batch_size: got 0"),
         (lambda: balance.z_loss(SCORES[0]), "logits: got shape"),
-        (lambda: balance.load(TOP_1[:, 0], 3), "indices: got torch.int64 of shape"),
-        (lambda: balance.load(TOP_1 + 3, 3), "indices: expected 0 to 3"),
+        (lambda: balance.expert_load(TOP_1[:, 0], 3), "indices: got torch.int64 of shape"),
+        (lambda: balance.expert_load(TOP_1 + 3, 3), "indices: expected 0 to 3"),
         (lambda: balance.load_statistics(TOP_1, 3, torch.zeros(4)), "mask: got no real token"),
         (lambda: balance.update_bias(layer().router, torch.ones(4), 0.1), "router: got one without selection bias"),
         (lambda: balance.update_bias(layer(selection_bias=True).router, torch.ones(3), 0.1), "load: got shape"),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dslib.architecture import decoder, depth, sparse_decoder
+from dslib.architecture.cache import no_cache_step
 from dslib.architecture.depth import ExitRule, MixtureOfDepths, early_exit
-from dslib.architecture.kv_cache import no_cache_step
 
 LAYERS = 6
 MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dslib.architecture.cross_attention import Gate, GatedCrossAttention
 from dslib.architecture.decoder import DecoderConfig, build, count_parameters
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
-from dslib.architecture.token_step import TokenStep
-from dslib.architecture.vision import SwinStream
+from dslib.architecture.vision import Gate, GatedCrossAttention, SwinStream
+from dslib.fast.token_step import TokenStep
 from dslib.performance.generation import generate, stream
 
 SIZES = (40, 32, 48, 2, 4, 2)  # vocab, hidden, intermediate, layers, heads, kv heads
@@ -75,7 +74,7 @@ def test_at_the_start_it_is_the_text_model_bit_for_bit(kind):
     model = VisionLanguageDecoder.from_text(text, Grid(), **kind)
     ids = ids_of()
     with torch.no_grad():
-        assert torch.equal(model(ids, image=model.look(pixels())), text(ids))
+        assert torch.equal(model(ids, image=model.encode_image(pixels())), text(ids))
         assert torch.equal(model(ids), text(ids))
 
 
@@ -83,13 +82,13 @@ def test_at_the_start_it_is_the_text_model_bit_for_bit(kind):
 def test_a_shut_gate_still_learns(kind):
     """The gate is zero at the start, its gradient is not; behind it, gradients come once it has moved."""
     model = model_of(std=0, **kind)
-    model(ids_of(), image=model.look(pixels())).square().mean().backward()
+    model(ids_of(), image=model.encode_image(pixels())).square().mean().backward()
     assert all(block.gate.bias.grad.abs() > 0 for block in model.cross.values())
     assert all(block.q_proj.weight.grad.abs().max() == 0 for block in model.cross.values())
     with torch.no_grad():
         for block in model.cross.values():
             block.gate.bias.add_(0.1)
-    model(ids_of(), image=model.look(pixels())).square().mean().backward()
+    model(ids_of(), image=model.encode_image(pixels())).square().mean().backward()
     parts = ("q_proj", "kv_proj", "o_proj")
     assert all(getattr(block, part).weight.grad.abs().max() > 0 for block in model.cross.values() for part in parts)
     assert model.vision.map.weight.grad.abs().max() > 0
@@ -99,11 +98,11 @@ def test_a_shut_gate_still_learns(kind):
 def test_the_picture_matters_and_the_future_does_not(kind):
     model, ids = model_of(**kind), ids_of()
     with torch.no_grad():
-        one, other = (model(ids, image=model.look(pixels(seed=seed))) for seed in (1, 2))
+        one, other = (model(ids, image=model.encode_image(pixels(seed=seed))) for seed in (1, 2))
         assert (one - other).abs().min(-1).values.max() > 1e-3
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % SIZES[0]
-        again = model(changed, image=model.look(pixels(seed=1)))
+        again = model(changed, image=model.encode_image(pixels(seed=1)))
         torch.testing.assert_close(again[:, :-1], one[:, :-1], atol=1e-5, rtol=1e-4)
         assert (again[:, -1] - one[:, -1]).abs().max() > 1e-2
 
@@ -154,10 +153,10 @@ def test_cached_equals_uncached(kind, cache_kind):
     """Looked once, decoded token by token, against the whole text with the features computed anew."""
     model, ids = model_of(**kind), ids_of(tokens=9)
     with torch.no_grad():
-        image = model.look(pixels())
+        image = model.encode_image(pixels())
         cache = model.make_cache(cache_kind, batch_size=2, max_length=9 + image.prefix)
         steps = [model(part, cache, image=image) for part in (ids[:, :4], *ids[:, 4:].split(1, dim=1))]
-        whole = model(ids, image=model.look(pixels()))
+        whole = model(ids, image=model.encode_image(pixels()))
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-5, rtol=1e-4)
     assert cache.length == 9 + image.prefix
     assert image.prefix == (N if model.config.fusion == "projector" else 0)
@@ -166,7 +165,7 @@ def test_cached_equals_uncached(kind, cache_kind):
 @every_kind
 def test_what_is_kept_of_a_picture(kind):
     model = model_of(**kind)
-    image = model.look(pixels(3))
+    image = model.encode_image(pixels(3))
     each = N * 32 if model.config.fusion == "projector" else len(model.cross) * 2 * N * 2 * 8
     assert image.nbytes == 3 * each * 4
     assert image.batch_size == 3
@@ -177,9 +176,11 @@ def test_several_pictures_for_a_text_are_one_long_row_of_features():
     several = torch.stack([pixels(3)])  # (1, 3, 3, 8, 12)
     with torch.no_grad():
         features = model.vision(several[0]).flatten(0, 1)[None]
-        torch.testing.assert_close(model(ids, image=model.look(several)), model(ids, image=model.look_at(features)))
-        one_hidden = model(ids, image=model.look(several, torch.tensor([[True, False, True]])))
-        without = model(ids, image=model.look(several[:, [0, 2]]))
+        torch.testing.assert_close(
+            model(ids, image=model.encode_image(several)), model(ids, image=model.image_context(features))
+        )
+        one_hidden = model(ids, image=model.encode_image(several, torch.tensor([[True, False, True]])))
+        without = model(ids, image=model.encode_image(several[:, [0, 2]]))
         torch.testing.assert_close(one_hidden, without, atol=1e-5, rtol=1e-4)
 
 
@@ -187,10 +188,12 @@ def test_several_pictures_for_a_text_are_one_long_row_of_features():
 def test_one_batch_may_hold_texts_with_and_without_a_picture(kind):
     model, ids = model_of(**kind), ids_of()
     with torch.no_grad():
-        mixed = model(ids, image=model.look(pixels(), torch.tensor([True, False])))
-        torch.testing.assert_close(mixed[:1], model(ids[:1], image=model.look(pixels()[:1])), atol=1e-5, rtol=1e-4)
+        mixed = model(ids, image=model.encode_image(pixels(), torch.tensor([True, False])))
+        torch.testing.assert_close(
+            mixed[:1], model(ids[:1], image=model.encode_image(pixels()[:1])), atol=1e-5, rtol=1e-4
+        )
         torch.testing.assert_close(mixed[1], model(ids)[1], atol=1e-5, rtol=1e-4)
-        assert (mixed[1] - model(ids, image=model.look(pixels()))[1]).abs().max() > 1e-2
+        assert (mixed[1] - model(ids, image=model.encode_image(pixels()))[1]).abs().max() > 1e-2
 
 
 def test_a_sequence_without_a_picture_is_left_exactly_as_it_was_and_gives_finite_gradients():
@@ -213,9 +216,10 @@ def test_prompts_of_different_lengths_each_get_the_text_they_get_alone(kind):
     model, prompts = model_of(**kind), [[1, 2, 3], [7], [9, 8, 7, 6, 5]]
     images = pixels(3)
     alone = [
-        generate(model, [prompt], 12, image=model.look(images[i : i + 1]))[0].tokens for i, prompt in enumerate(prompts)
+        generate(model, [prompt], 12, image=model.encode_image(images[i : i + 1]))[0].tokens
+        for i, prompt in enumerate(prompts)
     ]
-    together = generate(model, prompts, 12, image=model.look(images))
+    together = generate(model, prompts, 12, image=model.encode_image(images))
     assert [result.tokens for result in together] == alone
     assert alone != [generate(model, [prompt], 12)[0].tokens for prompt in prompts]
 
@@ -224,7 +228,7 @@ def test_prompts_of_different_lengths_each_get_the_text_they_get_alone(kind):
 def argmax_loop(model, prompt, new, images):
     ids = list(prompt)
     for _ in range(new):
-        ids.append(int(model(torch.tensor([ids]), image=model.look(images))[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids]), image=model.encode_image(images))[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -237,8 +241,8 @@ def test_generation_with_a_picture_equals_the_argmax_loop(kind, cache, window):
     model, image = model_of(**kind, sliding_window=window), pixels(1)
     wanted = argmax_loop(model, [1, 2, 3], 15, image)
     assert len(set(wanted)) > 3
-    assert generate(model, [[1, 2, 3]], 15, cache=cache, image=model.look(image))[0].tokens == wanted
-    assert list(stream(model, [1, 2, 3], 15, cache=cache, image=model.look(image))) == wanted
+    assert generate(model, [[1, 2, 3]], 15, cache=cache, image=model.encode_image(image))[0].tokens == wanted
+    assert list(stream(model, [1, 2, 3], 15, cache=cache, image=model.encode_image(image))) == wanted
 
 
 @every_cross
@@ -251,7 +255,9 @@ def test_the_lean_step_computes_what_the_model_computes(kind, size, masked):
     model = noisy(VisionLanguageDecoder(FusionConfig(*size, **extra, **kind, image_hidden_size=C), Grid()))
     ids = torch.randint(size[0], (1, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        image = model.look(pixels(1)[:, None].repeat(1, 2, 1, 1, 1), torch.tensor([[True, False]]) if masked else None)
+        image = model.encode_image(
+            pixels(1)[:, None].repeat(1, 2, 1, 1, 1), torch.tensor([[True, False]]) if masked else None
+        )
         caches = [model.make_cache(max_length=12) for _ in range(2)]
         for cache in caches:
             model(ids[:, :3], cache, image=image)
@@ -265,17 +271,17 @@ def test_the_lean_step_computes_what_the_model_computes(kind, size, masked):
 def test_the_lean_step_without_any_picture_is_the_text_model():
     model, ids = model_of(), ids_of(batch=1)
     with torch.no_grad():
-        none = model.look(pixels(1), torch.tensor([False]))
+        none = model.encode_image(pixels(1), torch.tensor([False]))
         caches = [model.make_cache(max_length=8) for _ in range(2)]
         assert torch.equal(TokenStep(model, none)(3, caches[0]), TokenStep(model)(3, caches[1]))
     with pytest.raises(ValueError, match="made for 2 sequences, expected one"):
-        TokenStep(model, model.look(pixels(2)))
+        TokenStep(model, model.encode_image(pixels(2)))
     assert ids.shape == (1, 7)
 
 
 def test_bfloat16_generates_with_a_picture():
     model = model_of().bfloat16()
-    image = model.look(pixels(1).bfloat16())
+    image = model.encode_image(pixels(1).bfloat16())
     assert generate(model, [[1, 2]], 5, image=image)[0].new_tokens == 5
 
 
@@ -286,7 +292,7 @@ def test_with_window_shares_weights_and_stream(kind):
     assert local.config.sliding_window == 3 and model.config.sliding_window is None
     assert {p.data_ptr() for p in local.parameters()} == {p.data_ptr() for p in model.parameters()}
     with torch.no_grad():
-        image = model.look(pixels())
+        image = model.encode_image(pixels())
         assert torch.equal(local.with_window(None)(ids, image=image), model(ids, image=image))
         assert (local(ids, image=image) - model(ids, image=image)).abs().max() > 1e-2
         near = model.with_window(64)(ids, image=image)
@@ -308,7 +314,7 @@ def test_the_state_dict_comes_back():
     twin = VisionLanguageDecoder(model.config, Grid()).eval()
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert torch.equal(twin(ids, image=twin.look(pixels())), model(ids, image=model.look(pixels())))
+        assert torch.equal(twin(ids, image=twin.encode_image(pixels())), model(ids, image=model.encode_image(pixels())))
 
 
 # --- which words open the gate
@@ -316,7 +322,7 @@ def test_the_state_dict_comes_back():
 
 def test_openings_are_what_the_gates_did():
     model, ids = model_of(gate="token"), ids_of()
-    image = model.look(pixels())
+    image = model.encode_image(pixels())
     gates, shares = model.openings(ids, image)
     assert gates.shape == shares.shape == (2, 2, 7)
     with torch.no_grad():
@@ -326,11 +332,11 @@ def test_openings_are_what_the_gates_did():
         torch.testing.assert_close(gates[0], block.gate(block.input_layernorm(x)).squeeze(-1))
         torch.testing.assert_close(shares[0], passed.norm(dim=-1) / x.norm(dim=-1), atol=1e-4, rtol=1e-4)
     scalar = model_of(gate="scalar")
-    gates, _ = scalar.openings(ids, scalar.look(pixels()))
+    gates, _ = scalar.openings(ids, scalar.encode_image(pixels()))
     assert (gates == gates[:, :1, :1]).all() and not any(block._forward_hooks for block in scalar.cross.values())
     projector = model_of(fusion="projector")
     with pytest.raises(ValueError, match="'projector', which has no gates"):
-        projector.openings(ids, projector.look(pixels()))
+        projector.openings(ids, projector.encode_image(pixels()))
 
 
 # --- bad input
@@ -361,32 +367,32 @@ def test_bad_pixels_masks_and_images():
     model, projector, ids = model_of(), model_of(fusion="projector"), ids_of()
     for bad in (torch.zeros(3, 8, 12), torch.zeros(2, 4, 8, 12), torch.zeros(2, 3, 0, 12)):
         with pytest.raises(ValueError, match=r"pixels: got shape"):
-            model.look(bad)
+            model.encode_image(bad)
     with pytest.raises(ValueError, match=r"pixels: got dtype torch.uint8, expected normalised"):
-        model.look(torch.zeros(2, 3, 8, 12, dtype=torch.uint8))
+        model.encode_image(torch.zeros(2, 3, 8, 12, dtype=torch.uint8))
     broken = pixels()
     broken[1, 0, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"pixels: NaN or infinite in 1 of 2 pictures, first in number 1"):
-        model.look(broken)
+        model.encode_image(broken)
     with pytest.raises(ValueError, match=r"mask: got torch.int64 of shape \(2,\), expected bool \(2,\)"):
-        model.look(pixels(), torch.tensor([1, 0]))
+        model.encode_image(pixels(), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match=r"mask: got torch.bool of shape \(3,\)"):
-        model.look(pixels(), torch.ones(3, dtype=torch.bool))
+        model.encode_image(pixels(), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="every sequence needs as many"):
-        projector.look(pixels(), torch.tensor([True, False]))
+        projector.encode_image(pixels(), torch.tensor([True, False]))
     for bad in (torch.zeros(2, C), torch.zeros(2, N, C + 1), torch.zeros(2, 0, C)):
         with pytest.raises(ValueError, match=r"features: got shape .*, expected \(batch, features, 24\)"):
-            model.look_at(bad)
+            model.image_context(bad)
     with pytest.raises(ValueError, match="image: made for 3 sequences, input_ids has 2"):
-        model(ids, image=model.look(pixels(3)))
+        model(ids, image=model.encode_image(pixels(3)))
     for one, other in ((model, projector), (projector, model)):
         with pytest.raises(ValueError, match="image: made by another kind of model"):
-            one(ids, image=other.look(pixels()))
+            one(ids, image=other.encode_image(pixels()))
 
 
 def test_a_projectors_picture_counts_towards_the_length():
     model = model_of(fusion="projector", max_position_embeddings=16)
-    image = model.look(pixels(1))
+    image = model.encode_image(pixels(1))
     assert generate(model, [[1, 2, 3]], 7, image=image)[0].new_tokens == 7
     with pytest.raises(ValueError, match=r"9 tokens and 8 new ones make 17"):
         generate(model, [[1, 2, 3]], 8, image=image)
@@ -409,5 +415,5 @@ def test_a_stream_has_to_be_handed_normalised_squares_of_its_size():
 def test_a_config_alone_builds_the_swin_too():
     model = build(FusionConfig(*SIZES), seed=0)
     assert isinstance(model, VisionLanguageDecoder) and isinstance(model.vision, SwinStream)
-    image = model.look(torch.zeros(1, 3, 64, 64))
+    image = model.encode_image(torch.zeros(1, 3, 64, 64))
     assert image.keys_values[0][0].shape == (1, 2, 64, 8)

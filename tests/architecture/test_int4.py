@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dslib.architecture import int4_format
 from dslib.architecture.decoder import DecoderConfig, build
-from dslib.architecture.experts import Experts
-from dslib.architecture.int4 import FEW_ROWS, Int4Experts, Int4Linear, nbytes, quantize_
-from dslib.architecture.int4_format import pack, unpack
-from dslib.architecture.int4_methods import half_quadratic, round_to_nearest
+from dslib.architecture.int4 import half_quadratic, round_to_nearest
+from dslib.architecture.int4_layers import FEW_ROWS, Int4Experts, Int4Linear, nbytes, quantize_
 from dslib.architecture.sparse_decoder import SparseConfig
+from dslib.fast import int4_kernels
+from dslib.fast.experts import Experts
+from dslib.fast.int4_kernels import pack, unpack
 
 KINDS = [("rtn", False), ("rtn", True), ("hqq", False)]
 
@@ -65,7 +65,7 @@ def test_bytes_are_those_of_the_tensors():
     model = quantize_(build(DecoderConfig(64, 64, 96, 2, 4, 2), device="meta"), 32)
     rows = 2 * (64 * (128 + 64 + 192) + 96 * 64)
     assert nbytes(model) == rows // 2 + rows // 32 * 4 + 4 * (2 * 64 * 64 + 5 * 64)
-    assert int4_format.KERNEL_GROUPS == (32, 64, 128, 256)
+    assert int4_kernels.KERNEL_GROUPS == (32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("group_size, words", [(48, "divisor of in_features=64"), (0, "at least 2"), (3, "even")])
@@ -129,7 +129,7 @@ def test_other_arguments_that_cannot_be_used():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_dtype_without_a_kernel_takes_the_reference_and_says_so_once(dtype):
-    int4_format.say_once.cache_clear()
+    int4_kernels.say_once.cache_clear()
     layer, x = Int4Linear.from_weight(random(64, 64)), random(2, 64).to(dtype)
     with pytest.warns(UserWarning, match=f"no fast path, the reference is used: {dtype}"):
         y = layer(x)
@@ -141,8 +141,8 @@ def test_a_dtype_without_a_kernel_takes_the_reference_and_says_so_once(dtype):
 
 
 def test_without_a_kernel_the_reference_answers(monkeypatch):
-    int4_format.say_once.cache_clear()
-    monkeypatch.setattr(int4_format, "cpu_kernel", lambda: False)
+    int4_kernels.say_once.cache_clear()
+    monkeypatch.setattr(int4_kernels, "cpu_kernel", lambda: False)
     model = quantize_(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)))
     x = random(3, 64)
     with pytest.warns(UserWarning) as seen, torch.no_grad():

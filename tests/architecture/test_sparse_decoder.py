@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dslib.architecture import costs, decoder
-from dslib.architecture.attention import Attention
-from dslib.architecture.blocks import SwiGLU
+from dslib.architecture import decoder
 from dslib.architecture.decoder import DecoderConfig, build, count_parameters
-from dslib.architecture.mla import MultiHeadLatentAttention, Yarn
+from dslib.architecture.layers import Attention, SwiGLU
 from dslib.architecture.moe import MoE
+from dslib.architecture.published import MultiHeadLatentAttention, Yarn
 from dslib.architecture.sparse_decoder import PRESETS, SparseConfig, SparseDecoder, preset
-from dslib.architecture.token_step import TokenStep
-from dslib.lab.published import figure
+from dslib.data.cited import figure
+from dslib.fast.token_step import TokenStep
+from dslib.performance import speed
 from dslib.performance.generation import generate
 
 VOCAB = 50
@@ -71,7 +71,7 @@ def test_published_models_have_the_published_parameters(name, total, active, wit
     """In billions. Only the count without the embedding gives 2.4 and 37 as well as 21."""
     model, entry = build(preset(name), device="meta"), PUBLISHED[name]
     assert all(parameter.is_meta for parameter in model.parameters())  # counted without memory
-    counted = costs.active_parameters(model.config)
+    counted = speed.active_parameters(model.config)
     assert f"{count_parameters(model) / 1e9:.3g}" == total
     assert f"{counted / 1e9:.3g}" == active
     assert f"{(counted + model.embed_tokens.weight.numel()) / 1e9:.3g}" == with_embedding
@@ -102,7 +102,7 @@ def test_the_articles_model_is_the_sibling_of_the_coder():
     for field in dataclasses.fields(dense):
         assert getattr(config, field.name) == getattr(dense, field.name), field.name
     routers = config.num_hidden_layers * config.num_experts * config.hidden_size
-    assert costs.active_parameters(config) == costs.active_parameters(dense) + routers
+    assert speed.active_parameters(config) == speed.active_parameters(dense) + routers
     experts = 3 * config.num_hidden_layers * config.hidden_size * config.moe_intermediate_size * 16
     unchanged = count_parameters(build(dense, device="meta")) - 3 * 24 * 2048 * 5504
     assert count_parameters(build(config, device="meta")) == unchanged + experts + routers
@@ -114,24 +114,24 @@ def test_parameters_by_hand():
     expert, shared, dense = 3 * 32 * 20, 3 * 32 * 40, 3 * 32 * 48
     always = 3 * (attention + 2 * 32) + dense + 2 * (shared + 9 * 32) + 32 + VOCAB * 32  # head included, embedding not
     assert count_parameters(model) == always + VOCAB * 32 + 2 * 9 * expert
-    assert costs.active_parameters(model.config) == always + 2 * 2 * expert
+    assert speed.active_parameters(model.config) == always + 2 * 2 * expert
     vectors = 3 * (14 + 12 + 2 * 32) + 32
-    assert costs.matrix_parameters(model.config) == always + 2 * 2 * expert - vectors
+    assert speed.matrix_parameters(model.config) == always + 2 * 2 * expert - vectors
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_active_parameters_of_a_dense_decoder_are_all_but_the_embedding(tied):
     config = decoder.preset("tiny", tie_word_embeddings=tied)
     expected = count_parameters(build(config)) - (0 if tied else 256 * 128)
-    assert costs.active_parameters(config) == expected
+    assert speed.active_parameters(config) == expected
 
 
 def test_operations_of_latent_attention():
     config = SparseConfig(**{**SMALL, **LATENT})
     # 4 tokens see 1 + 2 + 3 + 4 keys: scores of 10 + 6 numbers and values of 9, 4 heads, 3 layers, 2 operations each
-    assert costs.attention_flops(config, 4) == 10 * (16 + 9) * 4 * 3 * 2
-    assert costs.kv_bytes(config, 100, bytes_per_number=2) == 100 * 3 * 18 * 2
-    assert costs.kv_bytes(SparseConfig(**SMALL), 100, bytes_per_number=2) == 100 * 3 * 2 * 2 * 8 * 2
+    assert speed.attention_flops(config, 4) == 10 * (16 + 9) * 4 * 3 * 2
+    assert speed.kv_bytes(config, 100, bytes_per_number=2) == 100 * 3 * 18 * 2
+    assert speed.kv_bytes(SparseConfig(**SMALL), 100, bytes_per_number=2) == 100 * 3 * 2 * 2 * 8 * 2
 
 
 def test_blocks_are_dense_first_then_sparse():

@@ -21,7 +21,7 @@ import json, sys, nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 page = nbformat.read(sys.argv[1], as_version=4)
-look = "import dslib, dslib.lab.paths as p; print(dslib.__file__); print(p.data_path('claims.yml'))"
+look = "import dslib, dslib.data.files as p; print(dslib.__file__); print(p.data_path('claims.yml'))"
 page.cells.append(new_code_cell(look))
 NotebookClient(page, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"]).execute(cwd=".")
 print(json.dumps(page.cells[-1].outputs[0].text.splitlines()))
@@ -74,7 +74,7 @@ def hosted(tmp_path_factory):
 def test_wheel_carries_the_data_and_no_tests(wheel, tmp_path):
     names = call(sys.executable, "-m", "zipfile", "-l", wheel, cwd=tmp_path)
     assert "dslib/_data/claims.yml" in names
-    assert "dslib/lab/claims.py" in names
+    assert "measured/claims.py" in names
     assert "tests/" not in names and "tools/" not in names
 
 

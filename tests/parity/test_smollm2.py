@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dslib.architecture.checkpoint import config_from_hf
 from dslib.architecture.decoder import preset
-from dslib.data.pretrained import SMOLLM2_PACKAGE, cache_root, load_folder, smollm2_folder
+from dslib.architecture.weights.config import config_from_hf
+from dslib.architecture.weights.pretrained import SMOLLM2_PACKAGE, load_folder, smollm2_folder
+from dslib.data.files import cache_root
 from dslib.performance.generation import generate
 
 PROMPTS = [

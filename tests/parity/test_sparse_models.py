@@ -15,10 +15,11 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from dslib.architecture.checkpoint import config_from_hf, decoder_from_hf, load_hf_state_dict, to_hf_state_dict
 from dslib.architecture.decoder import build
 from dslib.architecture.moe import MoE
 from dslib.architecture.sparse_decoder import SparseDecoder
+from dslib.architecture.weights.checkpoint import decoder_from_hf, load_hf_state_dict, to_hf_state_dict
+from dslib.architecture.weights.config import config_from_hf
 from dslib.performance.generation import generate
 
 VOCAB = 70

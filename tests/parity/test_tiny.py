@@ -12,8 +12,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dslib.architecture.checkpoint import config_from_hf, decoder_from_hf, to_hf_state_dict
 from dslib.architecture.decoder import build
+from dslib.architecture.weights.checkpoint import decoder_from_hf, to_hf_state_dict
+from dslib.architecture.weights.config import config_from_hf
 
 VOCAB = 70
 SHAPE = {
@@ -158,7 +159,7 @@ def test_a_saved_checkpoint_folder_loads(tmp_path, monkeypatch):
     """What save_pretrained writes, in several files: the path that a real checkpoint takes (tokenizer aside)."""
     import transformers
 
-    from dslib.data.pretrained import load_folder
+    from dslib.architecture.weights.pretrained import load_folder
 
     _, theirs = pair(*FAMILIES["linear RoPE scaling"])
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")

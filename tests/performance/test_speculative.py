@@ -165,12 +165,12 @@ def test_bad_input_is_named():
 def test_the_table_of_drafts_adds_up(monkeypatch):
     from types import SimpleNamespace
 
-    from dslib.performance import speculative_speed
+    from measured.experiments import speed_speculative
 
     model = noisy(CONFIGS["V1"])
     tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()[:20]))  # noqa: E731
-    monkeypatch.setattr(speculative_speed, "load_smollm2", lambda dtype: (model, tokenizer))
-    found = speculative_speed.speculative_speed("float32", new_tokens=12, counts=(3,), rounds=1)
+    monkeypatch.setattr(speed_speculative, "load_smollm2", lambda dtype: (model, tokenizer))
+    found = speed_speculative.speculative_speed("float32", new_tokens=12, counts=(3,), rounds=1)
     rows = found["rows"]
     assert len(rows) == 2 * 4 and all(row["same_tokens"] for row in rows)
     assert all(1 <= row["tokens_per_pass"] <= 4 and row["times"] > 0 for row in rows)

@@ -1,124 +1,96 @@
-"""The measuring functions: what they count and compare. No test asserts a time."""
-
-import ast
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""Bytes and operations of a step, against counts by hand and against what dslib.roofline says of the same shape."""
 
 import pytest
 import torch
 
-from dslib.architecture import decoder
-from dslib.lab import probes, recordings, roofline
-from dslib.performance import bench, machine_speed, moe_speed, record, speed
+from dslib.architecture import decoder, sparse_decoder
+from dslib.architecture.fusion import FusionConfig
+from dslib.architecture.int4_layers import quantize_
+from dslib.performance import speed
+from dslib.roofline import CODER_1_3B
 
 
-def test_bytes_a_token_reads():
-    tied = decoder.build(decoder.preset("tiny"), device="meta")
-    assert speed.bytes_per_token(tied) == 4 * decoder.count_parameters(tied)
-    untied = decoder.build(decoder.preset("tiny", tie_word_embeddings=False), device="meta", dtype=torch.bfloat16)
-    unread = untied.lm_head.weight.numel() - 128  # of the embedding, one row is looked up
-    assert speed.bytes_per_token(untied) == 2 * (decoder.count_parameters(untied) - unread)
-    # 10 tokens of context: keys and values, 4 layers, 2 heads of 32, 2 bytes
-    assert speed.bytes_per_token(untied, 10) - speed.bytes_per_token(untied) == 10 * 2 * 4 * 2 * 32 * 2
+def meta(config, dtype=torch.float16):
+    return decoder.build(config, device="meta", dtype=dtype)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "rope_scaling": 4.0, "rope_theta": 1e5}])
-def test_the_twin_has_the_same_logits(changes):
-    model = decoder.build(decoder.preset("tiny", **changes), seed=0).eval()
-    ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        assert torch.allclose(model(ids), speed.hf_twin(model)(ids).logits, atol=1e-4)
+@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(16, 2, 1), (16, 2, 5), (8, 3, 4), (4, 4, 3), (6, 1, 0)])
+def test_expected_experts_against_a_draw(experts, top_k, tokens):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.rand(20_000, tokens, experts, generator=generator)
+    used = keys.argsort(-1) < top_k  # a random order has each set of k places equally often
+    mean = used.any(1).sum(-1).double().mean().item() if tokens else 0.0
+    assert speed.expected_experts(experts, top_k, tokens) == pytest.approx(mean, rel=0.01)
 
 
-def test_no_twin_for_what_llama_is_not():
-    with pytest.raises(ValueError, match="window"):
-        speed.hf_twin(decoder.build(decoder.preset("tiny", sliding_window=8)))
+def test_one_token_reads_exactly_its_experts_and_all_tokens_all():
+    model = meta(sparse_decoder.preset("tiny-moe"), torch.float32)
+    experts = sum(p.nbytes for layer in model.layers for p in layer.mlp.experts.parameters())
+    rest = 4 * decoder.count_parameters(model) - experts
+    assert speed.weight_bytes(model) == pytest.approx(rest + experts * 2 / 8)
+    assert speed.weight_bytes(model) == 4 * speed.active_parameters(model.config)
+    assert speed.weight_bytes(model, 10_000) == pytest.approx(rest + experts)
 
 
-def test_comparison_of_decoding():
-    model = decoder.build(decoder.preset("tiny"), seed=0).eval()
-    result = speed.decode_comparison(model, [1, 2, 3], new_tokens=5, rounds=2)
-    assert result["same_tokens"] is True
-    assert result["times"] > 0 and result["times_same_kernel"] > 0 and result["ours"].n == 2
-    assert all(layer.mlp.down_proj.split_rows for layer in model.layers), "the switch is put back"
+def test_a_picture_costs_the_text_its_keys_and_values_only():
+    config = FusionConfig(256, 128, 352, 4, 4, 2, tie_word_embeddings=True, cross_attention_every=2)
+    model = decoder.build(config, seed=0)
+    text = speed.weight_bytes(decoder.build(decoder.preset("tiny"), device="meta"))
+    cross = sum(p.nbytes for name, p in model.cross.named_parameters() if "kv_proj" not in name)
+    assert speed.weight_bytes(model) == text + cross
+    with torch.no_grad():
+        image = model.encode_image(torch.randn(3, 3, 64, 64))
+    # two blocks, keys and values, two heads of 32, 64 places of a 64-pixel picture, four bytes
+    assert speed.cache_bytes(model, 0, image) == 2 * 2 * 2 * 32 * 64 * 4
+    assert speed.cache_bytes(model, 7, image) - speed.cache_bytes(model, 0, image) == 7 * 4 * 2 * 2 * 32 * 4
 
 
-def test_comparison_of_windows():
-    result = speed.window_speed(length=200, window=32, heads=2, head_dim=16, rounds=2)
-    assert result["largest_difference"] < 1e-5 and result["times_band"] > 0
+def test_four_bits_are_counted_as_they_lie():
+    model = decoder.build(decoder.preset("tiny"), seed=0)
+    before = speed.weight_bytes(model)
+    quantize_(model, group_size=32, skip=("lm_head",))
+    linear = 4 * sum(128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 352 for _ in range(4))
+    saved = linear - linear / 4 * (0.5 + 4 / 32)  # half a byte a weight; scale and zero, two bytes each, a group
+    assert before - speed.weight_bytes(model) == pytest.approx(saved)
 
 
-def test_decode_speed_is_plain_data():
-    made = recordings.record(speed.decode_speed, name="tiny", dtype="float32", prompt_tokens=4, new_tokens=4)
-    assert made.function == "dslib.performance.speed:decode_speed" and made.seed == 0
-    assert made.result["seconds"]["n"] >= 3 and made.result["share_of_read"] > 0
+def test_the_same_shape_as_in_the_first_chapter():
+    """roofline's DecoderShape, from four published numbers, and this, from the model, agree on what they both count."""
+    model = meta(decoder.preset("1.3b"))
+    for ours, theirs in (
+        (speed.decode_work(model, 1024), CODER_1_3B.decode(1024)),
+        (speed.decode_work(model, 1024, 64), CODER_1_3B.decode(1024, 64)),
+    ):
+        assert ours.bytes == pytest.approx(theirs.bytes, rel=0.02) and ours.flops == pytest.approx(
+            theirs.flops, rel=0.02
+        )
+    ours, theirs = speed.prefill_work(model, 1024), CODER_1_3B.prefill(1024)
+    head = 2 * 32256 * 2048 * 1023  # which works on the last token alone
+    assert ours.flops == pytest.approx(theirs.flops - head, rel=0.03)
+    assert ours.bytes == pytest.approx(theirs.bytes, rel=0.02)
 
 
-def test_bench_prints_the_ratio(capsys):
-    bench.main(["window", "--rounds", "1"])
-    assert "times as fast as a band mask" in capsys.readouterr().out
+def test_operations_against_torchs_own_counter():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = decoder.build(decoder.preset("tiny"), seed=0)
+    ids = torch.zeros(2, 20, dtype=torch.long)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.lm_head(model.hidden_states(ids)[:, -1:])
+    # Spelt out, attention multiplies the full square; a causal kernel does half of it and half the diagonal.
+    hidden = 2 * 2 * 4 * model.config.multiplications_per_pair * (20 * 20 - 210)
+    assert speed.prefill_work(model, 20, 2).flops == counter.get_total_flops() - hidden
 
 
-# A bare machine has torch and transformers and what these bring; it has nothing else of ours, and no network.
-BARE = """
-import socket, sys
-for name in ("matplotlib", "gguf", "accelerate", "onnxruntime", "IPython", "ipywidgets", "pandas", "scipy", "datasets"):
-    sys.modules[name] = None
-def refuse(*_, **__):
-    raise OSError("no network here")
-socket.socket.connect = socket.getaddrinfo = refuse
-from dslib.performance import record
-sys.exit(record.main(["--out", sys.argv[1]]))
-"""
+def test_a_window_ends_the_growth_of_a_step():
+    model = meta(decoder.preset("tiny", sliding_window=16))
+    assert speed.decode_work(model, 100) == speed.decode_work(model, 400)
+    assert speed.decode_work(model, 8).bytes < speed.decode_work(model, 100).bytes
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="proves the command on a CPU")
-def test_record_writes_a_file_that_reads_back_on_a_bare_machine(tmp_path):
-    out = tmp_path / "machine.json"
-    done = subprocess.run([sys.executable, "-c", BARE, str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = recordings.read(out)
-    assert sorted({r.function.split(":")[1] for r in made}) == [
-        "decode_speed", "launch_gap", "machine_speed", "roof_figures", "window_speed",
-    ]  # fmt: skip
-    assert len(made) == len(record.CPU_CALLS) and not any(recordings.is_stale(r) for r in made)
-    assert out.stat().st_size < 100_000
-    tables = [r.result for r in made if r.function.endswith("machine_speed")]
-    assert not [row for table in tables for row in table["rows"] if "failed" in row]
-
-
-def test_a_call_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
-    calls = (("dslib.lab.probes:no_such_thing", {}), ("dslib.lab.probes:launch_gap", {"side": 16, "rounds": 1}))
-    monkeypatch.setitem(record.PARTS, "machine", calls)
-    assert record.main(["--out", str(tmp_path / "a.json")]) == 1
-    assert len(recordings.read(tmp_path / "a.json")) == 1 and "1 calls failed" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("part", record.PARTS)
-def test_every_call_that_is_named_exists(part):
-    for name, call in (*record.PARTS[part], *record.GPU_CALLS):
-        recordings._bind(record.find(name), call)
-
-
-def gpu_calls():
-    """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
-    modules = {"speed": speed, "probes": probes, "roofline": roofline, "machine_speed": machine_speed}
-    modules["moe_speed"] = moe_speed
-    for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if "gpu" not in cell["metadata"].get("tags", []):
-                continue
-            for node in ast.walk(ast.parse("".join(cell["source"]))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) == "recordings.live_or_recorded":
-                    module, _, name = ast.unparse(node.args[0]).partition(".")
-                    arguments = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
-                    yield pytest.param(getattr(modules[module], name), arguments, id=f"{path.stem}-{name}")
-
-
-@pytest.mark.parametrize(("function", "arguments"), list(gpu_calls()))
-def test_every_gpu_cell_can_be_recorded(function, arguments):
-    """A GPU cell and ``make record`` must mean the same call, defaults included."""
-    calls = [(fn, recordings._bind(fn, call)) for fn, call in ((record.find(name), c) for name, c in record.GPU_CALLS)]
-    assert (function, recordings._bind(function, arguments)) in calls
+def test_bad_numbers_are_named():
+    with pytest.raises(ValueError, match="top_k: got 5, expected 1 to num_experts=4"):
+        speed.expected_experts(4, 5, 1)
+    with pytest.raises(ValueError, match="tokens: got -1"):
+        speed.expected_experts(4, 2, -1)

@@ -13,8 +13,8 @@ from PIL import Image
 from dslib.data.encoders import load_minilm
 from dslib.scenarios import batches
 from dslib.scenarios.batches import ImageLoader, WorkerLost, collate, tokenise
-from dslib.scenarios.decoding import ImageError
-from dslib.scenarios.preprocessing import HALF, Recipe, prepare
+from dslib.scenarios.images import ImageError
+from dslib.scenarios.multimodal import HALF, Recipe, prepare
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_a_tokenizer_without_padding_says_what_to_do():
 
 @pytest.mark.benchmark
 def test_working_ahead_pays():
-    from dslib.scenarios.bench import overlap
+    from measured.experiments.multimodal_speed import overlap
 
     torch.set_num_threads(1)
     assert overlap()["ratio"]["median"] > 1.5

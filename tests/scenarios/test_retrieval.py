@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dslib.data.pairs import load_emoji
-from dslib.scenarios import retrieval
+from dslib.data import encoders
+from dslib.data.pictures import load_emoji
 from dslib.scenarios.retrieval import Maps, align, contrast, crowding, image_features, ranks, search
-from dslib.scenarios.retrieval_experiments import character_features, folds, parts
+from measured.experiments.multimodal_retrieval import character_features, folds, parts
 
 
 def random(*shape, seed=0):
@@ -112,7 +112,7 @@ def test_bad_shapes_are_refused(images, texts, options, message):
 class Eyes:
     """Stands in for the encoder: mean colours, and the size it was shown."""
 
-    normalisation = retrieval.EfficientNetLite.normalisation
+    normalisation = encoders.EfficientNetLite.normalisation
 
     def pooled(self, pixels, blocks):
         colour = pixels.mean((2, 3))

@@ -1,0 +1,220 @@
+"""Multi-head latent attention: keys and values of all heads rebuilt from one short vector a token.
+
+Grouped-query attention shrinks the cache by letting heads share keys and values. Latent attention (DeepSeek-V2 and V3)
+goes another way: each token is compressed to one *latent* of ``kv_lora_rank`` numbers, and every head makes its own key
+and value from it with its own matrices. Only the latent is cached. A rotated key cannot be part of that (the rotation
+would come between the two matrices that the absorbed form below multiplies together), so positions travel apart, in
+one small key that all heads share and in a matching slice of every query: *decoupled* RoPE.
+
+The same weights can be used in two ways, which give the same result:
+
+* *naive*: rebuild every head's keys and values of all tokens, then attend as usual. Costs once per key.
+* *absorbed*: multiply the query by the key matrix instead of the keys, and the output by the value matrix instead of
+  the values. What remains is attention in which all heads share one key, and that key's first ``kv_lora_rank`` numbers
+  are the value. Costs once per query, so it is the one for decoding.
+
+Shapes: B batch, T new tokens, S keys, H heads; C = kv_lora_rank, N = qk_nope_head_dim, R = qk_rope_head_dim,
+V = v_head_dim.
+
+Book: ``chapters/architecture/published.ipynb``. The whole decoder is in :mod:`~dslib.architecture.sparse_decoder`,
+its checkpoints in :mod:`~dslib.architecture.weights`. Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1 and
+appendix C) for the mechanism, YaRN (arXiv 2309.00071, section 3) for long contexts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dslib.architecture.cache import KVCache, PreallocatedCache, Step, visible
+from dslib.architecture.layers import RMSNorm, apply_rope, cos_and_sin
+from dslib.fast.linear import Linear
+
+FORMS = ("naive", "absorbed", "auto")
+# Of the two inner norms. DeepSeek's code does not take it from the configuration's rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN: rotary positions stretched to a context ``factor`` times as long as that of pre-training.
+
+    Attributes:
+        factor: how many times longer, at least 1.
+        original_max_position_embeddings: context length of pre-training.
+        beta_fast, beta_slow: pairs that turn more than ``beta_fast`` times within that length keep their frequency,
+            those that turn less than ``beta_slow`` times are slowed by ``factor``, and those between are blended.
+        mscale, mscale_all_dim: how much larger attention scores become, see :attr:`magnitude` and
+            :attr:`softmax_factor`; names as in DeepSeek's configurations.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self):
+        for name, least in (("factor", 1), ("original_max_position_embeddings", 1), ("mscale", 0),
+                            ("mscale_all_dim", 0)):  # fmt: skip
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number of at least {least}")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"beta_slow, beta_fast: got {self.beta_slow} and {self.beta_fast}, expected 0 < beta_slow < beta_fast"
+            )
+
+    def _growth(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    @property
+    def magnitude(self) -> float:
+        """Multiplies the rotated part of queries and keys."""
+        return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+
+    @property
+    def softmax_factor(self) -> float:
+        """Multiplies all scores (once for the query and once for the key, hence squared)."""
+        return self._growth(self.mscale_all_dim) ** 2
+
+    def frequencies(self, head_dim: int, theta: float, device=None) -> Tensor:
+        """Angle by which each pair turns at one position: float32, (head_dim / 2,)."""
+        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+        plain = 1.0 / theta ** (2 * pair / head_dim)
+
+        def pair_that_turns(times: float) -> float:
+            length = self.original_max_position_embeddings / (2 * math.pi * times)
+            return head_dim * math.log(length) / (2 * math.log(theta))
+
+        first = max(math.floor(pair_that_turns(self.beta_fast)), 0)
+        last = min(math.ceil(pair_that_turns(self.beta_slow)), head_dim - 1)
+        slowed = ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)  # share of the slowed frequency in the blend
+        return plain * (1 - slowed) + plain / self.factor * slowed
+
+    def angles(self, positions: Tensor, head_dim: int, theta: float, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+        """(cos, sin) as from ``attention.rope_angles``, the magnitude multiplied in."""
+        turns = cos_and_sin(positions, self.frequencies(head_dim, theta, positions.device))
+        cos, sin = (part * self.magnitude for part in turns)
+        return cos.to(dtype), sin.to(dtype)
+
+
+class LatentCache(PreallocatedCache):
+    """A :class:`~dslib.architecture.cache.PreallocatedCache` that keeps one vector a token and layer.
+
+    The vector is the normalised latent and, behind it, the rotated key that all heads share: (B, 1, S, C + R).
+    """
+
+    _parts = 1  # the value is the key's first C numbers
+
+    def __init__(self, num_layers, batch_size, max_length, kv_lora_rank, qk_rope_head_dim, *, dtype, device="cpu"):
+        shape = (num_layers, batch_size, 1, max_length, kv_lora_rank + qk_rope_head_dim)
+        super().__init__(*shape, dtype=dtype, device=device)
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Latent attention with decoupled rotary positions and an optional cache.
+
+    Args:
+        config: with ``kv_lora_rank``, ``q_lora_rank`` (None: queries are not compressed), ``qk_nope_head_dim``,
+            ``qk_rope_head_dim``, ``v_head_dim``, ``num_attention_heads``, ``hidden_size`` and ``yarn``.
+        form: see the attribute.
+
+    Attributes:
+        form: ``"naive"``, ``"absorbed"``, or ``"auto"`` for the one that multiplies less: naive for a prompt, absorbed
+            for new tokens behind a history. May be set at any time.
+        scale: what scores are multiplied by before the softmax.
+
+    Raises:
+        ValueError: unknown form.
+    """
+
+    def __init__(self, config, form: str = "auto"):
+        super().__init__()
+        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.form = form
+        size, query = config.hidden_size, self.heads * (self.nope + self.rope)
+        self.compressed_queries = config.q_lora_rank is not None
+        if not self.compressed_queries:
+            self.q_proj = Linear(size, query, bias=False)
+        else:
+            self.q_a_proj = Linear(size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = Linear(size, self.rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(self.heads * self.value, size, bias=False)
+        self.scale = (self.nope + self.rope) ** -0.5
+        if config.yarn is not None:
+            self.scale *= config.yarn.softmax_factor
+
+    @property
+    def form(self) -> str:
+        return self._form
+
+    @form.setter
+    def form(self, form: str) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form: got {form!r}, expected one of {', '.join(map(repr, FORMS))}")
+        self._form = form
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
+        """(B, T, hidden_size) -> (B, T, hidden_size); ``rope`` for heads of ``qk_rope_head_dim``."""
+        batch, tokens, _ = x.shape
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed_queries else self.q_proj(x)
+        q, q_rope = q.view(batch, tokens, self.heads, -1).split((self.nope, self.rope), dim=-1)
+        q, q_rope = q.transpose(1, 2), apply_rope(q_rope, *rope).transpose(1, 2)  # (B, H, T, N), (B, H, T, R)
+        kept = self._kept(x, rope)  # (B, 1, T, C + R)
+        if cache is not None:
+            (kept,) = cache.update(layer, kept)  # (B, 1, S, C + R)
+        form = self._cheaper(tokens, kept.shape[2]) if self.form == "auto" else self.form
+        y = (self._naive if form == "naive" else self._absorbed)(q, q_rope, kept, step)  # (B, H, T, V)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def _kept(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """All that a cache has to hold: the normalised latent and, behind it, the rotated key. (B, 1, T, C + R)."""
+        latent, key = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
+        key = apply_rope(key.transpose(1, 2), *rope).transpose(1, 2)  # one head: (B, 1, T, R)
+        return torch.cat((self.kv_a_layernorm(latent), key), dim=-1)
+
+    def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
+        """Keep what the cache holds of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
+        cache.update(layer, self._kept(x, rope))
+
+    def _cheaper(self, tokens: int, keys: int) -> str:
+        # A head's multiplications besides the projections that both forms have, with the values widened as below.
+        key = self.nope + self.rope
+        naive = keys * self.rank * (self.nope + self.value) + tokens * keys * (key + max(key, self.value))
+        absorbed = tokens * self.rank * (self.nope + self.value) + tokens * keys * 2 * (self.rank + self.rope)
+        return "absorbed" if absorbed < naive else "naive"
+
+    def _naive(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
+        latent, key = kept.split((self.rank, self.rope), dim=-1)
+        heads = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, N + V)
+        k, v = heads.split((self.nope, self.value), dim=-1)
+        q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, key.expand(-1, self.heads, -1, -1)), dim=-1)
+        # The fused kernels want values as wide as keys; without them, the T x S scores are written out, which takes
+        # twice as long at 1,024 tokens. So the values are widened with zeros.
+        v = F.pad(v, (0, max(0, k.shape[-1] - self.value)))
+        causal = step.causal and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, scale=self.scale)
+        return y[..., : self.value]
+
+    def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
+        make_keys, make_values = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
+        q = torch.cat((q @ make_keys, q_rope), dim=-1)  # (B, H, T, N) x (H, N, C) -> (B, H, T, C), then (.., C + R)
+        batch, _, tokens, _ = q.shape
+        mask = step.mask
+        if step.causal and tokens > 1:
+            mask = visible(*[torch.arange(tokens, device=q.device)] * 2).expand(1, 1, -1, -1)
+        if mask is not None:
+            mask = mask.expand(-1, self.heads, -1, -1).flatten(1, 2).unsqueeze(1)  # (1 or B, 1, H T, S)
+        # One shared key: the heads' queries become rows of one attention problem, and nothing has to be repeated. The
+        # values are the keys, whole (see above); their rotary part is dropped from the result.
+        rows = q.flatten(1, 2).unsqueeze(1)  # (B, 1, H T, C + R)
+        y = F.scaled_dot_product_attention(rows, kept, kept, attn_mask=mask, scale=self.scale)[..., : self.rank]
+        return y.view(batch, self.heads, tokens, -1) @ make_values.mT  # (B, H, T, C) x (H, C, V)

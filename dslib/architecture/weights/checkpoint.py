@@ -1,0 +1,272 @@
+"""Weights in and out: Hugging Face checkpoints <-> our decoders.
+
+The families are those of :mod:`dslib.architecture.weights.config`. The layouts differ in a few places only:
+
+* ours keeps query, key and value (and gate and up) as one matrix, theirs apart;
+* experts are stacked in one tensor here and in transformers 5, but are files' worth of single matrices on the hub;
+* DeepSeek's rotary pairs lie side by side, ours half a head apart (see :func:`_pairs_apart`).
+
+Book: ``chapters/architecture/decoder.ipynb``, section "Real weights", and ``chapters/architecture/published.ipynb``.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dslib.architecture.decoder import Decoder, DecoderConfig, build
+from dslib.architecture.sparse_decoder import SparseConfig
+from dslib.architecture.weights.config import config_from_hf
+
+# How experts are named: the block they are in and, if every expert has its own, the names of gate, up and down.
+_LAYOUTS = {
+    "stacked": ("mlp", None),  # transformers 5, in memory
+    "apart": ("mlp", ("gate_proj", "up_proj", "down_proj")),  # the hub's files of DeepSeek-V2 and V3
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),  # the hub's files of Mixtral
+}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the rows of one of our tensors come from: the named tensors, one below the other.
+
+    Attributes:
+        rows: how many come from each; None for a single tensor.
+        order: int64; if given, our row i is row ``order[i]`` of theirs.
+    """
+
+    parts: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
+    order: Tensor | None = None
+
+    def split(self, ours: Tensor) -> tuple[Tensor, ...]:
+        """Our tensor cut into its parts, in our order of rows. Views."""
+        if self.rows is None:
+            return (ours,)
+        return (ours if sum(self.rows) == len(ours) else ours.flatten(0, 1)).split(self.rows)  # flat: (E 2I, H)
+
+
+def _sources(config: DecoderConfig, layout: str) -> dict[str, _Source]:
+    """Our tensor name -> where it comes from."""
+    names = {
+        "embed_tokens.weight": _Source(("model.embed_tokens.weight",)),
+        "norm.weight": _Source(("model.norm.weight",)),
+    }
+    sparse = isinstance(config, SparseConfig)
+    for layer in range(config.num_hidden_layers):
+        here = f"layers.{layer}."
+        latent = sparse and config.kv_lora_rank is not None
+        attention = _latent_attention(config) if latent else _attention(config)
+        experts = sparse and layer >= config.first_k_dense_replace
+        feed_forward = _experts(config, layout, layer) if experts else _swiglu("mlp.", config.intermediate_size)
+        for name, source in (*attention, *feed_forward, *map(_same, _NORMS)):
+            parts = tuple(f"model.{here}{part}" for part in source.parts)
+            names[here + name] = _Source(parts, source.rows, source.order)
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = _Source(("lm_head.weight",))
+    return names
+
+
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+
+def _same(name: str) -> tuple[str, _Source]:
+    return name, _Source((name,))
+
+
+def _attention(config: DecoderConfig) -> Iterator[tuple[str, _Source]]:
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+        parts = tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv")
+        yield f"self_attn.qkv_proj.{kind}", _Source(parts, (query, key, key))
+    yield _same("self_attn.o_proj.weight")
+
+
+def _latent_attention(config: SparseConfig) -> Iterator[tuple[str, _Source]]:
+    plain = ["kv_a_layernorm", "kv_b_proj", "o_proj"]
+    queries = "q_proj"
+    if config.q_lora_rank is not None:
+        plain += ["q_a_proj", "q_a_layernorm"]
+        queries = "q_b_proj"
+    for name in plain:
+        yield _same(f"self_attn.{name}.weight")
+    rotated = config.qk_rope_head_dim
+    for name, before, heads in (
+        (queries, config.qk_nope_head_dim, config.num_attention_heads),
+        ("kv_a_proj_with_mqa", config.kv_lora_rank, 1),
+    ):
+        name = f"self_attn.{name}.weight"
+        yield name, _Source((name,), order=_pairs_apart(before, rotated, heads))
+
+
+def _pairs_apart(before: int, rotated: int, heads: int) -> Tensor:
+    """Order of rows that makes DeepSeek's rotary pairs ours, for ``heads`` heads of ``before`` plain rows each.
+
+    DeepSeek turns neighbours, rows (0, 1), (2, 3) and so on; ``apply_rope`` turns row i with row i + half. Which rows
+    make a pair is only a matter of order, and a score does not change if query and key are reordered alike. So the rows
+    of the projections are reordered once, here, and attention has one way to rotate.
+    """
+    ours = torch.cat((torch.arange(before), before + torch.arange(0, rotated, 2), before + torch.arange(1, rotated, 2)))
+    return (torch.arange(heads).unsqueeze(1) * (before + rotated) + ours).flatten()
+
+
+def _swiglu(prefix: str, size: int) -> Iterator[tuple[str, _Source]]:
+    parts = (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
+    yield f"{prefix}gate_up_proj.weight", _Source(parts, (size, size))
+    yield _same(f"{prefix}down_proj.weight")
+
+
+def _experts(config: SparseConfig, layout: str, layer: int) -> Iterator[tuple[str, _Source]]:
+    block, single = _LAYOUTS[layout]
+    hashed = layer < config.first_k_dense_replace + config.num_hash_layers
+    router = ["weight"] + ["tid2eid"] * hashed + ["e_score_correction_bias"] * (config.selection_bias and not hashed)
+    for name in router:
+        yield f"mlp.router.{name}", _Source((f"{block}.gate.{name}",))
+    if single is None:
+        yield from map(_same, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+    else:
+        gate, up, down = single
+        each = [f"{block}.experts.{expert}." for expert in range(config.num_experts)]
+        inner = (config.moe_intermediate_size,) * (2 * config.num_experts)
+        gates_and_ups = tuple(f"{expert}{name}.weight" for expert in each for name in (gate, up))
+        yield "mlp.experts.gate_up_proj", _Source(gates_and_ups, inner)
+        downs = tuple(f"{expert}{down}.weight" for expert in each)
+        yield "mlp.experts.down_proj", _Source(downs, (config.hidden_size,) * config.num_experts)
+    if config.n_shared_experts:
+        yield from _swiglu("mlp.shared_experts.", config.n_shared_experts * config.moe_intermediate_size)
+
+
+def _layout(names: Iterable[str]) -> str:
+    """Which of the layouts of experts a state dict has; any will do for a dense model."""
+    if any(".block_sparse_moe." in name for name in names):
+        return "mixtral"
+    return "apart" if any(".mlp.experts.0." in name for name in names) else "stacked"
+
+
+def _prediction_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """Prefixes of DeepSeek-V3's modules for multi-token prediction.
+
+    Files have them as layers behind the last (``model.layers.61`` in V3); a projection of their own tells them from
+    real layers. They predict further tokens in training and speculative decoding, and the model's logits do not depend
+    on them.
+    """
+    found = (re.fullmatch(r"(model\.layers\.\d+\.)eh_proj\.weight", name) for name in names)
+    return tuple(match[1] for match in found if match)
+
+
+def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Decoder:
+    """Copy the weights of a ``ForCausalLM`` of one of the families into ``model``, in place; returns ``model``.
+
+    Experts may be stacked or apart. A tied model may come with or without ``lm_head.weight``; if it comes, it must
+    equal the embedding. Buffers of old checkpoints (``rotary_emb.inv_freq``) and modules for multi-token prediction are
+    passed over.
+
+    Raises:
+        ValueError: naming the missing, the extra and the misshapen tensors, and 8-bit ones. The model is then left as
+            it was.
+    """
+    config = model.config
+    sources = _sources(config, _layout(state_dict))
+    skipped = _prediction_layers(state_dict)
+    given = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(skipped)
+    }
+    wanted = {part for source in sources.values() for part in source.parts}
+    extra = sorted(set(given) - wanted)
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        embedding = given.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(given["lm_head.weight"], embedding):
+            raise ValueError("lm_head.weight: differs from model.embed_tokens.weight, but the config ties them")
+    problems = _listed("missing", sorted(wanted - set(given))) + _listed("extra", extra)
+    eight_bit = [name for name, tensor in given.items() if tensor.is_floating_point() and tensor.element_size() == 1]
+    if eight_bit:
+        problems = _listed("in 8 bits, to be multiplied out with their scales first", eight_bit)
+    ours = _tensors(model)
+    if not problems:
+        misshapen = []
+        for name, source in sources.items():
+            for part, piece in zip(source.parts, source.split(ours[name]), strict=True):
+                if given[part].shape != piece.shape:
+                    misshapen.append(f"{part} {tuple(given[part].shape)}, expected {tuple(piece.shape)}")
+        problems = _listed("misshapen", misshapen)
+    if problems:
+        raise ValueError("state dict does not fit the config: " + "; ".join(problems))
+    with torch.no_grad():
+        for name, source in sources.items():
+            for part, piece in zip(source.parts, source.split(ours[name]), strict=True):
+                piece.copy_(given[part] if source.order is None else given[part][source.order])
+    return model
+
+
+def to_hf_state_dict(model: Decoder, layout: str = "stacked") -> dict[str, Tensor]:
+    """The model's weights under the names of a Hugging Face ``ForCausalLM``.
+
+    Views of the same memory, except where rotary rows are reordered.
+
+    Args:
+        layout: of experts: ``"stacked"`` as in transformers 5, ``"apart"`` or ``"mixtral"`` as in files.
+
+    Raises:
+        ValueError: unknown layout.
+    """
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, _LAYOUTS))}")
+    ours, out = _tensors(model), {}
+    for name, source in _sources(model.config, layout).items():
+        tensor = ours[name].detach()
+        tensor = tensor if source.order is None else tensor[source.order.argsort()]
+        out.update(zip(source.parts, source.split(tensor), strict=True))
+    return out
+
+
+def _tensors(model: Decoder) -> dict[str, Tensor]:
+    """Parameters and buffers (of routers) by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def decoder_from_hf(config: Any, state_dict: Mapping[str, Tensor], *, dtype=torch.float32, device="cpu") -> Decoder:
+    """A decoder with the shape of a Hugging Face config and the weights of its state dict, in eval mode."""
+    model = build(config_from_hf(config), device="meta", dtype=dtype).to_empty(device=device)
+    model.tie_weights()  # to_empty gave each its own memory
+    return load_hf_state_dict(model, state_dict).eval()
+
+
+def _listed(what: str, names: list[str], most: int = 6) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{len(names)} {what}: {', '.join(names[:most])}{more}"]
+
+
+def hf_twin(model: Decoder) -> Any:
+    """The same weights in transformers' ``LlamaForCausalLM``, with the same dtype, on the same device, in eval mode.
+
+    Raises:
+        ValueError: the model has a window or biases, which Llama has not.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+    if config.sliding_window is not None or config.qkv_bias:
+        raise ValueError("model: has a window or biases, expected plain Llama")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling != 1.0:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling}
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+    )  # fmt: skip
+    weight = model.embed_tokens.weight
+    with torch.device("meta"):
+        twin = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope))
+    twin = twin.to(weight.dtype).to_empty(device=weight.device)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config).to(weight.device)  # its buffers were on meta
+    twin.load_state_dict(to_hf_state_dict(model), strict=False)
+    twin.tie_weights()
+    return twin.eval()

@@ -1,0 +1,76 @@
+"""Where files lie: the project's own data, and weights that are fetched once and kept.
+
+:func:`data_path` is the one function that knows where ``data/`` is, in a checkout and in an installed wheel alike.
+"""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# A wheel carries data/ inside the package (pyproject.toml, force-include); a checkout has it beside the package.
+_CANDIDATES = (_PACKAGE / "_data", _PACKAGE.parent / "data")
+# What is fetched of a model on the hub.
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+
+
+def data_path(name: str = "") -> Path:
+    """Path of a file or folder below ``data/``, e.g. ``data_path("claims.yml")``.
+
+    Raises:
+        FileNotFoundError: naming the file and the places looked in.
+    """
+    for root in _CANDIDATES:
+        path = root / name
+        if (root / "claims.yml").exists() and path.exists():
+            return path
+    looked = " and ".join(str(root) for root in _CANDIDATES)
+    raise FileNotFoundError(
+        f"data file {name!r} not found; looked in {looked}. Reinstall dslib, or run from a checkout."
+    )
+
+
+class WeightsNotFound(FileNotFoundError):
+    """No source has the weights; the message says what was tried and what to install."""
+
+
+def cache_root() -> Path:
+    """Folder for unpacked weights: ``$DSLIB_CACHE``, else ``$XDG_CACHE_HOME/dslib``, else ``~/.cache/dslib``."""
+    if chosen := os.environ.get("DSLIB_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dslib"
+
+
+def from_hub(hub_id: str, revision: str | None = None) -> Path:
+    """Folder with a model of the Hugging Face hub, its local cache first. Raises ``WeightsNotFound``."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for offline in (True, False):  # what was fetched before needs no network
+        # Network libraries raise many kinds of OSError and of HTTP error when there is no network.
+        with contextlib.suppress(OSError, HfHubHTTPError, ValueError, httpx.HTTPError):
+            folder = snapshot_download(
+                hub_id, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline, etag_timeout=10
+            )
+            if any(Path(folder).glob("*.safetensors")):
+                return Path(folder)
+    raise WeightsNotFound(f"{hub_id}: not in the local hub cache, and the hub is out of reach or has no such model")
+
+
+@contextlib.contextmanager
+def quiet():
+    """No progress bars or notices while transformers unpacks: a chapter's output stays clean."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()  # in a notebook they are widgets, which no redirection catches
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar knows no switch
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,185 @@
+"""Log-likelihoods of several continuations of one context, and nothing computed twice.
+
+What all contexts begin with, such as a header or examples, runs once and leaves its keys and values. A row of the batch
+holds the rest of a context and, behind it, its continuations side by side; a mask lets each see the context and itself.
+Continuations of one token, such as letters, add nothing to it. The output layer, and the last feed-forward network,
+run only where a token is scored. Rows of similar length share a batch. In float32 on a CPU the products are oneDNN's
+where that is the quicker library.
+
+The output layer runs in float32 whatever the model's format. Two letters often lie closer together than bfloat16 can
+tell apart, and a tie would go to the first.
+
+Book: ``chapters/performance/accuracy.ipynb``, section "Four answers for the price of one".
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dslib.architecture.cache import Step, visible
+from dslib.architecture.decoder import Decoder
+from dslib.fast.linear import Linear, onednn, packed_product
+
+SHORTEST_PREFIX = 8  # a shorter common beginning is not worth the trouble
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of a context and of its continuations; every row of a call has the same number of them."""
+
+    context: list[int]
+    ends: list[list[int]]
+
+    @property
+    def tokens(self) -> list[int]:
+        # The last token of a continuation is only predicted, never looked at.
+        return self.context + [token for end in self.ends for token in end[:-1]]
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: Decoder,
+    rows: Sequence[Row],
+    *,
+    groups: Sequence | None = None,
+    batch_tokens: int = 512,
+    quick_products: bool = True,
+    progress: bool = False,
+) -> Tensor:
+    """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
+
+    Args:
+        groups: a label for each row; what the rows of a group have in common at the start runs once. None is one group.
+        batch_tokens: tokens of a batch, padding included; a longer row is a batch of its own.
+        quick_products: let oneDNN multiply where that is quicker; the arithmetic is float32 all the same.
+
+    Raises:
+        ValueError: no row, or one longer than ``max_position_embeddings`` (unless the model has a window).
+    """
+    if not rows:
+        raise ValueError("rows: got none, expected at least one")
+    groups = [0] * len(rows) if groups is None else groups
+    longest = max(len(row.context) + max(map(len, row.ends)) - 1 for row in rows)
+    if model.config.sliding_window is None and longest > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise ValueError(f"rows: the longest takes {longest} tokens, the model has room for {limit}")
+    out = torch.empty(len(rows), len(rows[0].ends))
+    head = _float_head(model)
+    products = _products(model) if quick_products else contextlib.nullcontext()
+    with products, tqdm(total=len(rows), desc="questions", disable=not progress) as bar:
+        for group in dict.fromkeys(groups):
+            order = [index for index in range(len(rows)) if groups[index] == group]
+            order.sort(key=lambda index: len(rows[index].tokens), reverse=True)
+            prefix = _Prefix.of(model, [rows[index].context for index in order])
+            while order:
+                count = max(1, batch_tokens // (len(rows[order[0]].tokens) - prefix.length))
+                batch, order = order[:count], order[count:]
+                out[batch] = _score_batch(model, head, [rows[index] for index in batch], prefix)
+                bar.update(len(batch))
+    return out
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Keys and values of the tokens that several contexts begin with, per layer (1, Hk, P, D); a cache to read from."""
+
+    length: int
+    layers: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, model: Decoder, contexts: list[list[int]]) -> "_Prefix":
+        first, last = min(contexts), max(contexts)  # in alphabetical order, so what these two share, all share
+        most = min(map(len, contexts)) - 1  # the last token of a context has to be computed: it predicts
+        length = next((at for at in range(most) if first[at] != last[at]), most)
+        if len(contexts) == 1 or length < SHORTEST_PREFIX or model.config.sliding_window is not None:
+            return cls(0, [])
+        cache = model.make_cache("growing")
+        model.hidden_states(torch.tensor([first[:length]], device=model.embed_tokens.weight.device), cache)
+        return cls(length, cache.layers)
+
+    def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """The prefix before the new keys and values, (B, Hk, T, D) each -> (B, Hk, P + T, D)."""
+        held = self.layers[layer]
+        return tuple(
+            torch.cat((old.expand(len(part), -1, -1, -1), part), 2) for old, part in zip(held, new, strict=True)
+        )
+
+
+def _float_head(model: Decoder) -> Callable[[Tensor], Tensor]:
+    """The output layer: states (places, hidden_size) -> float32 logits."""
+    layer = model.lm_head
+    if type(layer) is not Linear or layer.weight.dtype is torch.float32:
+        return lambda states: layer(states).float()  # quantised layers have their own way
+    weight = layer.weight.float()
+    return lambda states: F.linear(states.float(), weight)
+
+
+def _score_batch(model: Decoder, head: Callable[[Tensor], Tensor], rows: list[Row], prefix: _Prefix) -> Tensor:
+    device, skip = model.embed_tokens.weight.device, prefix.length
+    width = max(len(row.tokens) for row in rows) - skip
+    ids = torch.zeros(len(rows), width, dtype=torch.long)  # (B, T), padded on the right with any token
+    positions = torch.arange(skip, skip + width).repeat(len(rows), 1)
+    branch = torch.zeros_like(ids)  # 0: context or padding, 1 to 4: continuation
+    where, what, whose = [], [], []  # per scored token: its place in the batch, its id, what it counts for
+    for index, row in enumerate(rows):
+        ids[index, : len(row.tokens) - skip] = torch.tensor(row.tokens[skip:])
+        start = at = len(row.context) - skip
+        for number, end in enumerate(row.ends):
+            stop = at + len(end) - 1
+            positions[index, at:stop] = torch.arange(start, start + stop - at) + skip
+            branch[index, at:stop] = number + 1
+            where += [index * width + place for place in (start - 1, *range(at, stop))]
+            what += end
+            whose += [index * len(rows[0].ends) + number] * len(end)
+            at = stop
+    # A place that predicts for several continuations (the end of the context) goes through the output layer once.
+    places, back = torch.tensor(where, device=device).unique(return_inverse=True)
+    states = _states_at(model, ids.to(device), positions.to(device), branch.to(device), prefix, places)
+    logits = head(model.norm(states))  # (places, vocab_size)
+    picked = logits[back, torch.tensor(what, device=device)] - logits.logsumexp(-1)[back]
+    sums = torch.zeros(len(rows) * len(rows[0].ends), device=device)
+    return sums.index_add_(0, torch.tensor(whose, device=device), picked).view(len(rows), -1).cpu()
+
+
+def _states_at(
+    model: Decoder, ids: Tensor, positions: Tensor, branch: Tensor, prefix: _Prefix, places: Tensor
+) -> Tensor:
+    """States before the last norm, (places, hidden_size), of a batch (B, T); continuations ignore each other."""
+    config, cache, mask = model.config, prefix if prefix.length else None, None
+    batched = bool(branch.any())
+    if batched or cache:
+        one = positions if batched else positions[:1]
+        mask = visible(one, one, config.sliding_window, config.attention_sinks)  # (1 or B, T, T)
+        if batched:
+            mask = mask & ((branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2)))
+        mask = torch.cat((mask.new_ones(*mask.shape[:2], prefix.length), mask), 2).unsqueeze(1)  # (1 or B, 1, T, P + T)
+    x, step = model.embed(ids), Step(positions, mask, causal=mask is None)
+    rope = model.rope(positions if batched else positions[:1], x.dtype)
+    *layers, last = model.layers
+    for index, layer in enumerate(layers):
+        x = layer(x, rope, step, cache, index, ids)
+    # In the last layer, every token is still looked at, but only those that predict have to be finished.
+    x = x + last.self_attn(last.input_layernorm(x), rope, step, cache, len(layers))
+    x = x.flatten(0, 1)[places].unsqueeze(0)  # (1, places, C)
+    return (x + last.feed_forward(last.post_attention_layernorm(x), ids.flatten()[places].unsqueeze(0)))[0]
+
+
+@contextlib.contextmanager
+def _products(model: Decoder):
+    """While it lasts, float32 layers on a CPU multiply with oneDNN, where torch has it and it is the quicker one."""
+    weight = model.embed_tokens.weight
+    usable = onednn() and weight.dtype is torch.float32 and weight.device.type == "cpu"
+    layers = [module for module in model.modules() if usable and type(module) is Linear and module.bias is None]
+    for layer in layers:
+        layer.forward = partial(packed_product, weight=layer.weight)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again

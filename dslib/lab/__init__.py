@@ -1,1 +1,0 @@
-"""The laboratory: measuring, recording, checking claims and drawing. It imports nothing else of ours."""

@@ -1,0 +1,154 @@
+"""Intervals: of a mean, of a share of right answers, and of the difference of two models on the same questions.
+
+Book: ``chapters/performance/accuracy.ipynb``; every chapter that trains. Sources: Wilson 1927 for the interval of a
+share, McNemar 1947 for the paired test, Miller 2024 (arXiv 2411.00640) for all of it together.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval; ``n`` is what it is a mean of (seeds, slices, questions)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    def percent(self, sign: str = "") -> str:
+        """In per cent, e.g. ``24.2 (19.6 to 29.5)``; ``sign="+"`` for a difference."""
+        value, low, high = (f"{100 * x:{sign}.1f}" for x in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})"
+
+
+_Z = 1.959964  # two-sided 95 % of the normal distribution
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is close enough.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def mean_interval(values: Sequence[float]) -> Mean:
+    """Mean of independent values, such as one a seed, with Student's t interval (no width if there is one value).
+
+    For two designs with the same seeds, pass their differences.
+
+    Raises:
+        ValueError: no value.
+    """
+    if not values:
+        raise ValueError("values: got none, expected at least one")
+    centre, n = statistics.fmean(values), len(values)
+    if n == 1:
+        return Mean(centre, centre, centre, 1)
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(n)
+    return Mean(centre, centre - half, centre + half, n)
+
+
+def share(right: Sequence[bool] | Tensor) -> Mean:
+    """The share of right answers with Wilson's interval, which never leaves 0 to 1, not even with few questions.
+
+    Args:
+        right: one truth value a question.
+
+    Raises:
+        ValueError: no question.
+    """
+    n, hits = len(right), int(sum(bool(one) for one in right))
+    if n == 0:
+        raise ValueError("right: got no question, expected at least one")
+    p, z2 = hits / n, _Z * _Z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return Mean(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def paired_difference(
+    a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor, *, resamples: int = 10_000, seed: int = 0
+) -> Mean:
+    """Share of right answers of ``a`` minus that of ``b`` on the same questions, with a bootstrap interval.
+
+    Questions are drawn with replacement and both answers of a question go together: a question that is hard for both
+    then says nothing about the difference. The interval is the middle 95 % of the resampled differences.
+
+    Raises:
+        ValueError: different numbers of answers, or none.
+    """
+    gap = _answers("a", a) - _answers("b", b, len(a))  # (n,): 1, 0 or -1
+    n, only_a, only_b = len(gap), (gap == 1).double().mean(), (gap == -1).double().mean()
+    # Only how often 1 and -1 are drawn matters, so a resample is two binomial draws and not n of them.
+    generator, size = torch.Generator().manual_seed(seed), torch.ones(resamples, dtype=torch.float64)
+    plus = torch.binomial(n * size, only_a * size, generator=generator)
+    rest = (only_b / (1 - only_a)).clamp(0, 1) if only_a < 1 else only_b
+    minus = torch.binomial(n - plus, rest * size, generator=generator)
+    low, high = ((plus - minus) / n).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Mean(gap.mean().item(), low, high, n)
+
+
+def mcnemar(a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor) -> float:
+    """p-value of "a and b are equally good" from the questions that only one of them got right (exact, two-sided).
+
+    Under that hypothesis each of these questions is a fair coin. Questions that both got right or wrong do not count.
+
+    Raises:
+        ValueError: different numbers of answers, or none.
+    """
+    gap = _answers("a", a) - _answers("b", b, len(a))
+    only_a, only_b = int((gap == 1).sum()), int((gap == -1).sum())
+    coins = only_a + only_b
+    tail = sum(math.comb(coins, k) for k in range(min(only_a, only_b) + 1)) / 2**coins
+    return min(1.0, 2 * tail)
+
+
+def questions_needed(low: float, high: float, *, disagreement: float | None = None, power: float = 0.8) -> int:
+    """How many questions it takes to tell two shares of right answers apart (5 % level, two-sided).
+
+    Args:
+        low, high: the two true shares.
+        disagreement: None if each model answers its own questions; otherwise both answer the same ones, and this is the
+            share of questions that exactly one of them gets right.
+        power: how often the difference should be found.
+
+    Returns:
+        Questions for each of the two models, by the usual normal approximation.
+
+    Raises:
+        ValueError: shares outside 0 to 1 or equal; a disagreement smaller than the difference, or above what the shares
+            allow; a power not between 0.5 and 1.
+    """
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"low, high: got {low}, {high}, expected 0 <= low < high <= 1")
+    if not 0.5 <= power < 1:
+        raise ValueError(f"power: got {power}, expected at least 0.5 and less than 1")
+    gap, z = high - low, statistics.NormalDist().inv_cdf(power)
+    if disagreement is None:
+        mean = (low + high) / 2
+        by_chance, by_truth = 2 * mean * (1 - mean), low * (1 - low) + high * (1 - high)
+    else:
+        most = min(low + high, 2 - low - high)
+        # Half a unit in the last place of a sum of two shares must not count.
+        if not gap - 1e-9 <= disagreement <= most + 1e-9:
+            raise ValueError(f"disagreement: got {disagreement}, expected {gap:.3g} (the difference) to {most:.3g}")
+        by_chance, by_truth = disagreement, max(0.0, disagreement - gap * gap)
+    return math.ceil(((_Z * math.sqrt(by_chance) + z * math.sqrt(by_truth)) / gap) ** 2)
+
+
+def _answers(name: str, right: Sequence[bool] | Tensor, n: int | None = None) -> Tensor:
+    """Truth values as (n,) float64; ``n`` is how many there should be."""
+    values = torch.as_tensor(right).double()
+    if values.ndim != 1 or len(values) == 0 or (n is not None and len(values) != n):
+        wanted = "one truth value a question" if n is None else f"{n} answers, to the same questions"
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {wanted}")
+    return values

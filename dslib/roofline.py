@@ -1,0 +1,276 @@
+"""The roofline: the least time a piece of work can take on a machine, and which of two bounds sets it.
+
+Work has to move its bytes and to do its operations. A machine moves at most ``bandwidth`` bytes per second and does at
+most ``flops`` operations per second, so the work takes at least the longer of the two times. Operations per byte, the
+*arithmetic intensity*, decide which it is; they are equal at the machine's *ridge*. (Williams, Waterman and Patterson,
+2009.)
+
+Units are SI throughout: bytes, bytes per second, operations per second, seconds. A multiplication and an addition are
+two operations.
+
+Arithmetic only: what a machine really does is measured by :mod:`measured.probes`.
+
+Chapter: ``chapters/start/your_machine.ipynb``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from dslib.data.files import data_path
+from dslib.html import html_table
+
+# Bytes of one number. Four-bit formats pack two to a byte.
+NUMBER_BYTES = {"float32": 4, "tfloat32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a machine can do at best.
+
+    Attributes:
+        name: of the machine.
+        bandwidth: bytes read plus bytes written per second.
+        flops: operations per second of a matrix product, by number format.
+        memory_bytes: what fits.
+        source: where the numbers come from.
+        read_bandwidth: bytes per second when nothing is written, as in decoding; ``None`` where it is the same figure.
+    """
+
+    name: str
+    bandwidth: float
+    flops: Mapping[str, float]
+    memory_bytes: float
+    source: str
+    read_bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("bandwidth", self.bandwidth)
+        for dtype, rate in self.flops.items():
+            positive(f"flops[{dtype!r}]", rate)
+
+    def rate(self, dtype: Any) -> float:
+        """Operations per second in ``dtype``. Raises ``ValueError`` for a format this machine has no rate for."""
+        name = dtype_name(dtype)
+        if name not in self.flops:
+            raise ValueError(f"dtype: got {name!r}, wanted one that {self.name} has: {', '.join(self.flops)}")
+        return self.flops[name]
+
+    def ridge(self, dtype: Any) -> float:
+        """Operations per byte from which on the arithmetic, not the memory, is the bound."""
+        return self.rate(dtype) / self.bandwidth
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each figure."""
+        lines = [("bandwidth, read and write", f"{self.bandwidth / 1e9:.3g} GB/s")]
+        if self.read_bandwidth:
+            lines.append(("bandwidth, read only", f"{self.read_bandwidth / 1e9:.3g} GB/s"))
+        return lines + [(f"matrix product, {dtype}", _speed(rate)) for dtype, rate in self.flops.items()]
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.name} ({self.source})", self.rows())
+
+    def _repr_markdown_(self) -> str:
+        body = "\n".join(f"| {label} | {text} |" for label, text in self.rows())
+        return f"| {self.name} ({self.source}) | |\n|---|---|\n{body}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Bytes to move and operations to do. ``dtype`` is the number format of the arithmetic."""
+
+    name: str
+    bytes: float
+    flops: float
+    dtype: str
+
+    def __post_init__(self) -> None:
+        positive("bytes", self.bytes)
+        not_negative("flops", self.flops)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte."""
+        return self.flops / self.bytes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A workload on a roof: the least ``seconds`` it takes, the ``bound`` that says so, and how far from the ridge."""
+
+    workload: Workload
+    roof: Roof
+    seconds: float
+    bound: str  # "bandwidth" or "compute"
+    intensity: float
+    ridge: float
+
+    def fraction(self, measured: float) -> float:
+        """Which part of the bound a run of ``measured`` seconds reached: 1.0 is the roof itself."""
+        positive("measured", measured)
+        return self.seconds / measured
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The few numbers of a decoder-only transformer that decide its traffic and its arithmetic.
+
+    Attributes:
+        parameters: number of weights, each read once per pass.
+        layers, hidden: number of blocks; width of the residual stream.
+        kv_width: numbers in a layer's keys for one token (key-value heads times head size); the values have as many.
+    """
+
+    name: str
+    parameters: float
+    layers: int
+    hidden: int
+    kv_width: int
+
+    def kv_bytes(self, tokens: float, dtype: Any = "float16") -> float:
+        """Bytes of the keys and values of ``tokens`` tokens."""
+        not_negative("tokens", tokens)
+        return 2 * self.layers * self.kv_width * NUMBER_BYTES[dtype_name(dtype)] * tokens
+
+    def weight_bytes(self, dtype: Any = "float16") -> float:
+        """Bytes of the weights stored in ``dtype``, without the scales that 4- and 8-bit formats add."""
+        return self.parameters * NUMBER_BYTES[dtype_name(dtype)]
+
+    def decode(self, context: int, batch: int = 1, dtype: Any = "float16", weights: Any = None) -> Workload:
+        """One step that gives each of ``batch`` sequences its next token, each after ``context`` tokens.
+
+        Args:
+            dtype: format of the arithmetic and of the cache.
+            weights: format the weights are stored in; ``None`` for ``dtype``.
+        """
+        return self._pass("decode", batch, 1, context, dtype, weights)
+
+    def prefill(self, prompt: int, batch: int = 1, dtype: Any = "float16", weights: Any = None) -> Workload:
+        """One pass over a prompt of ``prompt`` tokens for each of ``batch`` sequences; formats as in :meth:`decode`."""
+        return self._pass("prefill", batch, prompt, 0, dtype, weights)
+
+    def _pass(self, kind: str, batch: int, new: int, context: int, dtype: Any, weights: Any) -> Workload:
+        positive("batch", batch)
+        positive("prompt", new)
+        not_negative("context", context)
+        name = dtype_name(dtype)
+        # Weights once for everybody, keys and values for each sequence by itself. Activations are left out: they are
+        # small beside the weights and mostly stay in cache.
+        moved = self.weight_bytes(weights or name) + batch * self.kv_bytes(context + new, name)
+        # Two operations per weight and token; in attention four per width and pair of tokens (scores, then values),
+        # where a causal mask leaves a new token the context, its predecessors and itself.
+        pairs = new * context + new * (new + 1) / 2
+        work = batch * (2 * self.parameters * new + 4 * self.layers * self.hidden * pairs)
+        return Workload(f"{kind}, batch {batch}", moved, work, name)
+
+
+CODER_1_3B = DecoderShape("1.3B decoder (shape of deepseek-coder-1.3b)", 1.3e9, layers=24, hidden=2048, kv_width=2048)
+
+
+def matmul(m: int, k: int, n: int, dtype: Any) -> Workload:
+    """The product of an (m, k) and a (k, n) matrix, each read once from memory, the result written once."""
+    for name, value in (("m", m), ("k", k), ("n", n)):
+        positive(name, value)
+    moved = NUMBER_BYTES[dtype_name(dtype)] * (m * k + k * n + m * n)
+    return Workload(f"({m}, {k}) @ ({k}, {n})", moved, 2 * m * k * n, dtype_name(dtype))
+
+
+def place(workload: Workload, roof: Roof) -> Placement:
+    """The least time of a workload on a roof, and the bound that sets it.
+
+    Raises:
+        ValueError: the roof has no rate for the workload's number format.
+    """
+    moving, working = workload.bytes / roof.bandwidth, workload.flops / roof.rate(workload.dtype)
+    bound = "compute" if working >= moving else "bandwidth"
+    return Placement(workload, roof, max(moving, working), bound, workload.intensity, roof.ridge(workload.dtype))
+
+
+def decode_floor(weight_bytes: float, roof: Roof, tokens: int = 1) -> float:
+    """Least seconds to generate ``tokens`` tokens one after another: every weight is read once for each.
+
+    Keys, values and activations come on top, so this is a floor for any context. It uses the read-only bandwidth where
+    the roof has one.
+    """
+    positive("weight_bytes", weight_bytes)
+    positive("tokens", tokens)
+    return tokens * weight_bytes / (roof.read_bandwidth or roof.bandwidth)
+
+
+def published_roof(name: str) -> Roof:
+    """The published peaks of a GPU in ``data/hardware.yml``, e.g. ``"A100_80GB"``. No program reaches them.
+
+    Raises:
+        ValueError: unknown GPU (with the nearest names), or a row that lacks a number (with file, row and field).
+    """
+    rows = _hardware()
+    key = str(name).upper().replace(" ", "_").replace("-", "_")
+    if key not in rows:
+        near = difflib.get_close_matches(key, rows, n=3, cutoff=0.3) or list(rows)
+        raise ValueError(f"name: got {name!r}, wanted a GPU of hardware.yml, such as {', '.join(near)}")
+    row = rows[key]
+    return Roof(
+        name=row.get("name", key),
+        bandwidth=_number(key, row, "bandwidth_gb_s") * 1e9,
+        flops={dtype: float(rate) * 1e12 for dtype, rate in row.get("tflops", {}).items() if rate},
+        memory_bytes=_number(key, row, "memory_gb") * 1e9,
+        source="published peak",
+    )
+
+
+def published_names() -> list[str]:
+    """The GPUs that :func:`published_roof` knows."""
+    return list(_hardware())
+
+
+def _speed(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
+
+
+@cache
+def _hardware() -> dict[str, dict[str, Any]]:
+    import yaml
+
+    path = data_path("hardware.yml")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
+    rows = document.get("gpus") if isinstance(document, dict) else None
+    if not isinstance(rows, dict):
+        raise ValueError(
+            f"{path.name} field 'gpus': got {type(rows).__name__}, wanted a mapping from GPU to its numbers"
+        )
+    return rows
+
+
+def _number(key: str, row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ValueError(f"hardware.yml row {key!r}, field {name!r}: got {value!r}, wanted a number above 0")
+    return float(value)
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float16"`` for ``torch.float16`` and ``"float16"`` alike. Raises ``ValueError`` for an unknown format."""
+    name = str(dtype).removeprefix("torch.")
+    name = "float8" if name.startswith("float8_") else name
+    if name not in NUMBER_BYTES:
+        raise ValueError(f"dtype: got {name!r}, wanted one of {', '.join(NUMBER_BYTES)}")
+    return name
+
+
+def positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: got {value!r}, wanted a number above 0")
+
+
+def not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name}: got {value!r}, wanted 0 or more")

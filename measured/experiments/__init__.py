@@ -1,0 +1,1 @@
+"""What the chapters run and ``make record`` keeps. A file has its chapter's name, or begins with it."""

@@ -1,0 +1,172 @@
+"""Speed, measured: decoding and windowed attention, beside the bound and beside what people use.
+
+Every function returns plain data, so that it can be shown live, recorded on a GPU (``make record``) or printed
+(``python -m measured.bench``).
+
+Book: ``chapters/architecture/decoder.ipynb``, ``chapters/performance/speed.ipynb``. Source of the bound: Pope et al.
+2022 (arXiv 2211.05102, section 2.1): decoding one sequence takes at least the time to read every weight once a token.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dslib.architecture.cache import visible
+from dslib.architecture.decoder import Decoder, build, preset
+from dslib.architecture.layers import causal_attention, window_attention
+from dslib.architecture.weights.checkpoint import hf_twin
+from dslib.fast.linear import set_split_rows
+from dslib.performance.generation import generate
+from dslib.performance.speed import bytes_per_token
+from measured.machine import as_device
+from measured.probes import read_bandwidth
+from measured.timing import Stopwatch, Timing, compare, measure, ratio
+
+
+def decode_speed(
+    name: str = "1.3b",
+    dtype: str = "bfloat16",
+    batch_size: int = 1,
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Decode ``new_tokens`` with random weights of a preset's shape on the best device, prompt included.
+
+    Returns:
+        ``seconds`` for the whole of it (a Timing), ``tokens_per_second``, ``bytes_per_token``, and ``share_of_read``:
+        the bytes that had to be read over the measured read bandwidth, as a share of the time it took.
+    """
+    device = as_device(None)
+    model = build(preset(name), seed=seed, device=device, dtype=getattr(torch, dtype)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+    timing = measure(lambda: generate(model, prompts, new_tokens), device=device, min_runs=3, max_runs=7, warmup=1)
+    read = bytes_per_token(model, prompt_tokens + new_tokens // 2)
+    return {
+        "seconds": timing,
+        "tokens_per_second": batch_size * new_tokens / timing.median,
+        "bytes_per_token": read,
+        "share_of_read": read * new_tokens / read_bandwidth(device) / timing.median,
+    }
+
+
+def latency(
+    model: Decoder, prompt_tokens: int = 128, new_tokens: int = 128, batch_size: int = 1,
+    pixels: torch.Tensor | None = None, runs: int = 3, seed: int = 0,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time to the first token apart from time per token after it, greedy, with a random prompt.
+
+    Args:
+        pixels: pictures for a vision-language model, (batch_size, 3, H, W); looking at them counts, as it happens
+            before the first token.
+
+    Returns:
+        Timings ``first_token`` and ``per_token`` (of a whole step, however large the batch).
+    """
+    prompts = torch.randint(
+        model.config.vocab_size, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(seed)
+    )
+
+    def laps(new_tokens: int) -> list[float]:
+        """Seconds until each token is known."""
+        times: list[float] = []
+        watch = Stopwatch(model.embed_tokens.weight.device)
+        seen = {}
+        if pixels is not None:
+            with torch.inference_mode():
+                seen = {"image": model.encode_image(pixels)}
+        # Called for every sequence of a step; the clock is read once a step.
+        generate(model, prompts, new_tokens, on_token=lambda row, _: row or times.append(watch.lap()), **seen)
+        return times
+
+    laps(min(new_tokens, 4))  # warms up
+    kept = [laps(new_tokens) for _ in range(runs)]
+    return {
+        "first_token": Timing(tuple(times[0] for times in kept)),
+        "per_token": Timing(tuple((times[-1] - times[0]) / (new_tokens - 1) for times in kept)),
+    }
+
+
+def window_speed(
+    length: int = 4096, window: int = 256, heads: int = 8, head_dim: int = 64, dtype: str = "float32", rounds: int = 5
+) -> dict[str, Any]:
+    """Windowed attention in blocks against full causal attention and against a band mask, side by side.
+
+    Returns:
+        Timings ``blocks``, ``causal``, ``band``; ``times_causal`` and ``times_band``: how many times as fast blocks are
+        (median of paired rounds); ``largest_difference`` between blocks and band mask.
+    """
+    device = as_device(None)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, length, head_dim, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)
+    )
+    at = torch.arange(length, device=device)
+    mask = visible(at, at, window)
+    ways = {
+        "blocks": lambda: window_attention(q, k, v, window),
+        "causal": lambda: causal_attention(q, k, v),
+        "band": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+    }
+    with torch.inference_mode():
+        difference = (ways["blocks"]() - ways["band"]()).abs().max().item()
+        times = compare(ways, rounds=rounds, device=device)
+    return {
+        **times,
+        "times_causal": ratio(times["causal"], times["blocks"]).median,
+        "times_band": ratio(times["band"], times["blocks"]).median,
+        "largest_difference": difference,
+    }
+
+
+def decode_comparison(
+    model: Decoder, prompt: list[int], new_tokens: int = 128, rounds: int = 3, kernels: bool = True
+) -> dict[str, Any]:
+    """Greedy decoding of one prompt, ours against ``transformers.generate`` with its default cache, side by side.
+
+    Args:
+        kernels: also time ours with the one-row path off, so that both sides use the same matrix product.
+
+    Returns:
+        Timings ``transformers``, ``ours`` and (with ``kernels``) ``ours_same_kernel``; ``times`` and
+        ``times_same_kernel``: how many times as fast ours is; ``same_tokens``; ``tokens_per_second``.
+    """
+    twin = hf_twin(model)
+    ids = torch.tensor([prompt], device=model.embed_tokens.weight.device)
+
+    @torch.inference_mode()
+    def theirs() -> list[int]:
+        out = twin.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return out[0, len(prompt) :].tolist()
+
+    def ours() -> list[int]:
+        return generate(model, [prompt], new_tokens)[0].tokens
+
+    def ours_same_kernel() -> list[int]:
+        set_split_rows(model, False)
+        try:
+            return ours()
+        finally:
+            set_split_rows(model, True)
+
+    ways = {"transformers": theirs, "ours": ours} | ({"ours_same_kernel": ours_same_kernel} if kernels else {})
+    same = theirs() == ours()
+    times: dict[str, Timing] = compare(ways, rounds=rounds, warmup=0)
+    out: dict[str, Any] = {
+        **times,
+        "times": ratio(times["transformers"], times["ours"]).median,
+        "same_tokens": same,
+        "tokens_per_second": new_tokens / times["ours"].median,
+    }
+    if kernels:
+        out["times_same_kernel"] = ratio(times["transformers"], times["ours_same_kernel"]).median
+    return out

@@ -1,0 +1,221 @@
+"""What four bits cost in quality: error of the weights, perplexity on a novel, and how long greedy output agrees.
+
+The weights are rounded and multiplied in float32, so that only their rounding counts. The kernels of
+:mod:`dslib.architecture.int4_layers` round activations to bfloat16 as well, which the tests show to be little.
+
+A trap lies in the model. The only SmolLM2 that needs no network has been through four bits before: its file holds
+groups of 32 neighbours with 16 levels each. Whoever cuts the same groups again finds the old levels and loses next to
+nothing. So every measurement can be made with the columns of each matrix in another order, which leaves the product as
+it is and the groups nothing to find; and once more on a small model trained here in full precision.
+
+Book: ``chapters/architecture/int4.ipynb``. Recorded by ``make record PART=int4-quality``.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dslib.architecture.decoder import Decoder, build, preset
+from dslib.architecture.int4 import METHODS, check_group_size
+from dslib.architecture.weights.pretrained import load_smollm2
+from dslib.data.text import moby_dick, slices
+from dslib.performance.generation import generate
+from dslib.performance.perplexity import perplexity, perplexity_ratio, token_losses
+from dslib.performance.statistics import mean_interval
+from dslib.performance.training import train
+from measured.experiments.moe import text_parts
+
+Group = int | str  # weights that share a scale, or "row", or "tensor"
+# Matrices by what they do, as the ends of their names. A tied head and embedding are one matrix in two places.
+PARTS = {
+    "attention": ("qkv_proj", "o_proj"),
+    "gate and up": ("gate_up_proj",),
+    "down": ("down_proj",),
+    "head": ("lm_head",),
+    "embedding": ("embed_tokens",),
+}
+BLOCKS = ("attention", "gate and up", "down")
+
+
+def rounded(
+    weight: Tensor, group_size: Group = 32, method: str = "rtn", symmetric: bool = False, shuffle: int | None = None
+) -> Tensor:
+    """What four bits leave of ``weight`` (out, in), as float32; as ``Int4Linear.from_weight(…).dequantize()``.
+
+    Args:
+        group_size: a divisor of ``in``; or ``"row"`` or ``"tensor"``, for one scale for each of these.
+        shuffle: seed of an order of the columns in which the groups are cut; None leaves them as they lie.
+
+    Raises:
+        ValueError: an unknown method, or a group size that does not divide.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    rows, columns = weight.shape
+    order = torch.arange(columns)
+    if shuffle is not None:
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(shuffle))
+    if isinstance(group_size, str):
+        if group_size not in ("row", "tensor"):
+            raise ValueError(f"group_size: got {group_size!r}, expected a number, 'row' or 'tensor'")
+        group_size = columns if group_size == "row" else rows * columns
+    else:
+        check_group_size(columns, group_size)
+    groups = weight.detach().float()[:, order].reshape(-1, group_size)
+    out = torch.empty(rows, columns)
+    out[:, order] = METHODS[method](groups, symmetric).dequantize().view(rows, columns)
+    return out
+
+
+@torch.no_grad()
+def round_(model: nn.Module, parts: Sequence[str] = BLOCKS, shuffle: int | None = None, **options: Any) -> dict:
+    """Round the matrices of these :data:`PARTS` in place; ``options`` as for :func:`rounded`.
+
+    A head that shares its matrix with the embedding gets a copy of its own, so that each can be rounded alone.
+
+    Returns:
+        ``error``, the size of what was lost over that of the weights (root of sums of squares), and how many
+        ``weights`` were rounded.
+
+    Raises:
+        ValueError: an unknown part, or as :func:`rounded`.
+    """
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f"parts: got {unknown[0]!r}, expected some of {', '.join(map(repr, PARTS))}")
+    if {"head", "embedding"} & set(parts) and model.lm_head.weight is model.embed_tokens.weight:
+        model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.clone())
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    ends = tuple(end for part in parts for end in PARTS[part])
+    lost = total = count = 0
+    for number, (name, module) in enumerate(model.named_modules()):
+        if name.rpartition(".")[2] in ends:
+            new = rounded(module.weight, shuffle=None if shuffle is None else shuffle + number, **options)
+            lost += (new - module.weight).double().square().sum().item()
+            total += module.weight.double().square().sum().item()
+            count += new.numel()
+            module.weight.copy_(new)
+    return {"error": (lost / total) ** 0.5, "weights": count}
+
+
+def smollm2_quality(
+    method: str = "rtn", symmetric: bool = False, group_sizes: Sequence[Group] = (32, 64, 192),
+    shuffles: Sequence[int | None] = (None, 0), passages: int = 12, length: int = 256, new_tokens: int = 32,
+) -> dict[str, Any]:  # fmt: skip
+    """SmolLM2-135M with the matrices of its blocks in four bits, against itself in float32, on passages of *Moby-Dick*.
+
+    Groups of 128 do not divide its rows of 576, so 192 stands in for them.
+
+    Returns:
+        ``perplexity`` before; ``rows``, each with ``group_size``, ``shuffle``, ``error``, ``ratio`` (times the
+        perplexity before, paired by passage), ``agree`` (share of places where both think the same token most likely,
+        both being shown the novel) and ``run`` (how many of ``new_tokens`` greedy tokens come before the first that
+        differs, one run a passage). All three with a 95 % interval over the passages.
+    """
+    model, ids = _smollm2(passages, length)
+    before = _look(model, ids, new_tokens)
+    rows = []
+    for group_size in group_sizes:
+        for shuffle in shuffles:
+            coarse = copy.deepcopy(model)
+            options = {"group_size": group_size, "method": method, "symmetric": symmetric}
+            found = round_(coarse, shuffle=shuffle, **options)
+            rows.append({"group_size": group_size, "shuffle": shuffle, **found, **_compare(coarse, ids, before)})
+    return {"perplexity": dataclasses.asdict(perplexity(before["losses"])), "rows": rows}
+
+
+def layer_quality(
+    group_size: Group = 64, method: str = "rtn", symmetric: bool = False, shuffle: int | None = 0, passages: int = 12,
+    length: int = 256,
+) -> dict[str, Any]:  # fmt: skip
+    """As :func:`smollm2_quality`, but only one kind of matrix is rounded: which of them hurts? Without greedy output.
+
+    Returns:
+        ``rows``, each with the ``parts`` that were rounded, ``error``, ``weights``, ``ratio`` and ``agree``.
+    """
+    model, ids = _smollm2(passages, length)
+    before, rows = _look(model, ids, 0), []
+    for parts in (*((part,) for part in PARTS), BLOCKS, (*BLOCKS, "head"), tuple(PARTS)):
+        coarse = copy.deepcopy(model)
+        found = round_(coarse, parts, group_size=group_size, method=method, symmetric=symmetric, shuffle=shuffle)
+        rows.append({"parts": list(parts), **found, **_compare(coarse, ids, before)})
+    return {"rows": rows}
+
+
+def trained_quality(
+    steps: int = 400, seeds: int = 3, hidden_size: int = 128, layers: int = 2,
+    group_sizes: Sequence[Group] = (32, 64, 128, "row"),
+) -> dict[str, Any]:  # fmt: skip
+    """A small byte model trained here in float32, whose weights no four bits have touched, and every method on it.
+
+    Returns:
+        ``perplexity`` before, one a seed; ``rows``, each with ``method``, ``symmetric``, ``group_size``, ``error`` (of
+        the first seed), ``ratio`` of the perplexities and ``agree``, both with a 95 % interval over the seeds.
+    """
+    tokens, held = text_parts()
+    cases = [
+        {"method": method, "symmetric": symmetric, "group_size": group_size}
+        for method, symmetric in (("rtn", True), ("rtn", False), ("hqq", False))
+        for group_size in group_sizes
+    ]
+    found, before = [[] for _ in cases], []
+    for seed in range(seeds):
+        shape = {"hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_hidden_layers": layers}
+        model = build(preset("tiny", **shape), seed=seed)
+        train(model, tokens, steps=steps, length=64, seed=seed, learning_rate=2e-3)
+        model.eval()
+        plain = _look(model, held, 0)
+        before.append(perplexity(plain["losses"]).value)
+        for case, runs in zip(cases, found, strict=True):
+            coarse = copy.deepcopy(model)
+            runs.append(round_(coarse, **case) | _compare(coarse, held, plain))
+    rows = [
+        case | {"error": runs[0]["error"]} | {
+            name: dataclasses.asdict(mean_interval([run[name]["value"] for run in runs])) for name in ("ratio", "agree")
+        }
+        for case, runs in zip(cases, found, strict=True)
+    ]  # fmt: skip
+    return {"perplexity": before, "rows": rows}
+
+
+def _smollm2(passages: int, length: int) -> tuple[Decoder, Tensor]:
+    model, tokenizer = load_smollm2()
+    novel = torch.tensor(tokenizer(moby_dick(), verbose=False).input_ids)
+    return model, slices(novel, length, passages)
+
+
+def _look(model: Decoder, ids: Tensor, new_tokens: int) -> dict[str, Any]:
+    """Losses and likeliest next tokens on the passages (n, T), and what follows the first 32 tokens of each, greedily.
+
+    The likeliest tokens come from the same pass as the losses: :func:`token_losses` calls the model, we listen.
+    """
+    likeliest: list[Tensor] = []
+    listener = model.register_forward_hook(lambda module, args, logits: likeliest.append(logits[0].argmax(-1)))
+    try:
+        losses = token_losses(model, ids)
+    finally:
+        listener.remove()
+    greedy = generate(model, ids[:, :32], new_tokens) if new_tokens else []
+    return {"losses": losses, "likeliest": torch.stack(likeliest), "greedy": [run.tokens for run in greedy]}
+
+
+def _compare(model: Decoder, ids: Tensor, before: dict[str, Any]) -> dict[str, Any]:
+    now = _look(model, ids, len(before["greedy"][0]) if before["greedy"] else 0)
+    same = (now["likeliest"] == before["likeliest"]).float().mean(dim=1)
+    found = {"ratio": perplexity_ratio(now["losses"], before["losses"]), "agree": mean_interval(same.tolist())}
+    if before["greedy"]:
+        pairs = zip(now["greedy"], before["greedy"], strict=True)
+        found["run"] = mean_interval([float(same_start(ours, theirs)) for ours, theirs in pairs])
+    # Student's interval knows no bounds; a share has two and a count has one.
+    found["agree"] = dataclasses.replace(found["agree"], high=min(1.0, found["agree"].high))
+    if "run" in found:
+        found["run"] = dataclasses.replace(found["run"], low=max(0.0, found["run"].low))
+    return {name: dataclasses.asdict(value) for name, value in found.items()}
+
+
+def same_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before the first that differs."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,173 @@
+"""``make record``: measure this machine and write ``data/recordings/<machine>.json``.
+
+On a GPU it records what the chapters' GPU cells show, with the very same functions and arguments, and needs nothing but
+torch and transformers: no network, no other package, no weights. On a CPU it runs the same functions at the ``tiny``
+size, which proves the command and records a CPU.
+
+Some parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
+and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
+small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
+train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (15 minutes) and
+``PART=evaluation`` times that against lm-eval (10 minutes). ``PART=vision`` trains small models with pictures (10
+minutes; ``vision-0`` to ``vision-2`` are its thirds); ``PART=vision-speed`` and ``PART=vision-answer`` time
+them (4 minutes).
+``PART=speculative`` has SmolLM2 decode with guesses (2 minutes). ``PART=int4-quality`` rounds it to four bits in many
+ways (5 minutes; ``int4-quality-0`` to ``int4-quality-4`` are its five calls).
+``PART=ocr`` has an OCR engine read pages as an encoder sees them, ``PART=retrieval`` searches pictures by name in nine
+splits (4 minutes each), ``PART=preprocessing`` times pictures on their way to a model (1 minute).
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from measured import recordings
+
+# Functions by module and name, imported when their turn comes: a part asks for no package that only another one needs.
+ROOF, GAP = "measured.probes:roof_figures", "measured.probes:launch_gap"
+DECODE, WINDOW = "measured.experiments.decoder:decode_speed", "measured.experiments.decoder:window_speed"
+MACHINE, EXPERTS = "measured.experiments.speed:machine_speed", "measured.experiments.moe_speed:moe_grid"
+DESIGNS = "measured.experiments.moe:train_designs"
+
+# What the GPU cells of the chapters ask for; tests hold the two together. The most wanted come first.
+GPU_CALLS = (
+    (ROOF, {}),
+    (GAP, {"side": 8192}),
+    (MACHINE, {"name": "V1", "compiled": True}),
+    (MACHINE, {"name": "V1", "weights": "int4", "compiled": True}),
+    (MACHINE, {"name": "V1", "weights": "int8", "compiled": True}),
+    (MACHINE, {"name": "V1", "dtype": "float16"}),
+    (MACHINE, {"name": "V2"}),
+    (MACHINE, {"name": "V3"}),
+    (DECODE, {"name": "1.3b", "dtype": "bfloat16"}),
+    (DECODE, {"name": "1.3b", "dtype": "bfloat16", "batch_size": 32}),
+    (WINDOW, {"length": 16384, "window": 1024, "heads": 16, "head_dim": 128, "dtype": "bfloat16"}),
+    (EXPERTS, {"dtype": "bfloat16", "rounds": 3}),
+)
+SMALL = {
+    "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,
+}  # fmt: skip
+CPU_CALLS = (
+    (ROOF, {"dtypes": ["float32"], "max_seconds": 0.2}),
+    (GAP, {"side": 256}),
+    (MACHINE, {**SMALL, "name": "V1", "dtype": "float32"}),
+    (MACHINE, {**SMALL, "name": "V1", "weights": "int4"}),
+    (MACHINE, {**SMALL, "name": "V1", "weights": "int8"}),
+    (MACHINE, {**SMALL, "name": "V2", "dtype": "float32"}),
+    (MACHINE, {**SMALL, "name": "V3", "dtype": "float32"}),
+    (DECODE, {"name": "tiny", "dtype": "float32", "prompt_tokens": 16, "new_tokens": 32}),
+    (WINDOW, {"length": 1024, "window": 64, "heads": 2, "head_dim": 32, "rounds": 3}),
+)
+FORWARD_CALLS = tuple(
+    (EXPERTS, {"dtype": dtype, "precision": precision})
+    for dtype, precision in (("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest"))
+)
+BACKWARD_CALLS = tuple((EXPERTS, {"dtype": dtype, "training": True}) for dtype in ("float32", "bfloat16"))
+LARGER = {"hidden_size": 128, "length": 64, "steps": 400}
+HASTY = ["bias", "64, top 8", "63, top 7, 1 shared", "dense, active size"]
+TRAINING_CALLS = (
+    (DESIGNS, {**LARGER, "seeds": 5, "learning_rate": 1.5e-3}),
+    (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
+)
+DEPTH_CALLS = (("measured.experiments.depth:exit_runs", {"seeds": 3}),)
+PRECISION = "measured.experiments.training:precision_runs"
+ISOLATION = "measured.experiments.training_isolation:isolation_runs"
+LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
+RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3))
+BRANCHED = ["isolated, then mixed", "isolated to the end", "joint", "joint, equal compute"]
+ISOLATION_CALLS = tuple(
+    (ISOLATION, {**LATE, "arms": arms, "learning_rate": rate, "seeds": 5})  # each arm at its best rate of those
+    for arms, rate in ((BRANCHED, 2e-3), (["joint from scratch"], 4e-3))
+)
+ANSWERS, WRITTEN = "measured.experiments.accuracy:answer_run", "measured.experiments.accuracy:written_run"
+LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed")
+BRIEF = {"dtype": "bfloat16"}
+ACCURACY_CALLS = (
+    (ANSWERS, {}),
+    (ANSWERS, {"prompt": "text"}),
+    *((ANSWERS, {**BRIEF, "prompt": prompt}) for prompt in LAYOUTS),
+    *((ANSWERS, {**BRIEF, "rotate": places}) for places in (1, 2, 3)),
+    *((ANSWERS, {**BRIEF, "questions": name}) for name in ("medmcqa", "jee-math", "us_tort_law")),
+    *((WRITTEN, {**BRIEF, "prompt": prompt}) for prompt in ("mmlu", "chat")),
+    (ANSWERS, {**BRIEF, "shots": 2}),
+)
+LM_EVAL = "measured.experiments.accuracy:against_lm_eval"
+EVALUATION_CALLS = (
+    (LM_EVAL, {"rounds": 1}),  # all of them, for the scores
+    (LM_EVAL, {"every": 4, "rounds": 3}),  # and fewer, more often, for the times
+    (LM_EVAL, {"dtype": "bfloat16", "every": 4, "rounds": 3}),
+    (LM_EVAL, {"prompt": "text", "every": 8, "rounds": 3}),
+)
+RUN, SPEED = "measured.experiments.fusion_choices:vision_run", "measured.experiments.fusion_speed"
+VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
+LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}))
+FOUR_BITS = "measured.experiments.int4_speed"
+QUALITY = "measured.experiments.int4"
+QUALITY_CALLS = (
+    (f"{QUALITY}:smollm2_quality", {}),
+    (f"{QUALITY}:smollm2_quality", {"symmetric": True, "shuffles": [0]}),
+    (f"{QUALITY}:smollm2_quality", {"method": "hqq", "shuffles": [0]}),
+    (f"{QUALITY}:layer_quality", {}),
+    (f"{QUALITY}:trained_quality", {}),
+)
+PARTS = {
+    "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
+    "experts": FORWARD_CALLS,
+    "experts-training": BACKWARD_CALLS,
+    "training": TRAINING_CALLS,
+    "depth": DEPTH_CALLS,
+    "isolation-rates": RATES_CALLS,
+    "isolation": ISOLATION_CALLS,
+    "accuracy": ACCURACY_CALLS,
+    "evaluation": EVALUATION_CALLS,
+    "vision": VISION_CALLS,
+    **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
+    "vision-speed": LOOK_CALLS,
+    "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
+    "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
+    "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),
+    "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
+    "int4-quality": QUALITY_CALLS,
+    **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
+    "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
+    "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
+    "preprocessing": (
+        ("measured.experiments.multimodal_speed:preparation", {}),
+        ("measured.experiments.multimodal_speed:overlap", {}),
+    ),
+}
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function behind ``"module:name"``."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m measured.record", description=__doc__)
+    parser.add_argument("--out", default=None, help="file to write (default: data/recordings/<machine>.json)")
+    parser.add_argument("--part", choices=PARTS, default="machine", help="what to measure (default: machine)")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, and nothing waits for a network
+    path, failures = None, 0
+    for name, call in PARTS[options.part]:
+        print(f"{name.partition(':')[2]}({', '.join(f'{key}={value!r}' for key, value in call.items())})", flush=True)
+        try:
+            # Written after each call, so that a stop loses one and not all.
+            path = recordings.write(options.out, [recordings.record(find(name), **call)])
+        except Exception:  # the others may still be worth having; the exit status tells
+            traceback.print_exc()
+            failures += 1
+    print(f"wrote {path}" if path else "wrote nothing", f"({failures} calls failed)" if failures else "")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Recorded results: what a function gave on a machine the reader does not have, with everything needed to judge it.
+
+``data/recordings/<machine>.json`` is written by ``make record`` only. A page calls :func:`live_or_recorded`: with a
+CUDA device it runs the function; without one it shows the recording of the *same* function and arguments, or says
+honestly that there is none. A recording whose function has been edited since is shown as stale.
+
+Limit: only the function's own source is hashed. A change in what it calls goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import html
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dslib.data.files import data_path
+from dslib.html import html_table
+from measured.recordings_file import Recording, machine_name, parse
+from measured.timing import Timing
+
+ORIGINS = ("live", "recorded", "absent")
+MACHINE = ("kind", "name", "isa", "cores", "threads", "memory_bytes")  # what a recording says of its machine
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a page shows for a function: its ``result`` (``None`` when absent), the ``origin``, a sentence."""
+
+    result: Any
+    origin: str  # "live", "recorded" or "absent"
+    note: str
+    stale: bool = False
+
+    def _repr_html_(self) -> str:
+        note = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(self.note))
+        note = re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"`(.+?)`", r"<code>\1</code>", note))
+        if self.result is None:
+            return f"<p>{note}</p>"
+        rows = self.result.items() if isinstance(self.result, Mapping) else [("result", self.result)]
+        return f"<p>{note}</p>" + html_table("", [(str(name), _cell(value)) for name, value in rows])
+
+    def _repr_markdown_(self) -> str:
+        if not isinstance(self.result, Mapping):
+            return self.note if self.result is None else f"{self.note}\n\n{_cell(self.result)}"
+        rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.result.items())
+        return f"{self.note}\n\n| quantity | value |\n|---|---|\n{rows}"
+
+    def __repr__(self) -> str:
+        return self._repr_markdown_()
+
+
+def record(fn: Callable[..., Any], **arguments: Any) -> Recording:
+    """Run ``fn(**arguments)`` here and wrap its result with all that is needed to judge it.
+
+    Raises:
+        ValueError: ``fn`` cannot be found again by name, or its arguments or result are not plain JSON.
+    """
+    from measured.machine import describe
+
+    name, bound = function_name(fn), _bind(fn, arguments)
+    machine = describe()
+    return Recording(
+        function=name,
+        arguments=bound,
+        result=_plain("result", fn(**arguments)),
+        machine={key: getattr(machine, key) for key in MACHINE if getattr(machine, key) is not None},
+        versions=machine.versions(),
+        commit=_commit(),
+        command=_command(),
+        seed=bound.get("seed"),
+        date=datetime.date.today().isoformat(),
+        source_hash=source_hash(fn),
+    )
+
+
+def write(path: Path | str | None, recordings: Iterable[Recording]) -> Path:
+    """Add recordings to a machine's file; one of the same function and arguments replaces the older one.
+
+    Args:
+        path: the file; ``None`` for ``data/recordings/<this machine>.json``.
+
+    Raises:
+        ValueError: an invalid recording, or recordings of more than one machine in the file.
+    """
+    if path is None:
+        from measured.machine import describe
+
+        path = data_path("recordings") / f"{describe().slug()}.json"
+    path = Path(path)
+    kept = {_key(old): old for old in (read(path) if path.exists() else [])}
+    kept |= {_key(new): new for new in recordings}
+    rows = [dataclasses.asdict(kept[key]) for key in sorted(kept)]
+    names = sorted({machine_name(row["machine"]) for row in rows})
+    if len(names) > 1:
+        raise ValueError(f"{path.name}: got recordings of {', '.join(names)}, wanted one machine a file")
+    text = json.dumps({"recordings": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    parse(path.name, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".json.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)  # whole or not at all
+    return path
+
+
+def read(path: Path | str) -> list[Recording]:
+    """The recordings in one file.
+
+    Raises:
+        ValueError: naming file, line and field, e.g. ``a.json line 7, recording 1, field 'date': got 'May', wanted …``.
+    """
+    path = Path(path)
+    return parse(path.name, path.read_text(encoding="utf-8"))
+
+
+def read_all() -> list[Recording]:
+    """Every recording of every machine in ``data/recordings/``."""
+    try:
+        folder = data_path("recordings")
+    except FileNotFoundError:
+        return []
+    return [recording for path in sorted(folder.glob("*.json")) for recording in read(path)]
+
+
+def is_stale(recording: Recording) -> bool:
+    """Whether the function has changed, or gone, since it was recorded."""
+    module, _, name = recording.function.partition(":")
+    try:
+        return source_hash(getattr(importlib.import_module(module), name)) != recording.source_hash
+    except (ImportError, AttributeError, OSError, TypeError):
+        return True
+
+
+def live_or_recorded(fn: Callable[..., Any], **arguments: Any) -> Shown:
+    """Run ``fn(**arguments)`` on a CUDA device; without one, show what was recorded for the same call.
+
+    Raises:
+        ValueError: as :func:`record`, and for a recordings file that does not parse.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        from measured.machine import describe
+
+        result = _plain("result", fn(**arguments))
+        return Shown(result, "live", f"*Measured here, on {describe('cuda').name}.*")
+    return recorded(fn, kind="cuda", **arguments)
+
+
+def recorded(fn: Callable[..., Any], *, kind: str | None = None, **arguments: Any) -> Shown:
+    """Show what was recorded for ``fn(**arguments)`` without running it: for what takes longer than a page should.
+
+    Among several recordings the newest counts, one that is not stale first.
+
+    Args:
+        kind: ``"cuda"`` or ``"cpu"`` for recordings of such machines only; None for any.
+
+    Raises:
+        ValueError: as :func:`live_or_recorded`.
+    """
+    name, bound = function_name(fn), _bind(fn, arguments)
+    found = [r for r in read_all() if kind in (None, r.machine["kind"]) and (r.function, r.arguments) == (name, bound)]
+    if not found:
+        lack = "No GPU here, and no recording" if kind == "cuda" else "No recording"
+        return Shown(None, "absent", f"*{lack} of `{name}` with these arguments exists yet.*")
+    best = max(found, key=lambda recording: (not is_stale(recording), recording.date))
+    note, stale = f"*Recorded on {best.where}.*", is_stale(best)
+    if stale:
+        note += " **Stale: the function has changed since this was recorded.**"
+    return Shown(best.result, "recorded", note, stale)
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """``"dslib.module:name"``. Raises ``ValueError`` for what cannot be found again by such a name."""
+    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
+    if not module or module == "__main__" or not name.isidentifier():
+        raise ValueError(f"fn: got {fn!r}, wanted a function of a module, such as measured.experiments.decoder:decode")
+    return f"{module}:{name}"
+
+
+def source_hash(fn: Callable[..., Any]) -> str:
+    """Hash of a function's source; comments on lines of their own and blank lines do not count."""
+    lines = (line.rstrip() for line in inspect.getsource(fn).splitlines())
+    kept = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
+    return hashlib.sha256(kept.encode()).hexdigest()[:16]
+
+
+def _bind(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of the call, defaults included, so that a changed default is another call."""
+    try:
+        bound = inspect.signature(fn).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"arguments: {error}") from error
+    bound.apply_defaults()
+    return {name: _plain(name, value) for name, value in bound.arguments.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """``value`` as JSON would give it back, so that a live and a recorded result have one shape."""
+
+    def simplify(item: Any) -> Any:
+        if isinstance(item, Timing):
+            facts = {key: getattr(item, key) for key in ("median", "low", "high")}
+            return facts | {"n": item.n, "settled": item.settled}
+        raise TypeError(f"{type(item).__name__} is not plain data")
+
+    try:
+        return json.loads(json.dumps(value, default=simplify, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: wanted numbers, text, lists, mappings or a Timing ({error})") from error
+
+
+def _key(recording: Recording) -> str:
+    return json.dumps([recording.function, recording.arguments], sort_keys=True)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping) and "median" in value:
+        scale, unit = (1e3, "ms") if value["median"] < 1 else (1, "s")
+        low, median, high = (f"{value[key] * scale:.3g}" for key in ("low", "median", "high"))
+        return f"{median} {unit} ({low} to {high}, n={value['n']})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _commit() -> str:
+    """The checkout's commit, with ``-changed`` after it if files differ; ``"unknown"`` outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = [
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done[0].strip() + ("-changed" if done[1].strip() else "")
+
+
+def _command() -> str:
+    """How this process was started, without paths of the machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
+    return " ".join([start, *(Path(word).name if os.sep in word else word for word in sys.argv[1:])])

@@ -1,0 +1,132 @@
+"""The measuring functions: what they count and compare. No test asserts a time."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dslib.architecture import decoder
+from dslib.architecture.weights import checkpoint
+from dslib.performance import speed as speed_lib
+from measured import bench, probes, record, recordings
+from measured.experiments import decoder as decoder_runs
+from measured.experiments import moe_speed, speed
+
+
+def test_bytes_a_token_reads():
+    tied = decoder.build(decoder.preset("tiny"), device="meta")
+    assert speed_lib.bytes_per_token(tied) == 4 * decoder.count_parameters(tied)
+    untied = decoder.build(decoder.preset("tiny", tie_word_embeddings=False), device="meta", dtype=torch.bfloat16)
+    unread = untied.lm_head.weight.numel() - 128  # of the embedding, one row is looked up
+    assert speed_lib.bytes_per_token(untied) == 2 * (decoder.count_parameters(untied) - unread)
+    # 10 tokens of context: keys and values, 4 layers, 2 heads of 32, 2 bytes
+    assert speed_lib.bytes_per_token(untied, 10) - speed_lib.bytes_per_token(untied) == 10 * 2 * 4 * 2 * 32 * 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "rope_scaling": 4.0, "rope_theta": 1e5}])
+def test_the_twin_has_the_same_logits(changes):
+    model = decoder.build(decoder.preset("tiny", **changes), seed=0).eval()
+    ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(model(ids), checkpoint.hf_twin(model)(ids).logits, atol=1e-4)
+
+
+def test_no_twin_for_what_llama_is_not():
+    with pytest.raises(ValueError, match="window"):
+        checkpoint.hf_twin(decoder.build(decoder.preset("tiny", sliding_window=8)))
+
+
+def test_comparison_of_decoding():
+    model = decoder.build(decoder.preset("tiny"), seed=0).eval()
+    result = decoder_runs.decode_comparison(model, [1, 2, 3], new_tokens=5, rounds=2)
+    assert result["same_tokens"] is True
+    assert result["times"] > 0 and result["times_same_kernel"] > 0 and result["ours"].n == 2
+    assert all(layer.mlp.down_proj.split_rows for layer in model.layers), "the switch is put back"
+
+
+def test_comparison_of_windows():
+    result = decoder_runs.window_speed(length=200, window=32, heads=2, head_dim=16, rounds=2)
+    assert result["largest_difference"] < 1e-5 and result["times_band"] > 0
+
+
+def test_decode_speed_is_plain_data():
+    made = recordings.record(decoder_runs.decode_speed, name="tiny", dtype="float32", prompt_tokens=4, new_tokens=4)
+    assert made.function == "measured.experiments.decoder:decode_speed" and made.seed == 0
+    assert made.result["seconds"]["n"] >= 3 and made.result["share_of_read"] > 0
+
+
+def test_bench_prints_the_ratio(capsys):
+    bench.main(["window", "--rounds", "1"])
+    assert "times as fast as a band mask" in capsys.readouterr().out
+
+
+# A bare machine has torch and transformers and what these bring; it has nothing else of ours, and no network.
+BARE = """
+import socket, sys
+for name in ("matplotlib", "gguf", "accelerate", "onnxruntime", "IPython", "ipywidgets", "pandas", "scipy", "datasets"):
+    sys.modules[name] = None
+def refuse(*_, **__):
+    raise OSError("no network here")
+socket.socket.connect = socket.getaddrinfo = refuse
+from measured import record
+sys.exit(record.main(["--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="proves the command on a CPU")
+def test_record_writes_a_file_that_reads_back_on_a_bare_machine(tmp_path):
+    out = tmp_path / "machine.json"
+    done = subprocess.run([sys.executable, "-c", BARE, str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = recordings.read(out)
+    assert sorted({r.function.split(":")[1] for r in made}) == [
+        "decode_speed", "launch_gap", "machine_speed", "roof_figures", "window_speed",
+    ]  # fmt: skip
+    assert len(made) == len(record.CPU_CALLS) and not any(recordings.is_stale(r) for r in made)
+    assert out.stat().st_size < 100_000
+    tables = [r.result for r in made if r.function.endswith("machine_speed")]
+    assert not [row for table in tables for row in table["rows"] if "failed" in row]
+
+
+def test_a_call_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    calls = (("measured.probes:no_such_thing", {}), ("measured.probes:launch_gap", {"side": 16, "rounds": 1}))
+    monkeypatch.setitem(record.PARTS, "machine", calls)
+    assert record.main(["--out", str(tmp_path / "a.json")]) == 1
+    assert len(recordings.read(tmp_path / "a.json")) == 1 and "1 calls failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", record.PARTS)
+def test_every_call_that_is_named_exists(part):
+    for name, call in (*record.PARTS[part], *record.GPU_CALLS):
+        recordings._bind(record.find(name), call)
+
+
+def gpu_calls():
+    """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
+    modules = {"probes": probes, "moe_speed": moe_speed}
+    pages = {  # `lab` is the experiments of the page's own chapter
+        "decoder": {"lab": decoder_runs},
+        "speed": {"lab": speed, "decoder_lab": decoder_runs},
+    }
+    for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if "gpu" not in cell["metadata"].get("tags", []):
+                continue
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "recordings.live_or_recorded":
+                    module, _, name = ast.unparse(node.args[0]).partition(".")
+                    arguments = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
+                    yield pytest.param(
+                        getattr((modules | pages.get(path.stem, {}))[module], name), arguments, id=f"{path.stem}-{name}"
+                    )
+
+
+@pytest.mark.parametrize(("function", "arguments"), list(gpu_calls()))
+def test_every_gpu_cell_can_be_recorded(function, arguments):
+    """A GPU cell and ``make record`` must mean the same call, defaults included."""
+    calls = [(fn, recordings._bind(fn, call)) for fn, call in ((record.find(name), c) for name, c in record.GPU_CALLS)]
+    assert (function, recordings._bind(function, arguments)) in calls

@@ -1,0 +1,247 @@
+"""Every way to run experts against running them one token at a time; packing; and that nothing large is ever made."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dslib.fast.experts import Experts, Pairs, way_to_run
+from dslib.fast.linear import FEW_WEIGHTS, onednn, packed, packed_product, product
+
+E, K, H, I = 6, 2, 16, 24  # noqa: E741
+WAYS = ("grouped", "padded", "loop")
+CASES = {
+    "some": lambda n: torch.rand(n, E).topk(K).indices,
+    "all on one": lambda n: torch.tensor([[2, 4]]).repeat(n, 1),
+    "some left out": lambda n: torch.rand(n, E + 1).topk(K).indices,
+    "all left out": lambda n: torch.full((n, K), E),
+    "half idle": lambda n: torch.rand(n, 3).topk(K).indices,
+}
+
+
+def experts(hidden=H, inner=I, count=E, seed=0):
+    torch.manual_seed(seed)
+    made = Experts(count, hidden, inner)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def one_by_one(layer, x, indices, weights):
+    rows = []
+    for token, ids, shares in zip(x, indices.tolist(), weights, strict=True):
+        total = torch.zeros_like(token)
+        for expert, share in zip(ids, shares, strict=True):
+            if expert < layer.num_experts:
+                gate, up = (layer.gate_up_proj[expert] @ token).chunk(2)
+                total = total + share.to(token.dtype) * (layer.down_proj[expert] @ (F.silu(gate) * up))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def problem(case, count, seed=0):
+    torch.manual_seed(seed)
+    indices = CASES[case](count)
+    return torch.randn(count, H), indices, torch.rand(count, K)
+
+
+@pytest.mark.parametrize("way", [*WAYS, None])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("count", [1, 3, 40])
+@torch.no_grad()
+def test_all_ways_equal_one_token_at_a_time(way, case, count):
+    layer = experts()
+    x, indices, weights = problem(case, count)
+    want = one_by_one(layer, x, indices, weights)
+    assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
+    if layer.pack():
+        assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [*WAYS, None])
+@pytest.mark.parametrize("count", [1, 40])
+@torch.no_grad()
+def test_bfloat16(way, count):
+    layer = experts().to(torch.bfloat16)
+    x, indices, weights = problem("some", count)
+    x = x.to(torch.bfloat16)
+    want = one_by_one(layer.float(), x.float(), indices, weights)
+    got = layer.to(torch.bfloat16)(x, indices, weights, way)
+    assert got.dtype is torch.bfloat16 and torch.allclose(got.float(), want, atol=0.02 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("way", ["grouped", "padded", None])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_those_of_one_token_at_a_time(way, case):
+    x, indices, weights = problem(case, 12)
+
+    def gradients(run):
+        layer, a, b = experts(), x.clone().requires_grad_(), weights.clone().requires_grad_()
+        (run(layer, a, b) * torch.linspace(-1, 1, H)).sum().backward()
+        return [a.grad, b.grad, *[p.grad for p in layer.parameters()]]
+
+    got = gradients(lambda layer, a, b: layer(a, indices, b, way))
+    if case == "all left out":  # nothing to differentiate: no gradient or zeros
+        assert all(g is None or not g.any() for g in got)
+        return
+    want = gradients(lambda layer, a, b: one_by_one(layer, a, indices, b))
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sizes_that_the_grouped_product_refuses():
+    """Rows of 22 numbers of four bytes are no multiple of 16 bytes; also where gradients are recorded."""
+    layer, (x, indices, weights) = experts(inner=22), problem("some", 20)
+    want = one_by_one(layer, x, indices, weights)
+    assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
+    with torch.enable_grad():
+        assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
+        assert way_to_run(layer, x, Pairs(indices, E)) == "padded"
+
+
+@torch.no_grad()
+def test_rows_need_not_lie_side_by_side():
+    layer, (x, indices, weights) = experts(), problem("some", 20)
+    strided = torch.stack((x, x), dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    assert torch.allclose(layer(strided, indices, weights), layer(x, indices, weights), atol=1e-6)
+
+
+def test_no_tokens():
+    layer = experts()
+    out = layer(torch.zeros(0, H), torch.zeros(0, K, dtype=torch.long), torch.zeros(0, K))
+    assert out.shape == (0, H)
+
+
+@pytest.mark.skipif(not onednn(), reason="no packed layout on this CPU")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.down_proj.data.mul_(2),
+        lambda layer: layer.down_proj.mul_(2),
+        lambda layer: layer.load_state_dict(experts(seed=9).state_dict()),
+        lambda layer: setattr(layer, "gate_up_proj", torch.nn.Parameter(layer.gate_up_proj.detach() * 2)),
+        lambda layer: layer.to(torch.bfloat16),
+    ],
+    ids=["data", "in place", "loaded", "replaced", "cast"],
+)
+@torch.no_grad()
+def test_packed_weights_never_outlive_a_change(change):
+    layer, (x, indices, weights) = experts(), problem("some", 20)
+    layer.pack()
+    before = layer(x, indices, weights)
+    change(layer)
+    x = x.to(layer.down_proj.dtype)
+    want = one_by_one(layer, x, indices, weights)
+    assert not torch.allclose(want.float(), before, atol=1e-3) or layer.down_proj.dtype is torch.bfloat16
+    tolerance = 1e-5 if want.dtype is torch.float32 else 0.1
+    assert torch.allclose(layer(x, indices, weights), want, atol=tolerance)
+
+
+@torch.no_grad()
+def test_an_optimiser_step_is_a_change():
+    layer, (x, indices, weights) = experts(), problem("some", 20)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer.pack()
+    layer(x, indices, weights)
+    with torch.enable_grad():
+        layer(x, indices, weights).sum().backward()
+    optimizer.step()
+    assert torch.allclose(layer(x, indices, weights), one_by_one(layer, x, indices, weights), atol=1e-4)
+
+
+@torch.no_grad()
+def test_packing_is_used_in_inference_only_and_can_be_undone():
+    layer, (x, indices, weights) = experts(), problem("some", 20)
+    want = layer(x, indices, weights)
+    if layer.pack():
+        with torch.enable_grad():
+            assert layer(x, indices, weights).requires_grad
+        assert torch.allclose(copy.deepcopy(layer)(x, indices, weights), want, atol=1e-6)
+    layer.unpack()
+    assert layer._packed is None and torch.equal(layer(x, indices, weights), want)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(item, torch.Tensor):
+                self.numel = max(self.numel, item.numel())
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("way", [*WAYS, None])
+def test_nothing_as_large_as_tokens_times_experts_times_hidden_is_made(way, training):
+    if training and way == "loop":
+        pytest.skip("the loop records no gradients")
+    count, many, hidden = 256, 32, 64
+    layer = experts(hidden, 32, many)
+    x = torch.randn(count, hidden, requires_grad=training)
+    indices, weights = torch.rand(count, many).topk(K).indices, torch.rand(count, K)
+    with Largest() as largest, torch.set_grad_enabled(training):
+        out = layer(x, indices, weights, way)
+        if training:
+            out.sum().backward()
+    stacked = layer.gate_up_proj.numel()
+    longest = int(torch.bincount(indices.flatten()).max())
+    assert largest.numel < count * many * hidden / 3
+    assert largest.numel <= max(stacked, many * longest * 2 * 32, count * K * hidden)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, H + 1)}, r"x: got shape \(4, 17\), expected \(tokens, 16\)"),
+        ({"x": torch.zeros(2, 2, H)}, "x: got shape"),
+        ({"x": torch.zeros(4, H, dtype=torch.float64)}, "x: got torch.float64"),
+        ({"indices": torch.zeros(4, K)}, "indices: got torch.float32"),
+        ({"indices": torch.zeros(3, K, dtype=torch.long)}, r"indices: got torch.int64 \(3, 2\)"),
+        ({"indices": torch.full((4, K), E + 1)}, "indices: expected 0 to 6"),
+        ({"indices": torch.full((4, K), -1)}, "indices: expected 0 to 6"),
+        ({"weights": torch.zeros(4, K + 1)}, r"weights: got shape \(4, 3\)"),
+        ({"way": "fast"}, "way: got 'fast'"),
+        ({"way": "loop"}, "way: got 'loop', expected one of 'grouped', 'padded'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    call = {"x": torch.zeros(4, H), "indices": torch.zeros(4, K, dtype=torch.long), "weights": torch.zeros(4, K)}
+    with pytest.raises(ValueError, match=message):
+        experts()(**call | change)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (4, 0, 4), (4, 4, 0)])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(ValueError, match="got 0, expected at least 1"):
+        Experts(*sizes)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 100])
+@pytest.mark.parametrize("shape", [(8, 12), (7, 5), (1024, 512)])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@torch.no_grad()
+def test_the_products_are_products(rows, shape, precision):
+    assert 7 * 5 < FEW_WEIGHTS < 1024 * 512
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
+    want = (x.double() @ weight.double().T).float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        tolerance = 1e-4 * math.sqrt(shape[1]) * (1 if precision == "highest" else 400)
+        assert torch.allclose(product(x, weight), want, atol=tolerance)
+        if (made := packed(weight)) is not None:
+            assert torch.allclose(packed_product(x, made), want, atol=tolerance)
+    finally:
+        torch.set_float32_matmul_precision(before)

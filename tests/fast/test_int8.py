@@ -1,0 +1,78 @@
+"""Eight-bit weights: the values they stand for, and every way to multiply them."""
+
+import pytest
+import torch
+from torch import nn
+
+from dslib.architecture import decoder
+from dslib.fast import int8
+from dslib.fast.int8 import Int8Linear, quantize_int8_
+
+
+def layer(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Linear(64, 48, bias=False).to(dtype)
+
+
+def test_no_weight_is_off_by_more_than_half_a_step():
+    linear = layer()
+    linear.weight.data[3] = 0
+    made = Int8Linear.from_linear(linear)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    assert ((made.dequantize() - linear.weight).abs() <= step / 2 + 1e-7).all()
+    assert made.codes.abs().max() == 127 and not made.dequantize()[3].any()
+
+
+@pytest.mark.parametrize("way", ["packed", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_every_way_gives_the_product_with_those_weights(way, dtype, rows):
+    made = Int8Linear.from_linear(layer(dtype), way)
+    x = torch.randn(2, rows, 64).to(dtype)
+    want = x.float() @ made.dequantize(torch.float32).T
+    with torch.inference_mode():
+        torch.testing.assert_close(made(x).float(), want, atol=1e-5 if dtype is torch.float32 else 0.03, rtol=0.02)
+
+
+def test_the_sum_that_a_gpu_compiles(monkeypatch):
+    monkeypatch.setattr(int8, "_fused", lambda: int8.one_row_product)
+    made = Int8Linear.from_linear(layer(), "fused")
+    x = torch.randn(1, 1, 64)
+    torch.testing.assert_close(made(x), x @ made.dequantize().T, atol=1e-5, rtol=1e-5)
+
+
+def test_the_way_is_one_that_works_here(monkeypatch):
+    assert int8.quickest_way("cpu", torch.bfloat16) == "packed"
+    assert int8.quickest_way("cpu", torch.float32) == "plain"
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *_: 1 / 0)
+    int8.quickest_way.cache_clear()
+    assert int8.quickest_way("cpu", torch.bfloat16) == "plain"
+    int8.quickest_way.cache_clear()
+
+
+def test_a_model_keeps_its_head_and_nearly_its_logits():
+    model = decoder.build(decoder.preset("tiny"), seed=0).eval()
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        before = model(ids)
+        after = quantize_int8_(model)(ids)
+    assert type(model.lm_head) is not Int8Linear and type(model.layers[0].mlp.down_proj) is Int8Linear
+    assert 0 < (after - before).norm() / before.norm() < 0.02
+
+
+def test_what_cannot_be_quantised_is_refused():
+    with pytest.raises(ValueError, match="has a bias"):
+        Int8Linear.from_linear(nn.Linear(4, 4))
+    bad = layer()
+    bad.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Int8Linear.from_linear(bad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_compiled_sum_on_a_gpu():
+    made = Int8Linear.from_linear(layer(torch.bfloat16).cuda())
+    x = torch.randn(1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    want = x.float() @ made.dequantize(torch.float32).T
+    with torch.inference_mode():
+        torch.testing.assert_close(made(x).float(), want, atol=0.03, rtol=0.02)

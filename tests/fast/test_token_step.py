@@ -1,0 +1,157 @@
+"""The lean step computes what the decoder computes."""
+
+import pytest
+import torch
+from torch import nn
+
+from dslib.architecture.decoder import DecoderConfig, build
+from dslib.architecture.int4_layers import Int4Linear, quantize_
+from dslib.fast.int4_kernels import cpu_kernel
+from dslib.fast.linear import set_split_rows
+from dslib.fast.token_step import TokenStep
+
+SIZES = {
+    # vocab, hidden, intermediate, layers, heads, kv heads, head_dim; cut in 4, in 2, or not at all
+    "chunks of 4": (64, 32, 48, 2, 4, 2, None),
+    "chunks of 2": (50, 36, 50, 2, 3, 1, 12),
+    "no chunks": (51, 33, 25, 2, 3, 3, 10),
+    "heads larger than hidden": (40, 16, 24, 2, 4, 2, 20),
+}
+
+
+def noisy(size, dtype=torch.float32, **changes):
+    model = build(DecoderConfig(*size, rope_scaling=2.0, **changes), seed=0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def both(model, kind, prompt=5, steps=20):
+    """Logits of the lean step and of the decoder on one text, token by token after a prompt; (steps, vocab) each."""
+    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
+    caches = [model.make_cache(kind, max_length=prompt + steps) for _ in range(2)]
+    if prompt:
+        for cache in caches:
+            model(ids[:, :prompt], cache)
+    step = TokenStep(model)
+    lean = torch.cat([step(token, caches[0]) for token in ids[0, prompt:].tolist()])
+    full = torch.cat([model(token, caches[1])[:, 0] for token in ids[:, prompt:].split(1, dim=1)])
+    assert caches[0].length == caches[1].length == prompt + steps
+    return lean, full, model(ids)[0, prompt:]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind, window", [("preallocated", None), ("preallocated", 7), ("rolling", 7), ("rolling", 1)])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_equals_the_decoder_in_float32(size, kind, window, bias, tied):
+    model = noisy(size, sliding_window=window, qkv_bias=bias, tie_word_embeddings=tied)
+    lean, full, uncached = both(model, kind)
+    assert full.std() > 0.3
+    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(lean, uncached, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("kind, window", [("preallocated", None), ("rolling", 7)])
+def test_is_as_near_to_float32_as_the_decoder_in_bfloat16(size, kind, window):
+    """bfloat16 rounds to 1 part in 256, in another order here and there: compare both errors, not the values."""
+    changes = {"sliding_window": window, "qkv_bias": True}
+    lean, full, _ = both(noisy(size, torch.bfloat16, **changes), kind)
+    exact = both(noisy(size, torch.bfloat16, **changes).float(), kind)[1]
+    assert lean.dtype is torch.bfloat16
+    lean_error, full_error = ((t.float() - exact).norm() / exact.norm() for t in (lean, full))
+    assert full_error < 0.05
+    assert lean_error < 1.5 * full_error
+
+
+def test_starts_without_a_prompt():
+    lean, _, uncached = both(noisy(SIZES["chunks of 4"]), "preallocated", prompt=0)
+    torch.testing.assert_close(lean, uncached, atol=3e-5, rtol=1e-4)
+
+
+def test_rolling_cache_with_sinks():
+    lean, full, _ = both(noisy(SIZES["chunks of 4"], sliding_window=4, attention_sinks=2), "rolling")
+    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
+
+
+def test_a_gap_between_sinks_and_window_is_refused():
+    with pytest.raises(ValueError, match="sinks and window leave a gap"):
+        both(noisy(SIZES["chunks of 4"], sliding_window=4, attention_sinks=2), "preallocated")
+
+
+@pytest.mark.parametrize("size, chunks", [("chunks of 4", 4), ("chunks of 2", 2), ("no chunks", 1)])
+def test_cuts_the_weights_only_where_it_divides_and_only_for_float32(size, chunks):
+    model = noisy(SIZES[size])
+    assert TokenStep(model).chunks == chunks
+    assert TokenStep(noisy(SIZES[size], torch.bfloat16)).chunks == 1
+    set_split_rows(model, False)
+    assert TokenStep(model).chunks == 1
+
+
+def test_keeps_views_of_the_weights_not_copies():
+    model = noisy(SIZES["chunks of 4"], tie_word_embeddings=True)
+    step = TokenStep(model)
+    assert step.head.data_ptr() == model.embed_tokens.weight.data_ptr()
+    assert step.layers[1][1].data_ptr() == model.layers[1].self_attn.qkv_proj.weight.data_ptr()
+
+
+def test_a_full_cache_says_so():
+    model = noisy(SIZES["chunks of 4"])
+    step, cache = TokenStep(model), model.make_cache(max_length=1)
+    step(3, cache)
+    with pytest.raises(ValueError, match=r"max_length=1 positions: 1 new tokens after 1 do not fit"):
+        step(3, cache)
+
+
+def test_is_for_the_cpu():
+    with pytest.raises(ValueError, match="model: on device meta, expected cpu"):
+        TokenStep(build(DecoderConfig(*SIZES["chunks of 4"]), device="meta"))
+
+
+def test_what_a_step_refuses():
+    model = noisy(SIZES["chunks of 4"])
+    step = TokenStep(model)
+    for token in (-1, model.config.vocab_size):
+        with pytest.raises(IndexError, match=f"got {token}"):
+            step(token, model.make_cache(max_length=4))
+    with pytest.raises(ValueError, match="made for 2 sequences"):
+        step(0, model.make_cache(batch_size=2, max_length=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [("embed_tokens", "lm_head"), ("embed_tokens",), ("o_proj",)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_of_four_bits(dtype, skip, symmetric):
+    """The kernel computes in bfloat16, so both are compared with the same codes, unpacked and multiplied in float32."""
+    size = (128, 64, 64, 2, 4, 2, 32)
+    model = quantize_(noisy(size, qkv_bias=True, tie_word_embeddings=True), 32, symmetric=symmetric, skip=skip).to(
+        dtype
+    )
+    exact = noisy(size, qkv_bias=True, tie_word_embeddings=True)
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(exact.get_submodule(parent), last, nn.Linear(module.in_features, module.out_features, bias=False))
+            plain = exact.get_submodule(name)
+            plain.weight = nn.Parameter(module.dequantize())
+            plain.bias = None if module.bias is None else nn.Parameter(module.bias.float())
+    want = uncached(exact)
+    if cpu_kernel():
+        assert TokenStep.fits(model)
+        lean, full, _ = both(model, "preallocated")
+        errors = [(got.float() - want).norm() / want.norm() for got in (lean, full)]
+        assert errors[0] < 1.5 * errors[1] + 1e-3
+        assert errors[0] < 0.05
+
+
+@torch.no_grad()
+def uncached(model, prompt=5, steps=20):
+    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
+    return model(ids)[0, prompt:]
+
+
+def test_four_bits_without_a_kernel_take_the_decoder():
+    model = quantize_(noisy((128, 64, 96, 2, 4, 2, None)), 16)  # no kernel knows groups of 16
+    assert not TokenStep.fits(model)

@@ -1,0 +1,288 @@
+"""The ledger loads, is complete, says where a faulty row is wrong, and holds a cell to its row."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from measured import claims
+from measured.claims import CHECKS, SYMBOLS, VERDICTS, ClaimNotSupported, UnknownClaim
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The ids of the research that the ledger was written from: nothing may get lost on the way.
+SECTIONS = {
+    "s1.1": 11,
+    "s1.2": 12,
+    "s1.3": 12,
+    "s2.1": 9,
+    "s3.1": 8,
+    "s3.2": 8,
+    "s3.3": 5,
+    "s4.1": 6,
+    "s4.2": 4,
+    "s5": 7,
+}
+RESEARCHED = [f"{section}-{number:02d}" for section, count in SECTIONS.items() for number in range(1, count + 1)]
+RESEARCHED += ["intro-01", "intro-02", "intro-03", "s2.2-01", "s2.2-avg", "s2.2-se", "end-01", "global-01"]
+RESEARCHED += [f"s2.2-{domain}-V{v}" for domain in ("math", "law", "medicine") for v in (1, 2, 3)]
+RESEARCHED += [f"s2.2-{number}" for number in (10, 11, 12, 13)]
+RESEARCHED += ["s2.3-01", "s2.3-02", "s2.3-03", "s2.3-04", "s2.3-11", "s2.3-12"]
+RESEARCHED += [f"s2.3-{what}-V{v}" for what in ("cost", "year") for v in (1, 2, 3)]
+
+ROW = """\
+claims:
+- id: s9.9-01
+  chapter: architecture/decoder
+  said: It has `n` layers & more.
+  value: "4"
+  checks: [arithmetic]
+  verdict: wrong
+  because: It has 5 < 6.
+  found: {layers: 5, share: 0.5, fits: true, speed: [2, 3], kind: dense}
+  evidence: claim-s9-9-01
+  sources: [deepseek_v3]
+- id: s9.9-02
+  chapter: performance/cost
+  said: It is cheap.
+  value: null
+  checks: [published]
+  verdict: holds
+  because: The list price says so.
+  evidence: pending
+  sources: [deepseek_v3]
+- id: s9.9-03
+  chapter: performance/cost
+  said: It is nice.
+  value: null
+  checks: [opinion]
+  verdict: opinion
+  because: Tastes differ.
+  evidence: pending
+  sources: []
+"""
+FOUND = {"layers": 5, "share": 0.5, "fits": True, "speed": 2.5, "kind": "dense"}
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """A ledger of three rows in place of the real one."""
+    path = tmp_path / "claims.yml"
+    path.write_text(ROW, encoding="utf-8")
+    ledger = claims.load_ledger(path)
+    monkeypatch.setattr(claims, "load_ledger", lambda: ledger)
+    return ledger
+
+
+# ---------------------------------------------------------------- the real ledger
+
+
+def test_every_researched_claim_is_there_once():
+    ids = list(claims.load_ledger())
+    assert len(ids) == len(RESEARCHED) == 115
+    assert sorted(ids) == sorted(RESEARCHED)
+
+
+def test_vocabulary():
+    assert VERDICTS.keys() == SYMBOLS.keys() and len(set(SYMBOLS.values())) == len(SYMBOLS)
+    for claim in claims.load_ledger().values():
+        assert claim.verdict in VERDICTS and set(claim.checks) <= set(CHECKS)
+    assert all(count for count in claims.load_ledger().counts().values()), (
+        "a verdict that no claim has needs no definition"
+    )
+
+
+def test_sentences_are_sentences():
+    for claim in claims.load_ledger().values():
+        for text in (claim.said, claim.because):
+            assert text[0].isupper() or text[0] in "`$0123456789"
+            assert text.endswith(".") and "\n" not in text and len(text) < 330, f"{claim.id}: {text}"
+        assert not re.search(r"[\u3000-\u9fff]", claim.said + claim.because), f"{claim.id}: own words, in English"
+
+
+def test_a_verdict_from_sources_names_one():
+    for claim in claims.load_ledger().values():
+        if claim.checks == ("published",) and claim.verdict in {"wrong", "holds"}:
+            assert claim.sources, f"{claim.id} is settled by sources alone and names none"
+        if not claim.pending and not claim.found:
+            assert claim.sources, f"{claim.id} has neither quantities nor sources to settle it by"
+
+
+def test_loading_twice_parses_once():
+    assert claims.load_ledger() is claims.load_ledger()
+
+
+def test_works_without_torch():
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None, matplotlib=None)\n"
+        "from dslib.data import cited\nfrom measured import claims\n"
+        "assert len(claims.load_ledger().table().html) > 10_000\n"
+        "print(claims.check('s1.1-04', parameters=1346471936), cited.figure('deepseek_v3', 'layers'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "s1.1-04 wrong" in done.stdout and "61" in done.stdout
+
+
+# ---------------------------------------------------------------- looking up, filtering, counting
+
+
+def test_filter_and_counts(ledger):
+    assert list(ledger.filter(part="performance")) == ["s9.9-02", "s9.9-03"]
+    assert list(ledger.filter(chapter="performance/cost", verdict="holds")) == ["s9.9-02"]
+    assert ledger.counts()["wrong"] == 1 and sum(ledger.counts("part").values()) == 3
+    with pytest.raises(ValueError, match="verdict: got 'false', wanted one of holds"):
+        ledger.filter(verdict="false")
+    with pytest.raises(ValueError, match="by: got 'colour'"):
+        ledger.counts("colour")
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, UnknownClaim])
+def test_unknown_id_names_the_nearest(ledger, error):
+    with pytest.raises(error, match=r"no claim 's9\.9-1' in claims\.yml; nearest: s9\.9-0"):
+        ledger["s9.9-1"]
+    with pytest.raises(error, match="no claim None"):
+        claims.check(None)
+
+
+# ---------------------------------------------------------------- settling
+
+
+def test_check_accepts_what_the_row_says(ledger):
+    assert claims.check("s9.9-01", **FOUND).claim is ledger["s9.9-01"]
+    near = {**FOUND, "share": 0.5049, "speed": 2}
+    assert repr(claims.check("s9.9-01", **near)) == repr(claims.check("s9.9-01", **FOUND))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 4}, "layers: got 4, wanted 5"),
+        ({"layers": True}, "layers: got True, wanted 5"),
+        ({"layers": "5"}, "layers: got '5', wanted 5"),
+        ({"share": 0.51}, "share: got 0.51, wanted 0.5 "),
+        ({"share": float("nan")}, "share: got nan"),
+        ({"fits": False}, "fits: got False, wanted yes"),
+        ({"fits": 1}, "fits: got 1, wanted yes"),
+        ({"speed": 3.01}, "speed: got 3.01, wanted 2 to 3"),
+        ({"kind": "Dense"}, "kind: got 'Dense', wanted dense"),
+        ({"extra": 1}, "extra: got 1, but the row has no such quantity"),
+    ],
+)
+def test_check_raises_on_a_different_or_extra_quantity(ledger, change, message):
+    with pytest.raises(ClaimNotSupported, match=re.escape(message)) as error:
+        claims.check("s9.9-01", **{**FOUND, **change})
+    assert "claim s9.9-01 (wrong)" in str(error.value)
+
+
+def test_check_raises_on_a_missing_quantity(ledger):
+    with pytest.raises(ClaimNotSupported, match="layers: not computed, wanted 5"):
+        claims.check("s9.9-01", **{k: v for k, v in FOUND.items() if k != "layers"})
+
+
+def test_a_row_without_quantities_is_settled_by_its_sources(ledger):
+    assert "settled by deepseek_v3" in repr(claims.check("s9.9-02"))
+    with pytest.raises(ClaimNotSupported, match="no such quantity"):
+        claims.check("s9.9-02", price=1)
+    with pytest.raises(ClaimNotSupported, match="neither quantities"):
+        claims.check("s9.9-03")
+
+
+def test_check_takes_numpy_and_torch_scalars(ledger):
+    np, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    claims.check("s9.9-01", **{**FOUND, "layers": np.int64(5), "share": np.float32(0.5), "fits": np.bool_(True)})
+    claims.check("s9.9-01", **{**FOUND, "layers": torch.tensor(5), "share": torch.tensor(0.5)})
+
+
+def test_card_is_the_same_every_time_and_escapes(ledger):
+    card = claims.check("s9.9-01", **FOUND)._repr_html_()
+    assert card == claims.check("s9.9-01", **{**FOUND, "share": 0.503})._repr_html_()
+    assert 'class="claim-card verdict-wrong" id="claim-s9.9-01"' in card
+    assert 'href="../reference/ledger.html#s9.9-01"' in card
+    assert "<code>n</code> layers &amp; more" in card and "5 &lt; 6" in card
+    assert SYMBOLS["wrong"] in card and "</span> wrong" in card, "the verdict stands as a word beside its symbol"
+
+
+def test_table_has_a_row_with_an_anchor_for_each_claim(ledger):
+    table = ledger.table().html
+    assert '<tr id="s9.9-02" class="verdict-holds" data-part="performance" data-verdict="holds">' in table
+    assert 'href="../architecture/decoder.html#claim-s9.9-01"' in table
+    assert table.count("(not written yet)") == 2
+    assert claims.load_ledger().table().html == table, "the table does not depend on when it is made"
+
+
+def test_summary_adds_up(ledger):
+    table = ledger.summary().html
+    assert '<th scope="col">Performance</th>' in table
+    assert table.rstrip().endswith("</table></div>") and "<td><strong>3</strong></td></tr>" in table
+    assert all(f"<td>{meaning}</td>" in claims.legend().html for meaning in VERDICTS.values())
+
+
+# ---------------------------------------------------------------- faulty files
+
+
+def broken(old, new):
+    return ROW.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (broken("verdict: wrong", "verdict: false"), "line 7, row 's9.9-01', field 'verdict': got False, wanted text"),
+        (broken("verdict: wrong", "verdict: bad"), "line 7, row 's9.9-01', field 'verdict': got 'bad', wanted one of"),
+        (broken("[arithmetic]", "[magic]"), "line 6, row 's9.9-01', field 'checks': got ['magic'], wanted one or more"),
+        (broken("[arithmetic]", "[]"), "line 6, row 's9.9-01', field 'checks': got []"),
+        (
+            broken("[arithmetic]", "arithmetic"),
+            "line 6, row 's9.9-01', field 'checks': got 'arithmetic', wanted a list",
+        ),
+        (broken('value: "4"', "value: 4"), "line 5, row 's9.9-01', field 'value': got 4, wanted text in quotes"),
+        (
+            broken("architecture/decoder", "decoder"),
+            "line 3, row 's9.9-01', field 'chapter': got 'decoder', wanted part/",
+        ),
+        (
+            broken("claim-s9-9-01", "s9.9-01"),
+            "line 10, row 's9.9-01', field 'evidence': got 's9.9-01', wanted 'pending'",
+        ),
+        (broken("layers: 5", "layers: null"), "line 9, row 's9.9-01', field 'found': layers: got None"),
+        (broken("[2, 3]", "[3, 2]"), "line 9, row 's9.9-01', field 'found': speed: got [3, 2], wanted [low, high]"),
+        (broken("layers: 5", "no. of layers: 5"), "line 9, row 's9.9-01', field 'found': got the quantity name"),
+        (broken("  found:", "  fuond:"), "line 9, row 's9.9-01', field 'fuond': unknown field"),
+        (broken("  said: It is cheap.\n", ""), "line 12, row 's9.9-02', field 'said': missing"),
+        (broken("said: It is cheap.", "said:"), "line 14, row 's9.9-02', field 'said': got None, wanted text"),
+        (broken("id: s9.9-02", "id: s9.9-01"), "line 12, row 's9.9-01', field 'id': already used at line 2"),
+        (broken("  value: null\n", "  value: null\n  value: null\n"), "field 'value': given twice, first at line 15"),
+        (broken("id: s9.9-01", "id: Claim 1"), "line 2, row 'Claim 1', field 'id'"),
+        (broken("- id: s9.9-03", "- nothing\n- id: s9.9-03"), "line 21: got 'nothing', wanted a row of fields"),
+        (broken("said: It is cheap.", "said: [open"), "not valid YAML"),
+        (broken("said: It is cheap.", "said: Cheap: yes"), "line 14: not valid YAML"),
+        (broken("said: It is cheap.", "said: \tnot: fine"), "not valid YAML"),
+        (broken("  said: It is cheap.", "  ? [a, b]\n  : 1"), "line 12, row 's9.9-02', field '?': the name of a field"),
+        (broken("said: It is cheap.", "said: !!python/name:os.system"), "line 14: not valid YAML"),
+        ("", "line 1, field 'claims': wanted a list of rows"),
+        ("claims: 7", "line 1, field 'claims': wanted a list of rows"),
+    ],
+)
+def test_a_faulty_file_says_where(tmp_path, text, message):
+    path = tmp_path / "claims.yml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        claims.load_ledger(path)
+    assert str(error.value).startswith("claims.yml line ")
+
+
+def test_a_file_that_is_not_text_says_where(tmp_path):
+    path = tmp_path / "claims.yml"
+    path.write_bytes(ROW.encode().replace(b"cheap", b"ch\xffap"))
+    with pytest.raises(ValueError, match=r"claims\.yml line 14: not UTF-8 text"):
+        claims.load_ledger(path)
+
+
+def test_a_file_with_a_control_character_is_refused(tmp_path):
+    path = tmp_path / "claims.yml"
+    path.write_text(ROW.replace("cheap", "ch\x00ap"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"claims\.yml.*: not valid YAML"):
+        claims.load_ledger(path)

@@ -1,0 +1,248 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from measured import recordings
+from measured.timing import Timing
+
+
+def speed(size, seed=0):
+    """Something to record. Its module can be imported again by name."""
+    return {"tokens": size * 2, "time": Timing((0.001, 0.002, 0.003)), "text": "ok"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "data_path", lambda name: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def on_gpu(**changes):
+    made = recordings.record(speed, size=3)
+    machine = made.machine | {"kind": "cuda", "name": "NVIDIA A100-SXM4-80GB"}
+    return dataclasses.replace(made, machine=machine, **changes)
+
+
+def test_a_recording_says_all_that_is_needed_to_judge_it():
+    made = recordings.record(speed, size=3)
+    assert made.function.endswith("test_recordings:speed")
+    assert made.arguments == {"size": 3, "seed": 0}
+    assert made.seed == 0
+    assert made.result["tokens"] == 6
+    assert made.result["time"] == {"median": 0.002, "low": 0.0015, "high": 0.0025, "n": 3, "settled": False}
+    assert {"python", "torch"} <= set(made.versions)
+    assert made.commit
+    assert "/" not in made.command
+    assert made.versions["torch"] in made.where
+
+
+def test_written_recordings_are_read_back(folder):
+    made = recordings.record(speed, size=3)
+    path = recordings.write(folder / "here.json", [made])
+    assert recordings.read(path) == [made]
+    assert recordings.read_all() == [made]
+    assert not list(folder.glob("*.part"))
+
+
+def test_the_same_call_replaces_the_older_recording_and_others_stay(folder):
+    path = recordings.write(folder / "a.json", [on_gpu(date="2026-01-01"), on_gpu(arguments={"size": 9, "seed": 0})])
+    recordings.write(path, [on_gpu(date="2026-02-02")])
+    assert sorted(r.date for r in recordings.read(path) if r.arguments["size"] == 3) == ["2026-02-02"]
+    assert len(recordings.read(path)) == 2
+
+
+def test_the_default_file_is_named_after_the_machine(folder):
+    path = recordings.write(None, [recordings.record(speed, size=1)])
+    assert path.parent == folder
+    assert path.stem == path.stem.lower()
+
+
+def test_one_machine_a_file(folder):
+    with pytest.raises(ValueError, match="wanted one machine a file"):
+        recordings.write(folder / "a.json", [on_gpu(), recordings.record(speed, size=4)])
+    made = recordings.record(speed, size=3)
+    newer = dataclasses.replace(made, arguments={"size": 4, "seed": 0}, machine=made.machine | {"isa": "AVX-9000"})
+    with pytest.raises(ValueError, match="with AVX-9000, wanted one machine a file"):
+        recordings.write(folder / "a.json", [made, newer])
+    assert "with AVX-9000, 20" in newer.where
+
+
+def test_without_a_recording_the_page_says_so(folder, no_cuda):
+    shown = recordings.live_or_recorded(speed, size=3)
+    assert (shown.origin, shown.result) == ("absent", None)
+    assert "no recording" in shown._repr_markdown_()
+    assert "<code>" in shown._repr_html_()
+
+
+def test_a_missing_folder_is_no_recording(monkeypatch, no_cuda):
+    def missing(name):
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(recordings, "data_path", missing)
+    assert recordings.read_all() == []
+    assert recordings.live_or_recorded(speed, size=3).origin == "absent"
+
+
+def test_the_recording_of_the_same_call_is_shown(folder, no_cuda):
+    recordings.write(folder / "gpu.json", [on_gpu()])
+    shown = recordings.live_or_recorded(speed, size=3)
+    assert shown.origin == "recorded"
+    assert not shown.stale
+    text = repr(shown)
+    assert "Recorded on NVIDIA A100-SXM4-80GB" in text
+    assert "2 ms (1.5 to 2.5, n=3)" in text
+    assert "2 ms (1.5 to 2.5, n=3)" in shown._repr_html_()
+    assert "<em>Recorded on" in shown._repr_html_()
+    assert recordings.live_or_recorded(speed, size=4).origin == "absent"
+    assert recordings.live_or_recorded(speed, size=3, seed=1).origin == "absent"
+
+
+def test_a_cpu_recording_does_not_stand_in_for_a_gpu(folder, no_cuda):
+    recordings.write(folder / "cpu.json", [dataclasses.replace(on_gpu(), machine={"kind": "cpu", "name": "x"})])
+    assert recordings.live_or_recorded(speed, size=3).origin == "absent"
+
+
+def test_a_changed_function_makes_the_recording_stale(folder, no_cuda):
+    recordings.write(folder / "gpu.json", [on_gpu(source_hash="0" * 16)])
+    shown = recordings.live_or_recorded(speed, size=3)
+    assert shown.stale
+    assert "Stale" in shown._repr_markdown_()
+
+
+def test_a_fresh_recording_is_preferred_to_a_newer_stale_one(folder, no_cuda):
+    recordings.write(folder / "a.json", [on_gpu(date="2026-01-01")])
+    other = {"kind": "cuda", "name": "another"}
+    stale = dataclasses.replace(on_gpu(date="2026-09-09", source_hash="0" * 16), machine=other)
+    recordings.write(folder / "b.json", [stale])
+    assert not recordings.live_or_recorded(speed, size=3).stale
+
+
+@pytest.mark.parametrize("name", ["nowhere.at.all:f", "measured.recordings:gone"])
+def test_a_function_that_is_gone_is_stale(name):
+    assert recordings.is_stale(on_gpu(function=name))
+
+
+def test_with_cuda_the_function_runs(folder, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("measured.machine.describe", lambda device=None: SimpleNamespace(name="NVIDIA T4"))
+    shown = recordings.live_or_recorded(speed, size=5)
+    assert shown.origin == "live"
+    assert shown.result["tokens"] == 10
+    assert shown.result["time"]["n"] == 3  # the shape of a recorded result
+    assert "Measured here, on NVIDIA T4" in repr(shown)
+
+
+def test_comments_and_blank_lines_do_not_make_it_stale(tmp_path, monkeypatch):
+    import importlib
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bodies = {
+        "one": "def f(x):\n    return x\n",
+        "two": "def f(x):\n    # why\n\n    return x\n",
+        "three": "def f(x):\n    return -x\n",
+    }
+    hashes = {}
+    for name, text in bodies.items():
+        (tmp_path / f"made_{name}.py").write_text(text)
+        hashes[name] = recordings.source_hash(importlib.import_module(f"made_{name}").f)
+    assert hashes["one"] == hashes["two"] != hashes["three"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"date": "May"}, r"bad.json line \d+, recording 0, field 'date': got 'May'"),
+        ({"function": "speed"}, "field 'function': got 'speed'"),
+        ({"machine": {"name": "x"}}, "field 'machine': .* wanted a mapping with kind, name"),
+        ({"versions": []}, r"field 'versions': got \[\]"),
+        ({"seed": "one"}, "field 'seed': got 'one'"),
+        ({"result": None}, "field 'result': got null"),
+        ({"result": {"time": {"median": 0.1}}}, "wanted a timing with low, median, high and n"),
+        ({"result": [{"median": 0.1, "low": 0, "high": 1, "n": True}]}, "wanted a timing"),
+        ({"source_hash": "xyz"}, "field 'source_hash'"),
+        ({"extra": 1}, "field 'extra': unknown"),
+        ({"commit": ...}, "field 'commit': missing"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_line(tmp_path, change, message):
+    row = dataclasses.asdict(on_gpu()) | change
+    row = {name: value for name, value in row.items() if value is not ...}
+    (tmp_path / "bad.json").write_text(json.dumps({"recordings": [row]}, indent=1))
+    with pytest.raises(ValueError, match=message):
+        recordings.read(tmp_path / "bad.json")
+
+
+def test_the_line_is_the_right_one(tmp_path):
+    text = json.dumps({"recordings": [dataclasses.asdict(on_gpu(date="May"))]}, indent=1)
+    (tmp_path / "bad.json").write_text(text)
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if '"date"' in line)
+    with pytest.raises(ValueError, match=f"bad.json line {line}, "):
+        recordings.read(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"recordings": [\n{"function"', "bad.json line 2: not valid JSON"),
+        ("[]", "bad.json line 1, field 'recordings'"),
+        ('{"recordings": 3}', "field 'recordings'"),
+        ('{"recordings": [3]}', "recording 0, field 'recording': got 3"),
+    ],
+)
+def test_a_file_that_is_no_list_of_recordings(tmp_path, text, message):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recordings.read(tmp_path / "bad.json")
+
+
+def test_an_invalid_recording_is_not_written(folder):
+    with pytest.raises(ValueError, match="field 'date'"):
+        recordings.write(folder / "a.json", [on_gpu(date="May")])
+    assert not list(folder.iterdir())
+
+
+def test_what_cannot_be_recorded_is_refused():
+    with pytest.raises(ValueError, match="fn: got"):
+        recordings.record(lambda: 1)
+    with pytest.raises(ValueError, match="arguments: missing a required argument: 'size'"):
+        recordings.record(speed)
+    with pytest.raises(ValueError, match="size: wanted numbers"):
+        recordings.record(speed, size=torch.ones(1))
+    with pytest.raises(ValueError, match="result: wanted numbers"):
+        recordings._plain("result", float("nan"))
+
+
+def test_the_recordings_of_the_book_parse():
+    for recording in recordings.read_all():
+        assert recording.result is not None
+
+
+def test_a_recording_is_shown_without_running_the_function(folder, monkeypatch):
+    recordings.write(folder / "a.json", [recordings.record(speed, size=3)])
+    recordings.write(folder / "b.json", [on_gpu()])
+    monkeypatch.setattr(f"{__name__}.speed.__code__", (lambda size, seed=0: 1 / 0).__code__)
+    for kind in ("cpu", "cuda"):
+        shown = recordings.recorded(speed, kind=kind, size=3)
+        assert shown.origin == "recorded" and shown.result["tokens"] == 6
+        assert ("A100" in shown.note) == (kind == "cuda")
+    absent = recordings.recorded(speed, size=4)
+    assert (absent.result, absent.origin) == (None, "absent") and "No recording of" in absent.note
+    with pytest.raises(ValueError, match="arguments"):
+        recordings.recorded(speed, length=3)
+
+
+def test_of_several_recordings_a_fresh_one_counts_before_a_newer_stale_one(folder):
+    recordings.write(folder / "a.json", [recordings.record(speed, size=3)])
+    recordings.write(folder / "b.json", [on_gpu(date="2099-01-01", source_hash="0" * 16)])
+    assert not recordings.recorded(speed, size=3).stale
+    stale = recordings.recorded(speed, kind="cuda", size=3)
+    assert stale.stale and "Stale" in stale.note

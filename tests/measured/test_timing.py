@@ -1,0 +1,155 @@
+"""Timing, checked with a clock of our own: no test asserts an absolute time."""
+
+import pytest
+
+from measured import timing
+
+
+class FakeClock:
+    """A clock that moves only when a function under test lets it."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def work(self, seconds):
+        """A function whose calls take the given seconds in turn; the last one repeats."""
+        left = list(seconds)
+
+        def fn():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return fn
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return FakeClock(monkeypatch)
+
+
+def test_warm_up_is_not_counted(clock):
+    # Two slow warm-up calls, one call to judge the length, then the readings.
+    result = timing.measure(clock.work([9.0, 9.0, 0.1]), warmup=2)
+    assert result.median == pytest.approx(0.1)
+    assert (result.n, result.calls) == (5, 1)
+
+
+def test_stops_when_settled(clock):
+    result = timing.measure(clock.work([0.01]), min_runs=5, max_runs=50)
+    assert result.n == 5
+    assert result.settled
+    assert "not settled" not in str(result)
+
+
+def test_stops_at_the_budget_and_says_so(clock):
+    fn = clock.work([0.1] * 3 + [0.1, 0.5] * 40)
+    result = timing.measure(fn, max_runs=50, max_seconds=2.0)
+    assert 5 <= result.n < 50
+    assert not result.settled
+    assert "not settled" in str(result)
+
+
+def test_min_runs_hold_beyond_the_budget(clock):
+    assert timing.measure(clock.work([10.0, 11.0, 10.0]), min_runs=3, max_seconds=0.5).n == 3
+
+
+def test_short_calls_are_read_together(clock):
+    result = timing.measure(clock.work([1e-6]))
+    assert result.calls == 200
+    assert result.median == pytest.approx(1e-6)
+
+
+def test_quartiles_are_those_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    values = [5.0, 1.0, 4.0, 2.0, 8.0, 3.0]
+    assert timing.quartiles(values) == pytest.approx(tuple(numpy.percentile(values, [25, 50, 75])))
+    assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_text_carries_unit_spread_and_n():
+    assert str(timing.Timing((0.0119, 0.0123, 0.0128), target_spread=0.2)) == "12.3 ms (12.1 to 12.6, n=3)"
+    assert str(timing.Timing((250e-9,) * 2)) == "250 ns (250 to 250, n=2)"
+    assert "not settled" in str(timing.Timing((1.0,)))
+
+
+def test_rounds_alternate_their_order():
+    seen = []
+    fns = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    result = timing.compare(fns, rounds=2, warmup=0)
+    assert "".join(seen) == "abba"
+    assert {name: t.n for name, t in result.items()} == {"a": 2, "b": 2}
+
+
+def test_ratio_is_paired_by_round(clock):
+    # The machine is three times slower in the second round, for both: the ratio does not notice.
+    slow, fast = timing.Timing((2.0, 6.0, 2.0)), timing.Timing((1.0, 3.0, 1.0))
+    assert timing.ratio(slow, fast) == timing.Ratio(2.0, 2.0, 2.0, 3)
+    assert str(timing.ratio(slow, fast)) == "2.00 times (2.00 to 2.00, n=3)"
+
+
+def test_ratio_of_separate_runs_is_refused():
+    with pytest.raises(ValueError, match="b: got 2 readings, wanted 3"):
+        timing.ratio(timing.Timing((1.0,) * 3), timing.Timing((1.0,) * 2))
+
+
+def test_stopwatch_laps(clock):
+    step = clock.work([0.5])
+    with timing.stopwatch() as watch:
+        step()
+        assert watch.lap() == pytest.approx(0.5)
+        step()
+    assert watch.seconds == pytest.approx(1.0)
+
+
+def test_a_lap_may_be_told_not_to_wait(monkeypatch):
+    waits = []
+    monkeypatch.setattr(timing, "synchronize", waits.append)
+    watch = timing.Stopwatch("cpu")
+    watch.lap(wait=False)
+    assert waits == ["cpu"]
+    watch.lap()
+    assert waits == ["cpu", "cpu"]
+
+
+def test_the_device_is_waited_for(monkeypatch):
+    events = []
+    monkeypatch.setattr(timing, "synchronize", lambda device: events.append("wait"))
+    timing.measure(lambda: events.append("call"), warmup=0, min_runs=1, max_runs=1)
+    assert events[-3:] == ["wait", "call", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_runs": 0}, "min_runs: got 0"),
+        ({"min_runs": 6, "max_runs": 5}, "max_runs: got 5, wanted a whole number of at least 6"),
+        ({"warmup": -1}, "warmup: got -1"),
+        ({"max_seconds": 0}, "max_seconds: got 0"),
+        ({"target_spread": -0.1}, "target_spread: got -0.1"),
+    ],
+)
+def test_bad_numbers_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timing.measure(lambda: None, **arguments)
+
+
+def test_a_value_instead_of_a_function():
+    with pytest.raises(ValueError, match="fn: got 3, wanted a function"):
+        timing.measure(3)
+    with pytest.raises(ValueError, match=r"functions\['x'\]"):
+        timing.compare({"x": None})
+    with pytest.raises(ValueError, match="functions: got none"):
+        timing.compare({})
+    with pytest.raises(ValueError, match="no readings"):
+        timing.Timing(())
+
+
+def test_the_garbage_collector_is_restored_after_an_error():
+    import gc
+
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        timing.measure(fail)
+    assert gc.isenabled()

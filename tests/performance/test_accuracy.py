@@ -1,0 +1,186 @@
+"""Prompts, normalisation, letters and the command line; that scores equal lm-eval's is in tests/parity."""
+
+import json
+
+import pytest
+import torch
+
+from dslib.architecture import decoder, sparse_decoder
+from dslib.data.questions import Question
+from dslib.fast.scoring import Row, log_likelihoods
+from dslib.performance import accuracy as accuracy_lib
+from dslib.performance.accuracy import PROMPTS, Prompt, Scores, read_letter, score, write_letters
+from measured.experiments import accuracy
+
+ONE = Question("Which is a prime?", ("4", "6", "7", "9 or 11"), 2, "number_theory")
+TWO = Question("And which is even?", ("3", "8", "5", "1"), 1, "number_theory")
+
+
+class Characters:
+    """A tokenizer of single bytes, with the little of transformers' interface that is used."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return type("Encoding", (), {"input_ids": list(text.encode())})
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode("latin-1")
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        return f"<user>{messages[0]['content']}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder.build(decoder.preset("tiny"), seed=0).eval()
+
+
+def test_the_prompt_of_mmlu_word_for_word():
+    assert PROMPTS["mmlu"].text(ONE, [TWO]) == (
+        "The following are multiple choice questions (with answers) about number theory.\n\n"
+        "And which is even?\nA. 3\nB. 8\nC. 5\nD. 1\nAnswer: B\n\n"
+        "Which is a prime?\nA. 4\nB. 6\nC. 7\nD. 9 or 11\nAnswer:"
+    )
+    assert PROMPTS["mmlu"].replies(ONE) == [" A", " B", " C", " D"]
+    assert PROMPTS["text"].text(ONE) == "Question: Which is a prime?\nAnswer:"
+    assert PROMPTS["text"].replies(ONE) == [" 4", " 6", " 7", " 9 or 11"]
+    assert PROMPTS["in brackets"].text(ONE).endswith("(D) 9 or 11\nAnswer:")
+
+
+def test_the_prompt_is_that_of_lm_evals_own_task():
+    """Its template for MMLU, filled in by jinja."""
+    import importlib.util
+
+    import jinja2
+    import yaml
+
+    folder = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
+    with open(f"{folder}/tasks/mmlu/default/_default_template_yaml", encoding="utf-8") as file:
+        task = yaml.safe_load(file)
+    wanted = jinja2.Template(task["doc_to_text"]).render(question=ONE.question, choices=ONE.choices)
+    assert PROMPTS["no header"].text(ONE) == wanted and task["doc_to_choice"] == list("ABCD")
+    with open(f"{folder}/tasks/mmlu/default/mmlu_professional_law.yaml", encoding="utf-8") as file:
+        header = yaml.safe_load(file)["description"]
+    law = Question("?", ("1", "2", "3", "4"), 0, "professional_law")
+    assert PROMPTS["mmlu"].text(law) == header + PROMPTS["no header"].text(law)
+
+
+def test_normalisations_choose_differently():
+    values = torch.tensor([[-6.0, -4.0, -5.0, -9.0]])
+    sizes = {"tokens": torch.tensor([[2, 1, 5, 3]]), "characters": torch.tensor([[6, 2, 3, 9]])}
+    prior = torch.tensor([[-5.0, -1.0, -4.0, -9.5]])
+    scores = Scores((ONE,), values, sizes | {"bytes": sizes["characters"]}, prior)
+    assert [scores.answers(name).item() for name in ("none", "tokens", "characters", "prior")] == [1, 2, 0, 3]
+    assert scores.right("tokens").tolist() == [True] and scores.right().tolist() == [False]
+    with pytest.raises(ValueError, match="'mean', expected one of none, tokens"):
+        scores.values("mean")
+    with pytest.raises(ValueError, match="with_prior=True"):
+        Scores((ONE,), values, sizes).values("prior")
+
+
+def test_scores_are_log_probabilities_of_the_replies(model):
+    """Byte by byte, with the plain model: context and reply, each reply alone."""
+    scores = score(model, Characters(), [ONE, TWO], PROMPTS["text"], with_prior=True)
+    for row, one in enumerate((ONE, TWO)):
+        for column, reply in enumerate(PROMPTS["text"].replies(one)):
+            for context, got in ((PROMPTS["text"].text(one), scores.log_likelihoods), ("Answer:", scores.prior)):
+                ids = torch.tensor([list((context + reply).encode())])
+                with torch.inference_mode():
+                    logs = model(ids[:, :-1]).log_softmax(-1)[0]
+                wanted = logs.gather(1, ids[0, 1:, None])[-len(reply.encode()) :].sum().item()
+                assert got[row, column].item() == pytest.approx(wanted, abs=1e-4)
+    assert scores.sizes["characters"].tolist()[0] == [1, 1, 1, 7]
+    assert scores.sizes["tokens"].tolist()[0] == [2, 2, 2, 8]  # the space is scored too
+
+
+def test_batches_shots_and_quick_products_change_nothing(model):
+    asked = [ONE, TWO, Question("Zero?", ("0", "1", "2", "3"), 0, "number_theory")]
+    whole = score(model, Characters(), asked, shots=2)
+    for options in ({"batch_tokens": 1}, {"quick_products": False}, {"examples": asked}):
+        again = score(model, Characters(), asked, shots=2, **options)
+        assert torch.allclose(again.log_likelihoods, whole.log_likelihoods, atol=1e-4)
+    forwards = {id(layer) for layer in model.modules() if "forward" in vars(layer)}
+    assert not forwards  # nothing is left behind in the model
+    # Exactly what the prompt with these examples scores by itself.
+    alone = PROMPTS["mmlu"].text(asked[2], asked[:2])
+    ends = [list(f" {letter}".encode()) for letter in "ABCD"]
+    got = log_likelihoods(model, [Row(list(alone.encode()), ends)])
+    assert torch.allclose(got[0], whole.log_likelihoods[2], atol=1e-4)
+
+
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize("changes", [{}, LATENT], ids=["plain attention", "latent attention"])
+def test_a_model_with_experts(changes):
+    config = sparse_decoder.preset("tiny-moe", **changes)
+    model = decoder.build(config, seed=0).eval()
+    rows = [Row([5, 6, 7, 8] * 3 + [9], [[1, 2], [3], [4, 5, 6]]), Row([5, 6, 7, 8] * 3, [[2], [2, 2], [7]])]
+    got = log_likelihoods(model, rows)
+    with torch.inference_mode():
+        logs = model(torch.tensor([[*rows[0].context, 4, 5]])).log_softmax(-1)[0, -3:]
+    wanted = logs.gather(1, torch.tensor([[4], [5], [6]])).sum().item()
+    assert got[0, 2].item() == pytest.approx(wanted, abs=2e-4)
+
+
+def test_bad_input_is_named(model):
+    with pytest.raises(ValueError, match="questions: got none"):
+        score(model, Characters(), [])
+    with pytest.raises(ValueError, match="shots: got 2, but there are only 1 other"):
+        score(model, Characters(), [ONE, TWO], shots=2)
+    with pytest.raises(ValueError, match="answer: got 'word'"):
+        Prompt(answer="word")
+    with pytest.raises(ValueError, match="listed: got False"):
+        Prompt(listed=False)
+    long = Question("x" * 600, ("1", "2", "3", "4"), 0)
+    with pytest.raises(ValueError, match=r"the longest takes \d+ tokens, the model has room for 512"):
+        score(model, Characters(), [long])
+    with pytest.raises(ValueError, match=r"reply: '' after .* no token of its own"):
+        score(model, Characters(), [ONE], Prompt(reply=""))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (" B", 1), ("C. 7", 2), ("(D) because", 3), ("The answer is A.", 0), ("answer is: (B)", 1),
+        ("\n\nA", 0), ("Because", -1), ("A's", -1), ("", -1), ("E", -1), ("I think it is 7", -1),
+    ],
+)  # fmt: skip
+def test_letters_are_read(text, wanted):
+    assert read_letter(text) == wanted
+
+
+def test_written_answers_are_the_greedy_continuation(model):
+    written = write_letters(model, Characters(), [ONE, TWO, ONE], max_new_tokens=3, batch_size=2)
+    assert written.texts[0] == written.texts[2] and len(written.texts) == 3
+    ids = list(PROMPTS["mmlu"].text(ONE).encode())
+    for expected in written.texts[0].encode("latin-1"):
+        with torch.inference_mode():
+            assert model(torch.tensor([ids]))[0, -1].argmax().item() == expected
+        ids.append(expected)
+    assert written.answers.tolist() == [read_letter(text) for text in written.texts]
+
+
+def test_the_command_line(monkeypatch, capsys, tmp_path, model):
+    monkeypatch.setattr(accuracy, "load_smollm2", lambda **_: (model, Characters()))
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": one.question, "choices": one.choices, "answer": one.answer} for one in (ONE, TWO)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert accuracy.main([str(path), "--prompt", "text"]) == 0
+    out = capsys.readouterr().out
+    assert "2 questions" in out and "all, by tokens" in out and "n=2)" in out
+    path.write_text(json.dumps({**rows[0], "answer": 9}))
+    assert accuracy.main([str(path)]) == 1
+    assert "mine.jsonl line 1, answer: got 9" in capsys.readouterr().err
+
+
+def test_runs_are_plain_data(monkeypatch, model):
+    monkeypatch.setattr(accuracy, "_model", lambda dtype: (model, Characters()))
+    monkeypatch.setattr(accuracy.data, "load_questions", lambda name: [ONE, TWO])
+    run = accuracy.answer_run(prompt="text", rotate=1)
+    assert run["key"] == "DC" and run["n"] == 2 and set(run["answers"]) == set(accuracy_lib.NORMALISATIONS)
+    assert json.loads(json.dumps(run)) == run and len(run["log_likelihoods"][0].split()) == 4
+    hits = accuracy.right(run, "tokens")
+    assert hits == [given == key for given, key in zip(run["answers"]["tokens"], "DC", strict=True)]
+    assert accuracy.written_run(max_new_tokens=2)["answers"].keys() == {"written"}

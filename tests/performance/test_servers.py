@@ -1,0 +1,85 @@
+"""Erlang's formula against the textbook, against a sum with factorials, and against the simulated queue."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dslib.performance.servers import erlang_c, highest_utilisation, mean_wait, simulate
+
+FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def by_sum(servers, utilisation):
+    load = servers * utilisation
+    top = load**servers / math.factorial(servers) / (1 - utilisation)
+    return top / (sum(load**k / math.factorial(k) for k in range(servers)) + top)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 10, 50])
+@pytest.mark.parametrize("utilisation", [0.01, 0.5, 0.65, 0.9, 0.99])
+def test_the_recurrence_is_the_formula(servers, utilisation):
+    assert erlang_c(servers, utilisation) == pytest.approx(by_sum(servers, utilisation), rel=1e-9)
+
+
+def test_known_values():
+    assert erlang_c(1, 0.65) == pytest.approx(0.65)
+    assert mean_wait(1, 0.65) == pytest.approx(0.65 / 0.35)
+    assert erlang_c(2, 0.5) == pytest.approx(1 / 3)
+    assert erlang_c(10, 0.6) == pytest.approx(0.1013, abs=5e-4)
+    assert 0 < erlang_c(5000, 0.95) < 1e-3, "no overflow"
+
+
+@FEW
+@given(st.integers(1, 60), st.floats(0.2, 0.98), st.floats(0.001, 0.01))
+def test_busier_waits_longer_and_larger_waits_less(servers, utilisation, more):
+    assert 0 < erlang_c(servers, utilisation) < 1
+    assert mean_wait(servers, utilisation + more) > mean_wait(servers, utilisation)
+    assert mean_wait(servers + 1, utilisation) < mean_wait(servers, utilisation)
+
+
+@pytest.mark.parametrize("servers", [1, 4, 64])
+def test_how_busy_for_a_given_wait(servers):
+    busy = highest_utilisation(servers, 0.5)
+    assert mean_wait(servers, busy) == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("servers", "utilisation"), [(1, 0.5), (1, 0.65), (4, 0.7), (16, 0.85)])
+def test_the_simulation_agrees_with_the_formula(servers, utilisation):
+    """Over five seeds: the formula lies within three standard errors of the mean."""
+    runs = [simulate(servers, utilisation, seed=seed) for seed in range(5)]
+    for got, want in zip(
+        zip(*runs, strict=True), (erlang_c(servers, utilisation), mean_wait(servers, utilisation)), strict=True
+    ):
+        mean = sum(got) / 5
+        error = math.sqrt(sum((x - mean) ** 2 for x in got) / 4 / 5)
+        assert abs(mean - want) < 3 * error + 0.005, (mean, want, error)
+
+
+def test_the_seed_decides():
+    assert simulate(2, 0.5, 100, seed=3) == simulate(2, 0.5, 100, seed=3) != simulate(2, 0.5, 100, seed=4)
+
+
+@pytest.mark.parametrize("function", [erlang_c, mean_wait, simulate])
+@pytest.mark.parametrize(
+    ("servers", "utilisation", "message"),
+    [
+        (0, 0.5, r"^servers: got 0"),
+        (1.5, 0.5, r"^servers: got 1.5"),
+        (1, 1, r"^utilisation: got 1, wanted a share above 0 and below 1"),
+        (1, 0, r"^utilisation: got 0"),
+        (1, math.nan, r"^utilisation: got nan"),
+        (1, -0.1, r"^utilisation: got -0.1"),
+    ],
+)
+def test_bad_input(function, servers, utilisation, message):
+    with pytest.raises(ValueError, match=message):
+        function(servers, utilisation)
+
+
+def test_bad_input_of_the_others():
+    with pytest.raises(ValueError, match=r"^wait: got 0"):
+        highest_utilisation(1, 0)
+    with pytest.raises(ValueError, match=r"^arrivals: got 9"):
+        simulate(1, 0.5, 9)

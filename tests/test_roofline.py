@@ -1,0 +1,201 @@
+import pytest
+import torch
+
+from dslib import roofline
+from dslib.roofline import CODER_1_3B, DecoderShape, Roof, Workload, decode_floor, matmul, place, published_roof
+from measured import probes
+
+ROOF = Roof("made up", bandwidth=1e12, flops={"float16": 100e12}, memory_bytes=16e9, source="test")
+
+
+def test_a_workload_below_the_ridge_is_bound_by_bandwidth():
+    placed = place(Workload("w", bytes=1e9, flops=50e9, dtype="float16"), ROOF)
+    assert (placed.bound, placed.intensity, placed.ridge) == ("bandwidth", 50, 100)
+    assert placed.seconds == pytest.approx(1e-3)
+    assert placed.fraction(2e-3) == pytest.approx(0.5)
+
+
+def test_a_workload_above_the_ridge_is_bound_by_compute():
+    placed = place(Workload("w", bytes=1e9, flops=400e9, dtype=torch.float16), ROOF)
+    assert placed.bound == "compute"
+    assert placed.seconds == pytest.approx(4e-3)
+
+
+def test_a_matrix_product_counts_its_bytes_and_operations():
+    work = matmul(2, 3, 5, "float32")
+    assert (work.bytes, work.flops) == (4 * (6 + 15 + 10), 2 * 30)
+    assert matmul(1, 2, 2, "int4").bytes == 0.5 * 8
+
+
+def test_the_cache_of_the_published_shape():
+    # 24 layers, 2048 numbers each for keys and values, 2 bytes: 192 KiB a token.
+    assert CODER_1_3B.kv_bytes(1) == 196_608
+
+
+def test_a_decode_step_reads_the_weights_once_for_the_whole_batch():
+    model = DecoderShape("m", parameters=1000, layers=2, hidden=8, kv_width=4)
+    one, four = model.decode(10), model.decode(10, batch=4)
+    assert one.bytes == 2000 + 2 * 2 * 4 * 2 * 11
+    assert four.bytes - one.bytes == 3 * model.kv_bytes(11)
+    assert four.flops == 4 * one.flops
+    assert one.flops == 2 * 1000 + 4 * 2 * 8 * 11
+
+
+def test_weights_may_be_stored_smaller_than_they_are_computed_with():
+    plain, small = CODER_1_3B.decode(100), CODER_1_3B.decode(100, weights="int4")
+    assert plain.bytes - small.bytes == 1.3e9 * 1.5
+    assert (plain.flops, plain.dtype) == (small.flops, small.dtype)
+
+
+def test_with_a_cache_no_batch_reaches_the_ridge():
+    # Each sequence brings its own cache: at 1024 tokens the intensity tends to 14, and the A100's ridge is 153.
+    roof = published_roof("A100_80GB")
+    assert place(CODER_1_3B.decode(1024, batch=10**6), roof).bound == "bandwidth"
+    assert place(CODER_1_3B.decode(0, batch=1000), roof).bound == "compute"
+
+
+def test_prefill_equals_decoding_the_same_tokens_in_operations():
+    model = DecoderShape("m", parameters=1000, layers=2, hidden=8, kv_width=4)
+    assert model.prefill(5).flops == sum(model.decode(done).flops for done in range(5))
+    assert model.prefill(5).bytes < sum(model.decode(done).bytes for done in range(5))
+
+
+@pytest.mark.parametrize(("gpu", "ms"), [("T4", 1040.0), ("A100_40GB", 214.0), ("A100_80GB", 163.2), ("H200", 69.3)])
+def test_floor_of_128_tokens_at_1_3b_in_fp16(gpu, ms):
+    assert decode_floor(2.6e9, published_roof(gpu), tokens=128) * 1e3 == pytest.approx(ms, rel=1e-3)
+
+
+def test_the_floor_uses_the_read_bandwidth_where_there_is_one():
+    roof = Roof("r", 1e9, {"float32": 1e9}, 1e9, "test", read_bandwidth=2e9)
+    assert decode_floor(1e9, roof) == 0.5
+
+
+@pytest.mark.parametrize("name", ["A100_80GB", "a100 80gb", "a100-80gb"])
+def test_published_names_are_found_however_they_are_written(name):
+    roof = published_roof(name)
+    assert roof.bandwidth == 2.039e12
+    assert roof.rate(torch.bfloat16) == 312e12
+    assert roof.source == "published peak"
+
+
+def test_every_published_row_gives_a_roof():
+    for name in roofline.published_names():
+        assert published_roof(name).bandwidth > 0
+
+
+def test_unknown_gpu_brings_the_nearest_names():
+    with pytest.raises(ValueError, match="A100_80GB"):
+        published_roof("A100_80")
+    with pytest.raises(ValueError, match="got None"):
+        published_roof(None)
+
+
+def test_a_format_the_gpu_lacks():
+    with pytest.raises(ValueError, match="dtype: got 'bfloat16', wanted one that NVIDIA T4 has: float32, float16"):
+        published_roof("T4").ridge("bfloat16")
+    with pytest.raises(ValueError, match="got 'float12'"):
+        matmul(1, 1, 1, "float12")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Workload("w", -1, 1, "float32"), "bytes: got -1"),
+        (lambda: Workload("w", 0, 1, "float32"), "bytes: got 0"),
+        (lambda: Workload("w", 1, -1, "float32"), "flops: got -1"),
+        (lambda: Workload("w", 1, float("nan"), "float32"), "flops: got nan"),
+        (lambda: Roof("r", 0, {}, 1, ""), "bandwidth: got 0"),
+        (lambda: Roof("r", 1, {"float32": -1}, 1, ""), "flops"),
+        (lambda: decode_floor(-2.6e9, ROOF), "weight_bytes: got"),
+        (lambda: decode_floor(1, ROOF, tokens=0), "tokens: got 0"),
+        (lambda: matmul(0, 1, 1, "float32"), "m: got 0"),
+        (lambda: CODER_1_3B.decode(-1), "context: got -1"),
+        (lambda: CODER_1_3B.decode(1, batch=0), "batch: got 0"),
+        (lambda: probes.copy_bandwidth("cpu", size=-4), "size: got -4"),
+        (lambda: probes.measure_roof("abacus"), "device: got 'abacus'"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpus: [1, 2", "hardware.yml line"),
+        ("gpus: []", "field 'gpus': got list"),
+        ("gpus: {X: {memory_gb: 1}}", "row 'X', field 'bandwidth_gb_s': got None"),
+        ("gpus: {X: {memory_gb: fast, bandwidth_gb_s: 3}}", "row 'X', field 'memory_gb': got 'fast'"),
+    ],
+)
+def test_a_hardware_file_that_does_not_parse(tmp_path, monkeypatch, text, message):
+    path = tmp_path / "hardware.yml"
+    path.write_text(text)
+    monkeypatch.setattr(roofline, "data_path", lambda name: path)
+    roofline._hardware.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=message):
+            published_roof("X")
+    finally:
+        roofline._hardware.cache_clear()
+
+
+def test_small_measurements_are_of_the_right_kind():
+    # No absolute speed is asserted: only that each figure is a rate, and that formats without a product are left out.
+    size = 2**20
+    assert probes.copy_bandwidth("cpu", size=size, max_seconds=0.05) > 0
+    assert probes.read_bandwidth("cpu", size=size, max_seconds=0.05) > 0
+    assert probes.product_rate("float32", "cpu", size=64, max_seconds=0.05) > 0
+    assert probes.product_rate("int4", "cpu", size=64) is None
+
+
+def test_the_number_of_threads_is_restored():
+    before = torch.get_num_threads()
+    assert probes.read_bandwidth("cpu", size=2**16, max_seconds=0.02, threads=1) > 0
+    with pytest.raises(ValueError, match="threads: got 0"):
+        probes.read_bandwidth("cpu", size=2**16, threads=0)
+    assert torch.get_num_threads() == before
+
+
+def test_a_slow_format_does_not_grow_the_product(monkeypatch):
+    from measured.timing import Timing
+
+    sides = []
+
+    def slow(fn, **_):
+        sides.append(fn().shape[0])
+        return Timing((1.0, 1.0))
+
+    monkeypatch.setattr(probes, "measure", slow)
+    assert probes.product_rate("bfloat16", "cpu") == 2 * 128**3
+    assert sides == [128]
+
+
+def test_buffers_are_larger_than_the_cache(monkeypatch):
+    from types import SimpleNamespace
+
+    def pretend(cache, memory):
+        monkeypatch.setattr(probes, "describe", lambda d: SimpleNamespace(cache_bytes=cache, memory_bytes=memory))
+        return probes.buffer_bytes()
+
+    assert pretend(None, 64 * 2**30) == 256 * 2**20
+    assert pretend(100 * 2**20, 64 * 2**30) == 800 * 2**20
+    assert pretend(100 * 2**20, 2**30) == 64 * 2**20
+    assert pretend(None, 0) == 256 * 2**20
+
+
+def test_launch_gap_is_ordered():
+    gap = probes.launch_gap(side=64, rounds=3)
+    assert gap["call returned"].median <= gap["work finished"].median
+    assert gap["call returned"].n == 3
+
+
+def test_roof_figures_are_plain(monkeypatch):
+    roof = Roof("r", 2e9, {"float32": 3e12}, 1e9, "test", read_bandwidth=4e9)
+    monkeypatch.setattr(probes, "measure_roof", lambda **_: roof)
+    assert probes.roof_figures() == {
+        "copy, GB/s": 2.0,
+        "read, GB/s": 4.0,
+        "matrix product in float32, TFLOP/s": 3.0,
+    }
