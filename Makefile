@@ -4,13 +4,13 @@
 # name, may be moved after the set-up, and may be built from elsewhere with `make -C`.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lab refresh record lint clean
+.PHONY: help venv book test lab refresh record record-key lint clean
 
 # The Python that makes .venv, 3.11 or newer:  make book PYTHON=python3.12
 PYTHON ?= python3
 # What refresh works on, all notebooks when empty:  make refresh NB=chapters/start/your_machine.ipynb
 NB ?=
-# What record measures: machine, experts, experts-training, training or depth
+# What record measures: machine, gpu, or one of the longer parts that measured/record.py lists
 PART ?= machine
 
 PY := .venv/bin/python
@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## print this list
 	@echo 'DeepSeek, Measured: the first run of any target sets up .venv; later runs start at once.'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  PYTHON=python3.12 chooses the Python that .venv is made with (3.11 or newer).'
 
@@ -44,7 +44,10 @@ refresh: venv ## run the notebooks again and normalise them (NB=path for some of
 	@$(PY) -m tools.notebooks refresh $(NB)
 
 record: venv ## record this machine's measurements into data/recordings/ (PART=… for the long ones, see the module)
-	@$(PY) -m measured.record --part $(PART)
+	@$(PY) -m measured.record $(PART)
+
+record-key: venv ## print what `python -m measured.record gpu` needs on a machine without git
+	@$(PY) -m measured.record --key
 
 lint: venv ## check style and formatting of code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check

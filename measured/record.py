@@ -1,8 +1,12 @@
 """``make record``: measure this machine and write ``data/recordings/<machine>.json``.
 
-On a GPU it records what the chapters' GPU cells show, with the very same functions and arguments, and needs nothing but
-torch and transformers: no network, no other package, no weights. On a CPU it runs the same functions at the ``tiny``
-size, which proves the command and records a CPU.
+``python -m measured.record gpu`` records what the chapters' GPU cells show, with the very same functions and arguments,
+the most wanted first. It needs nothing but torch, transformers and numpy: no network, no weights, no make and no git. A
+cluster node without git is told its commit (``--commit … --tree …``, printed by ``make record-key``), works through the
+list, writes each result as it is there, and stops in time (``--minutes 8``). ``--merge FILE`` brings its file home, if
+its code is that commit's. On a CPU, ``machine`` runs the same functions at the ``tiny`` size.
+
+A checkout with changes is refused: a recording belongs to a commit.
 
 Some parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
 and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
@@ -20,14 +24,18 @@ splits (4 minutes each), ``PART=preprocessing`` times pictures on their way to a
 import argparse
 import importlib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from measured import recordings
+from dslib.data.files import data_path
+from measured import provenance, recordings
 
 # Functions by module and name, imported when their turn comes: a part asks for no package that only another one needs.
 ROOF, GAP = "measured.probes:roof_figures", "measured.probes:launch_gap"
@@ -35,20 +43,26 @@ DECODE, WINDOW = "measured.experiments.decoder:decode_speed", "measured.experime
 MACHINE, EXPERTS = "measured.experiments.speed:machine_speed", "measured.experiments.moe_speed:moe_grid"
 DESIGNS = "measured.experiments.moe:train_designs"
 
-# What the GPU cells of the chapters ask for; tests hold the two together. The most wanted come first.
+STEP = "measured.experiments.training_precision:training_step"
+CALLS, COMPILED = ["calls", "graph"], ["calls", "graph", "compiled graph"]
+CURVE = {"name": "V1", "batches": [1, 2, 4, 8, 16, 32, 64, 128, 256], "prompts": [], "ways": ["graph"]}
+
+# What the GPU cells of the chapters ask for, the most wanted first; tests hold the two together.
 GPU_CALLS = (
     (ROOF, {}),
     (GAP, {"side": 8192}),
-    (MACHINE, {"name": "V1", "compiled": True}),
-    (MACHINE, {"name": "V1", "weights": "int4", "compiled": True}),
-    (MACHINE, {"name": "V1", "weights": "int8", "compiled": True}),
-    (MACHINE, {"name": "V1", "dtype": "float16"}),
-    (MACHINE, {"name": "V2"}),
-    (MACHINE, {"name": "V3"}),
+    (MACHINE, {"name": "V1"}),
+    (MACHINE, {"name": "V1", "weights": "int4", "ways": COMPILED}),
     (DECODE, {"name": "1.3b", "dtype": "bfloat16"}),
-    (DECODE, {"name": "1.3b", "dtype": "bfloat16", "batch_size": 32}),
     (WINDOW, {"length": 16384, "window": 1024, "heads": 16, "head_dim": 128, "dtype": "bfloat16"}),
-    (EXPERTS, {"dtype": "bfloat16", "rounds": 3}),
+    (STEP, {}),
+    (MACHINE, CURVE),
+    (MACHINE, {"name": "V3", "ways": CALLS}),
+    (MACHINE, {"name": "V2", "ways": CALLS}),
+    (MACHINE, {"name": "V1", "weights": "int8", "ways": COMPILED}),
+    (EXPERTS, {"dtype": "bfloat16", "rounds": 7}),  # 7: another call than the one recorded on CPUs
+    (MACHINE, {**CURVE, "weights": "int4"}),
+    (MACHINE, {"name": "V1", "dtype": "float16", "ways": CALLS}),
 )
 SMALL = {
     "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,
@@ -61,6 +75,7 @@ CPU_CALLS = (
     (MACHINE, {**SMALL, "name": "V1", "weights": "int8"}),
     (MACHINE, {**SMALL, "name": "V2", "dtype": "float32"}),
     (MACHINE, {**SMALL, "name": "V3", "dtype": "float32"}),
+    (STEP, {"size": "tiny", "batch_size": 2, "length": 32, "precisions": ["float32", "bfloat16"], "rounds": 2}),
     (DECODE, {"name": "tiny", "dtype": "float32", "prompt_tokens": 16, "new_tokens": 32}),
     (WINDOW, {"length": 1024, "window": 64, "heads": 2, "head_dim": 32, "rounds": 3}),
 )
@@ -76,7 +91,7 @@ TRAINING_CALLS = (
     (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
 )
 DEPTH_CALLS = (("measured.experiments.depth:exit_runs", {"seeds": 3}),)
-PRECISION = "measured.experiments.training:precision_runs"
+PRECISION = "measured.experiments.training_precision:precision_runs"
 ISOLATION = "measured.experiments.training_isolation:isolation_runs"
 LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
 RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3))
@@ -104,7 +119,7 @@ EVALUATION_CALLS = (
     (LM_EVAL, {"dtype": "bfloat16", "every": 4, "rounds": 3}),
     (LM_EVAL, {"prompt": "text", "every": 8, "rounds": 3}),
 )
-RUN, SPEED = "measured.experiments.fusion_choices:vision_run", "measured.experiments.fusion_speed"
+RUN, SPEED = "measured.experiments.fusion_evaluation:vision_run", "measured.experiments.fusion_speed"
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
 LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}))
 FOUR_BITS = "measured.experiments.int4_speed"
@@ -117,7 +132,8 @@ QUALITY_CALLS = (
     (f"{QUALITY}:trained_quality", {}),
 )
 PARTS = {
-    "machine": GPU_CALLS if torch.cuda.is_available() else CPU_CALLS,
+    "machine": CPU_CALLS,
+    "gpu": GPU_CALLS,
     "experts": FORWARD_CALLS,
     "experts-training": BACKWARD_CALLS,
     "training": TRAINING_CALLS,
@@ -150,23 +166,91 @@ def find(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
+class TimeUp(BaseException):
+    """The time is over. Not an Exception: measurements that report their own failures must not take it for one."""
+
+
+@contextmanager
+def stopping_after(minutes: float | None) -> Iterator[None]:
+    """Raise :class:`TimeUp` inside the block when the time is over, wherever it is (at the next line of Python)."""
+    if minutes is None:
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(part: str, out: str | None, minutes: float | None, origin: tuple[str, str]) -> int:
+    """Measure the calls of a part, writing after each, so that a stop loses one and not all; the exit status."""
+    path, failures, left = None, [], list(PARTS[part])
+    try:
+        with stopping_after(minutes):
+            while left:
+                name, call = left[0]
+                said = f"{name.partition(':')[2]}({', '.join(f'{key}={value!r}' for key, value in call.items())})"
+                print(said, flush=True)
+                try:
+                    made = recordings.record(find(name), origin, **call)
+                    path = recordings.write(out, [made])
+                except Exception:  # the others may still be worth having; the exit status tells
+                    traceback.print_exc()
+                    failures.append(said)
+                left.pop(0)
+    except TimeUp:
+        print(f"time is up; not measured: {', '.join(name.partition(':')[2] + str(call) for name, call in left)}")
+    print(f"wrote {path}" if path else "wrote nothing", f"({len(failures)} calls failed)" if failures else "")
+    return min(len(failures), 1)
+
+
+def merge(file: str) -> int:
+    """Put the recordings of another machine's file with ours, if each belongs to the commit that it names."""
+    made = recordings.read(file)
+    for recording in made:
+        if recording.tree is None:
+            raise ValueError(f"{file}: {recording.function} has no tree, wanted one made with --commit and --tree")
+    for commit, tree in sorted({(recording.commit, recording.tree) for recording in made}):
+        provenance.check(commit, tree)
+    print(f"wrote {recordings.write(data_path('recordings') / Path(file).name, made)}: {len(made)} recordings")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m measured.record", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m measured.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=PARTS, default="machine", help="what to measure (default: machine)")
     parser.add_argument("--out", default=None, help="file to write (default: data/recordings/<machine>.json)")
-    parser.add_argument("--part", choices=PARTS, default="machine", help="what to measure (default: machine)")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after so long, keeping what is done")
+    parser.add_argument("--commit", default=None, help="commit of these files, where there is no git")
+    parser.add_argument("--tree", default=None, help="fingerprint that these files must have, with --commit")
+    parser.add_argument("--key", action="store_true", help="print --commit and --tree for such a machine, and stop")
+    parser.add_argument("--merge", metavar="FILE", default=None, help="bring home a file made on another machine")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, and nothing waits for a network
-    path, failures = None, 0
-    for name, call in PARTS[options.part]:
-        print(f"{name.partition(':')[2]}({', '.join(f'{key}={value!r}' for key, value in call.items())})", flush=True)
-        try:
-            # Written after each call, so that a stop loses one and not all.
-            path = recordings.write(options.out, [recordings.record(find(name), **call)])
-        except Exception:  # the others may still be worth having; the exit status tells
-            traceback.print_exc()
-            failures += 1
-    print(f"wrote {path}" if path else "wrote nothing", f"({failures} calls failed)" if failures else "")
-    return min(failures, 1)
+    try:
+        if options.key:
+            print(provenance.key())
+            return 0
+        if options.merge:
+            return merge(options.merge)
+        if options.minutes is not None and not options.minutes > 0:
+            raise ValueError(f"minutes: got {options.minutes}, wanted more than 0")
+        if options.part == "gpu" and not torch.cuda.is_available():
+            raise ValueError("gpu: no CUDA device here; `machine` runs the same functions at the tiny size")
+        origin = provenance.origin(options.commit, options.tree)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(options.part, options.out, options.minutes, origin)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -61,8 +60,12 @@ class Shown:
         return self._repr_markdown_()
 
 
-def record(fn: Callable[..., Any], **arguments: Any) -> Recording:
+def record(fn: Callable[..., Any], origin: tuple[str, str] | None = None, /, **arguments: Any) -> Recording:
     """Run ``fn(**arguments)`` here and wrap its result with all that is needed to judge it.
+
+    Args:
+        origin: commit and fingerprint of the code, see :func:`measured.provenance.origin`; None when trying things out:
+            the recording is then of an unknown commit.
 
     Raises:
         ValueError: ``fn`` cannot be found again by name, or its arguments or result are not plain JSON.
@@ -77,11 +80,12 @@ def record(fn: Callable[..., Any], **arguments: Any) -> Recording:
         result=_plain("result", fn(**arguments)),
         machine={key: getattr(machine, key) for key in MACHINE if getattr(machine, key) is not None},
         versions=machine.versions(),
-        commit=_commit(),
+        commit=origin[0] if origin else "unknown",
         command=_command(),
         seed=bound.get("seed"),
         date=datetime.date.today().isoformat(),
         source_hash=source_hash(fn),
+        tree=origin[1] if origin else None,
     )
 
 
@@ -182,7 +186,7 @@ def recorded(fn: Callable[..., Any], *, kind: str | None = None, **arguments: An
 
 
 def function_name(fn: Callable[..., Any]) -> str:
-    """``"dslib.module:name"``. Raises ``ValueError`` for what cannot be found again by such a name."""
+    """``"package.module:name"``. Raises ``ValueError`` for what cannot be found again by such a name."""
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
     if not module or module == "__main__" or not name.isidentifier():
         raise ValueError(f"fn: got {fn!r}, wanted a function of a module, such as measured.experiments.decoder:decode")
@@ -231,19 +235,6 @@ def _cell(value: Any) -> str:
         low, median, high = (f"{value[key] * scale:.3g}" for key in ("low", "median", "high"))
         return f"{median} {unit} ({low} to {high}, n={value['n']})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _commit() -> str:
-    """The checkout's commit, with ``-changed`` after it if files differ; ``"unknown"`` outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = [
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done[0].strip() + ("-changed" if done[1].strip() else "")
 
 
 def _command() -> str:

@@ -17,12 +17,13 @@ class Recording:
     """One result and where it comes from.
 
     Attributes:
-        function: ``"dslib.module:name"``.
+        function: ``"package.module:name"``.
         arguments: all of them, defaults included; plain JSON.
         result: plain JSON; a timing is a mapping with ``median``, ``low``, ``high`` (seconds), ``n`` and ``settled``.
         machine: kind, name, cores, threads, memory_bytes; for a CPU with AVX-512 or newer, isa.
         versions: of python, torch and whatever else decides the result.
         commit, command: the code that ran, and how it was called.
+        tree: fingerprint of its files, see :mod:`measured.provenance`; None in recordings older than that.
         seed: the ``seed`` argument, if the function has one.
         date: day of the run, ISO.
         source_hash: of the function's source at that time.
@@ -38,6 +39,7 @@ class Recording:
     seed: int | None
     date: str
     source_hash: str
+    tree: str | None = None
 
     @property
     def where(self) -> str:
@@ -78,7 +80,7 @@ def _fault(row: Any) -> tuple[str, str] | None:
     if not isinstance(row, dict):
         return "recording", f"got {row!r}, wanted a mapping"
     for name in names:
-        if name not in row:
+        if name not in row and name != "tree":
             return name, "missing"
     for name in row:
         if name not in names:
@@ -92,6 +94,8 @@ def _fault(row: Any) -> tuple[str, str] | None:
             return name, f"got {row[name]!r}, wanted a mapping" + (f" with {', '.join(needed)}" if needed else "")
     if row["seed"] is not None and (isinstance(row["seed"], bool) or not isinstance(row["seed"], int)):
         return "seed", f"got {row['seed']!r}, wanted a whole number or null"
+    if row.get("tree") is not None and not re.fullmatch(r"[0-9a-f]{16}", str(row["tree"])):
+        return "tree", f"got {row['tree']!r}, wanted 16 hexadecimal digits or null"
     if row["result"] is None:
         return "result", "got null, wanted the result"
     return _timing_fault(row["result"])

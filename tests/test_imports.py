@@ -34,6 +34,7 @@ ORDER = (
         "measured.plots",
         "measured.claims",
         "measured.recordings",
+        "measured.provenance",
     ),
     ("measured.exercises", "measured.experiments"),
     ("measured.record", "measured.bench"),
@@ -172,12 +173,12 @@ HEAVY = ("torch", "transformers", "matplotlib", "IPython", "ipywidgets")
     "lines",
     [
         "import dslib, measured",
-        "import dslib.data.files, dslib.data.cited",
+        "import dslib.data.files, dslib.data.published_figures",
         "from dslib.roofline import decode_floor, published_roof as roof; assert decode_floor(2e9, roof('T4'))",
         "import measured.exercises",
         "from dslib.performance import cost; assert cost.main(['estimate', '--parameters', '671e9']) == 0",
         "from measured import exercises; assert exercises.check('cost/replicas', lambda **_: None).status == 'todo'",
-        "from dslib.performance import servers; assert servers.erlang_c(1, 0.5) == 0.5",
+        "from dslib.scenarios import queueing; assert queueing.erlang_c(1, 0.5) == 0.5",
         "from measured import claims; ledger = claims.load_ledger(); assert len(ledger) > 100 and ledger.counts()",
     ],
 )

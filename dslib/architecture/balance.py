@@ -4,19 +4,16 @@ Left alone, a router may send ever more tokens to the experts that were a little
 get gradients. There are two kinds of cure. A *loss* pulls the scores of busy experts down, with a gradient that also
 disturbs what the model learns. The *bias* of DeepSeek-V3 only changes who is chosen, by a rule outside the gradient.
 
-*Placing* experts is something else: :func:`place_experts` spreads a load that is known in advance over the GPUs that
-share a layer, with copies of the busy ones. It happens minutes ahead, from statistics, and it is what DeepSeek does.
-
 Shapes: N tokens, E experts, k experts a token, B sequences. A ``mask`` is bool with one entry a token, True where the
 token is real; padding then counts for nothing. The losses are for one layer and have no weight in front.
 
 Book: ``chapters/architecture/moe.ipynb``. Sources: GShard (arXiv 2006.16668, section 2.2), Switch (arXiv 2101.03961,
 eq. 4 to 6), ST-MoE (arXiv 2202.08906, eq. 5), loss-free balancing (arXiv 2408.15664), DeepSeek-V3 (arXiv 2412.19437,
-eq. 16 to 20; section 3.4 and its load balancer EPLB for copies and placement).
+eq. 16 to 20).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -215,47 +212,3 @@ def _mask(mask: Tensor | None, tokens: int, device: torch.device) -> Tensor:
     if mask.device.type != "cuda" and not mask.any():
         raise ValueError("mask: got no real token, expected at least one")
     return mask
-
-
-def place_experts(load: Sequence[float], gpus: int, copies: int = 0) -> list[list[int]]:
-    """Which experts each GPU holds, for a load that is known in advance.
-
-    Copies go to the expert whose copies are busiest, one at a time; then, the busiest first, every copy goes to the GPU
-    with the least load that still has a place. All GPUs hold equally many.
-
-    Args:
-        load: of each expert, any unit. copies: how many experts are held twice (or more often).
-
-    Returns:
-        A list of expert numbers a GPU.
-
-    Raises:
-        ValueError: experts and copies that cannot be dealt out evenly, a negative load.
-    """
-    slots = len(load) + copies
-    if gpus < 1 or copies < 0 or slots % gpus:
-        raise ValueError(
-            f"gpus, copies: got {gpus} and {copies}, expected {len(load)} experts + copies to fill all GPUs"
-        )
-    if min(load) < 0:
-        raise ValueError(f"load: got {min(load)}, expected 0 or more")
-    held = [1] * len(load)
-    for _ in range(copies):
-        held[max(range(len(load)), key=lambda expert: load[expert] / held[expert])] += 1
-    pieces = sorted(((load[e] / held[e], e) for e in range(len(load)) for _ in range(held[e])), reverse=True)
-    placed: list[list[int]] = [[] for _ in range(gpus)]
-    busy = [0.0] * gpus
-    for share, expert in pieces:
-        free = [gpu for gpu in range(gpus) if len(placed[gpu]) < slots // gpus]
-        # Not beside a copy of itself where that can be helped: it would balance nothing.
-        gpu = min(free, key=lambda gpu: (busy[gpu], expert in placed[gpu]))
-        placed[gpu].append(expert)
-        busy[gpu] += share
-    return placed
-
-
-def imbalance(load: Sequence[float], placed: Sequence[Sequence[int]]) -> float:
-    """Load of the busiest GPU over the mean: how much longer the layer takes than if the load were even."""
-    held = [sum(experts.count(expert) for experts in placed) for expert in range(len(load))]
-    busy = [sum(load[expert] / held[expert] for expert in experts) for experts in placed]
-    return max(busy) / (sum(busy) / len(busy))

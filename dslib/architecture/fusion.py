@@ -9,7 +9,8 @@
 Both sit behind one interface: ``image = model.encode_image(pixels)`` once, then ``model(input_ids, cache,
 image=image)``. Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
 
-Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision`. Sources: Flamingo (arXiv
+Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision` and
+:mod:`~dslib.architecture.cross_attention`. Sources: Flamingo (arXiv
 2204.14198, section 2.2), LLaVA-1.5 (arXiv 2310.03744) for the two-layer projector.
 """
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache
+from dslib.architecture.cross_attention import GatedCrossAttention, initialise_by_width
 from dslib.architecture.decoder import Decoder, DecoderConfig
-from dslib.architecture.vision import GatedCrossAttention, SwinStream, check_pixels, initialise_by_width
+from dslib.architecture.vision import SwinStream, check_pixels
 from dslib.fast.linear import Linear
 
 

@@ -24,11 +24,12 @@ class StaticDecoding:
         max_length: tokens of a prompt and its continuation together.
         image: what a vision-language model has seen, one picture a sequence.
         graph: record a step as a CUDA graph and replay it.
+        fused: use the kernels of :mod:`dslib.fast.fused_step` (a plain decoder, one sequence, CUDA).
         backend: of ``torch.compile`` for the step, e.g. ``"inductor"``, which fuses the small operations between the
             products; None does not compile. The first step then takes as long as compiling does.
 
     Raises:
-        ValueError: ``graph`` on another device than CUDA.
+        ValueError: ``graph`` on another device than CUDA; ``fused`` for what it is not made for, or with a ``backend``.
         RuntimeError: a step that cannot be recorded, such as one whose kernels make the host wait.
 
     Example:
@@ -39,7 +40,7 @@ class StaticDecoding:
 
     def __init__(
         self, model: Decoder, batch_size: int, max_length: int, *, image: ImageContext | None = None,
-        graph: bool = False, backend: str | None = None,
+        graph: bool = False, fused: bool = False, backend: str | None = None,
     ):  # fmt: skip
         device = model.embed_tokens.weight.device
         if graph and device.type != "cuda":
@@ -52,6 +53,12 @@ class StaticDecoding:
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.token)
         self._next = self._forward if backend is None else torch.compile(self._forward, backend=backend, dynamic=False)
+        if fused:
+            if backend is not None:
+                raise ValueError(f"fused, backend: got True and {backend!r}, expected one of the two")
+            from dslib.fast.fused_step import FusedStep  # here: it needs Triton
+
+            self._next = FusedStep(model, self.cache)
         self._run = self._step
         if graph:
             self._run = self._record()

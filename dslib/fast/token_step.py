@@ -11,7 +11,7 @@ What it leaves out:
 * most of the norm: ``x / hypot(|x|, sqrt(C eps))`` times ``sqrt(C) weight`` is RMSNorm in four operations.
 
 The weights are those of the model, not copies; those of four bits (:mod:`dslib.architecture.int4_layers`) go to their
-own kernel, in the same loop. ``tests/architecture/test_token_step.py`` holds it to the decoder.
+own kernel, in the same loop. ``tests/fast/test_token_step.py`` holds it to the decoder.
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 """
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache
+from dslib.architecture.cross_attention import Gate
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext
 from dslib.architecture.int4_layers import Int4Linear
 from dslib.architecture.layers import Attention, SwiGLU, rope_angles
-from dslib.architecture.vision import Gate
 from dslib.fast.linear import cut_rows, one_row_linear, row_chunks
 
 Matrix = Tensor | Callable[[Tensor], Tensor]  # something to multiply a row by, or what does it

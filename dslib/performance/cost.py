@@ -6,8 +6,8 @@ spares. And every replica is paid by the hour, busy or not (:mod:`~dslib.perform
 
 From the command line: ``python -m dslib.performance.cost --help``.
 
-Chapter: ``chapters/performance/cost.ipynb``, with :mod:`~dslib.performance.prices` and
-:mod:`~dslib.performance.servers`.
+Chapter: ``chapters/performance/cost.ipynb``, with :mod:`~dslib.performance.prices`,
+:mod:`~dslib.performance.servers` and :mod:`dslib.scenarios.queueing`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def cost(
     Args:
         usd_per_gpu_hour: rent.
         utilisation: how busy a replica may be at the busiest time, above 0 and at most 1. The rest of its time is
-            paid for and keeps the queue short (:func:`dslib.performance.servers.mean_wait`).
+            paid for and keeps the queue short (:func:`dslib.scenarios.queueing.mean_wait`).
         redundancy: spare replicas for failures and updates, for each of the two kinds where they are apart.
         fixed_per_year: dollars that do not depend on the number of GPUs: people, storage, network.
         whole: replicas come whole, and no fewer than the replica's ``at_least``. False: fractions, as if the fleet

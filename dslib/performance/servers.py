@@ -1,28 +1,20 @@
-"""What is asked of a server, what one copy of a model can do, and why it cannot be busy all the time.
+"""What is asked of a server, and what one copy of a model can do: two rates, one for prompts and one for answers.
 
 A prompt is read many tokens at a time, an answer is written one token a step, so a server has two speeds. A request
 then takes ``tokens_in / prefill + tokens_out / decode`` seconds of a server, whatever else is batched with it. That is
 a line where the truth is a curve (long prompts cost more a token, small batches less), and :func:`rates` fits it to
 measured runs. Published deployments of V3 and R1 are ready under :func:`published_replica`.
 
-The waiting that random arrivals cause is M/M/c: requests arrive at random and independently (Poisson), each holds one
-of ``servers`` places for a random time (exponential), and who finds all of them taken waits in line. Erlang's second
-formula gives the share that waits and the mean wait (Harchol-Balter 2013, chapter 14). A language-model server is not
-quite that: its places share one GPU, so each is slower when many are taken, and real requests come in bursts. It
-shows what chance alone does. Plain Python; randomness through a seed.
-
 Chapter: ``chapters/performance/cost.ipynb``.
 """
 
 from __future__ import annotations
 
-import heapq
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from dslib.data import cited
+from dslib.data import published_figures
 from dslib.performance.prices import count, gpu_id, number
 
 
@@ -136,12 +128,12 @@ def published_replica(name: str) -> Replica:
 
 
 def _h200() -> Replica:
-    chat, long = (cited.figure("serving_gpustack", run) for run in ("chat_run", "long_run"))
+    chat, long = (published_figures.figure("serving_gpustack", run) for run in ("chat_run", "long_run"))
     return Replica("H200", 8, *rates(chat.value, long.value), source=chat.source)
 
 
 def _h100_4bit() -> Replica:
-    total, out = (cited.figure("serving_awq", name) for name in ("total_tokens", "output_tokens"))
+    total, out = (published_figures.figure("serving_awq", name) for name in ("total_tokens", "output_tokens"))
     # One run is one equation. The second is an assumption: the two rates stand to each other as on the H200.
     ratio = _h200().prefill / _h200().decode
     decode = out.value + (total.value - out.value) / ratio
@@ -149,8 +141,8 @@ def _h100_4bit() -> Replica:
 
 
 def _apart(gpu: str, entry: str) -> Replica:
-    prefill, decode = (cited.figure(entry, name) for name in ("prefill_per_node", "decode_per_node"))
-    nodes = cited.figure(entry, "nodes").value
+    prefill, decode = (published_figures.figure(entry, name) for name in ("prefill_per_node", "decode_per_node"))
+    nodes = published_figures.figure(entry, "nodes").value
     return Replica(gpu, 8, prefill.value, decode.value, apart=True, at_least=int(nodes), source=prefill.source)
 
 
@@ -160,70 +152,3 @@ _BUILDERS = {
     "h100-large": lambda: _apart("H100_SXM", "serving_sglang"),
     "h800-deepseek": lambda: _apart("H800", "serving"),
 }
-
-
-def erlang_c(servers: int, utilisation: float) -> float:
-    """Share of the arrivals that have to wait when ``servers`` places are taken ``utilisation`` of the time.
-
-    Raises:
-        ValueError: fewer than one server, or a utilisation that is not above 0 and below 1 (from 1 on the queue grows
-            without end).
-    """
-    count("servers", servers)
-    rho = _below_one(utilisation)
-    # Erlang B by its recurrence, which has no factorials to overflow; C follows from B.
-    blocked, load = 1.0, servers * rho
-    for taken in range(1, servers + 1):
-        blocked = load * blocked / (taken + load * blocked)
-    return blocked / (1 - rho * (1 - blocked))
-
-
-def mean_wait(servers: int, utilisation: float) -> float:
-    """Mean time in line, as a multiple of the mean time a request then takes; arguments as in :func:`erlang_c`."""
-    return erlang_c(servers, utilisation) / (servers * (1 - utilisation))
-
-
-def highest_utilisation(servers: int, wait: float) -> float:
-    """How busy ``servers`` places may be before the mean wait is ``wait`` times a request's own time (bisection)."""
-    number("wait", wait)
-    count("servers", servers)
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if mean_wait(servers, middle) < wait:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int = 0) -> tuple[float, float]:
-    """Play the queue: ``arrivals`` random requests at ``servers`` places, after a first tenth that is not counted.
-
-    Returns:
-        the share that waited, and the mean wait as a multiple of the mean service time.
-
-    Raises:
-        ValueError: as :func:`erlang_c`, and for fewer than 10 arrivals.
-    """
-    count("servers", servers)
-    count("arrivals", arrivals, 10)
-    rate = servers * _below_one(utilisation)
-    dice = random.Random(seed)
-    free = [0.0] * servers  # when each place is next free, the soonest first
-    now, waits = 0.0, []
-    for _ in range(arrivals + arrivals // 9):
-        now += dice.expovariate(rate)
-        start = max(now, free[0])
-        heapq.heapreplace(free, start + dice.expovariate(1.0))
-        waits.append(start - now)
-    counted = waits[arrivals // 9 :]
-    return sum(wait > 0 for wait in counted) / len(counted), sum(counted) / len(counted)
-
-
-def _below_one(utilisation: float) -> float:
-    if not number("utilisation", utilisation) < 1:
-        raise ValueError(
-            f"utilisation: got {utilisation!r}, wanted a share above 0 and below 1: from 1 on, no wait ends"
-        )
-    return utilisation

@@ -9,8 +9,8 @@ their own. A model on ``device="meta"`` will do: nothing is read.
 
 Book: ``chapters/performance/speed.ipynb``, and the chapters on architecture. Of that chapter are also, in reading
 order: :mod:`~dslib.performance.generation`, :mod:`dslib.fast.cuda_graph`, :mod:`dslib.fast.int8`,
-:mod:`~dslib.performance.speculative`, :mod:`dslib.scenarios.pipeline`, and ``place_experts`` in
-:mod:`dslib.architecture.balance`. Sources: Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) for the count of
+:mod:`~dslib.performance.speculative`, :mod:`dslib.scenarios.pipeline`, and
+:mod:`dslib.scenarios.placement`. Sources: Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) for the count of
 operations, Pope et al. 2022 (arXiv 2211.05102, section 2.1) for that of bytes.
 """
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dslib.data.text import random_batch
 from dslib.performance.loss_scaling import LossScaler
@@ -146,6 +145,8 @@ def fit(
             checkpoint, made | (settings or {}), model=model, optimizer=optimizer, scaler=scaler, generator=generator
         )
         losses = kept.restore()
+    from tqdm.auto import tqdm  # here, so that the module needs torch alone
+
     model.train()
     try:
         for step in tqdm(range(len(losses), steps), initial=len(losses), total=steps, disable=not progress):

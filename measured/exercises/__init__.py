@@ -4,8 +4,8 @@ An exercise asks for a small function. :func:`check` runs the reader's function 
 reference, and with the mistakes people are likely to make; whoever makes one of those gets a hint for just that one.
 
 One module a chapter (``decoder.py`` for ``chapters/architecture/decoder.ipynb``) holds a list ``EXERCISES``; it is
-imported only when one of its exercises is checked. ``tests/lab/test_exercises.py`` feeds every exercise its reference
-and its mistakes.
+imported only when one of its exercises is checked. ``tests/measured/test_exercises.py`` feeds every exercise its
+reference and its mistakes.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from dslib.architecture.weights.checkpoint import hf_twin
 from dslib.architecture.weights.pretrained import load_pretrained, load_smollm2
+from dslib.architecture.weights.twin import hf_twin
 from dslib.data import questions as data
 from dslib.performance import statistics
 from dslib.performance.accuracy import NORMALISATIONS, PROMPTS, Prompt, Scores, score, write_letters

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from dslib.architecture.cache import visible
 from dslib.architecture.decoder import Decoder, build, preset
 from dslib.architecture.layers import causal_attention, window_attention
-from dslib.architecture.weights.checkpoint import hf_twin
+from dslib.architecture.weights.twin import hf_twin
 from dslib.fast.linear import set_split_rows
 from dslib.performance.generation import generate
 from dslib.performance.speed import bytes_per_token
 from measured.machine import as_device
 from measured.probes import read_bandwidth
-from measured.timing import Stopwatch, Timing, compare, measure, ratio
+from measured.timing import Timing, compare, measure, ratio
 
 
 def decode_speed(
@@ -42,50 +42,13 @@ def decode_speed(
     model = build(preset(name), seed=seed, device=device, dtype=getattr(torch, dtype)).eval()
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
-    timing = measure(lambda: generate(model, prompts, new_tokens), device=device, min_runs=3, max_runs=7, warmup=1)
+    timing = measure(lambda: generate(model, prompts, new_tokens), device=device, min_runs=5, max_runs=7, warmup=1)
     read = bytes_per_token(model, prompt_tokens + new_tokens // 2)
     return {
         "seconds": timing,
         "tokens_per_second": batch_size * new_tokens / timing.median,
         "bytes_per_token": read,
         "share_of_read": read * new_tokens / read_bandwidth(device) / timing.median,
-    }
-
-
-def latency(
-    model: Decoder, prompt_tokens: int = 128, new_tokens: int = 128, batch_size: int = 1,
-    pixels: torch.Tensor | None = None, runs: int = 3, seed: int = 0,
-) -> dict[str, Timing]:  # fmt: skip
-    """Time to the first token apart from time per token after it, greedy, with a random prompt.
-
-    Args:
-        pixels: pictures for a vision-language model, (batch_size, 3, H, W); looking at them counts, as it happens
-            before the first token.
-
-    Returns:
-        Timings ``first_token`` and ``per_token`` (of a whole step, however large the batch).
-    """
-    prompts = torch.randint(
-        model.config.vocab_size, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(seed)
-    )
-
-    def laps(new_tokens: int) -> list[float]:
-        """Seconds until each token is known."""
-        times: list[float] = []
-        watch = Stopwatch(model.embed_tokens.weight.device)
-        seen = {}
-        if pixels is not None:
-            with torch.inference_mode():
-                seen = {"image": model.encode_image(pixels)}
-        # Called for every sequence of a step; the clock is read once a step.
-        generate(model, prompts, new_tokens, on_token=lambda row, _: row or times.append(watch.lap()), **seen)
-        return times
-
-    laps(min(new_tokens, 4))  # warms up
-    kept = [laps(new_tokens) for _ in range(runs)]
-    return {
-        "first_token": Timing(tuple(times[0] for times in kept)),
-        "per_token": Timing(tuple((times[-1] - times[0]) / (new_tokens - 1) for times in kept)),
     }
 
 

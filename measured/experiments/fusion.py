@@ -6,7 +6,7 @@ has been taught to tell things and digits apart: nobody starts a vision-language
 the end is what the way of looking brought. Held-out scenes are new pictures of the same things; held-out numbers are
 numbers that were in no picture trained on.
 
-Book: ``chapters/architecture/fusion.ipynb``; measured with :mod:`measured.experiments.fusion_choices`.
+Book: ``chapters/architecture/fusion.ipynb``; measured with :mod:`measured.experiments.fusion_evaluation`.
 """
 
 import copy

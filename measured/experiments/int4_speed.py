@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dslib.architecture.int4_layers import Int4Linear, quantize_
-from dslib.architecture.weights.checkpoint import hf_twin
 from dslib.architecture.weights.pretrained import load_smollm2
+from dslib.architecture.weights.twin import hf_twin
 from dslib.fast import int4_rows
 from dslib.fast.int4_kernels import unpack
 from dslib.performance.generation import generate

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dslib.architecture.cross_attention import Gate, GatedCrossAttention
 from dslib.architecture.decoder import DecoderConfig, build, count_parameters
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
-from dslib.architecture.vision import Gate, GatedCrossAttention, SwinStream
+from dslib.architecture.vision import SwinStream
 from dslib.fast.token_step import TokenStep
 from dslib.performance.generation import generate, stream
 

@@ -12,7 +12,7 @@ from dslib.architecture.layers import Attention, SwiGLU
 from dslib.architecture.moe import MoE
 from dslib.architecture.published import MultiHeadLatentAttention, Yarn
 from dslib.architecture.sparse_decoder import PRESETS, SparseConfig, SparseDecoder, preset
-from dslib.data.cited import figure
+from dslib.data.published_figures import figure
 from dslib.fast.token_step import TokenStep
 from dslib.performance import speed
 from dslib.performance.generation import generate

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dslib.data import cited
+from dslib.data import published_figures
 from dslib.data.files import data_path
 from measured.claims import load_ledger
 
 ROOT = Path(__file__).resolve().parents[2]
-TIERS = set(cited.TIERS)
+TIERS = set(published_figures.TIERS)
 DATE = re.compile(r"20\d\d-\d\d(-\d\d)?")
 
 
@@ -52,7 +52,7 @@ def test_every_source_resolves(bib):
     used |= {key for gpu in read("hardware.yml")["gpus"].values() for key in gpu["sources"]}
     used |= {row["source"] for row in read("hardware.yml")["measured_by_deepseek"]}
     used |= {row["source"] for rows in read("prices.yml").values() for row in rows}
-    used |= {key for figures in cited.entries().values() for f in figures.values() for key in f.source}
+    used |= {key for figures in published_figures.entries().values() for f in figures.values() for key in f.source}
     assert sorted(used - set(bib)) == []
 
 
@@ -163,7 +163,7 @@ def test_published_figures_keep_their_schema():
 
 
 def test_published_figures_make_sense():
-    for name, figures in cited.entries().items():
+    for name, figures in published_figures.entries().items():
         total, active = figures.get("params_total"), figures.get("params_active")
         if total and active:
             pairs = zip(_each(total.value), _each(active.value), strict=True)
@@ -177,8 +177,8 @@ def test_published_figures_make_sense():
 
 
 def test_recomputed_from_the_file():
-    f = cited.figure
-    coder = {name: row.value for name, row in cited.entries()["deepseek_coder_1_3b"].items()}
+    f = published_figures.figure
+    coder = {name: row.value for name, row in published_figures.entries()["deepseek_coder_1_3b"].items()}
     d, layers = coder["hidden_size"], coder["layers"]
     per_layer = 4 * d * d + 3 * d * coder["ffn_size"] + 2 * d
     total = 2 * coder["vocab_size"] * d + layers * per_layer + d  # embedding and head are two matrices here
@@ -188,10 +188,10 @@ def test_recomputed_from_the_file():
     assert 1 - coder["int4_file_bytes"] / coder["weights_bytes"] == pytest.approx(0.668, abs=5e-4)  # s1.1-08
     latent = (f("deepseek_v2", "kv_rank").value + f("deepseek_v2", "rope_dim").value) * f("deepseek_v2", "layers").value
     assert latent == f("deepseek_v2", "kv_elements_per_token").value == 34560
-    llm = cited.entries()["deepseek_llm"]
+    llm = published_figures.entries()["deepseek_llm"]
     cached = [n * 2 * kv * 128 for n, kv in zip(llm["layers"].value, llm["kv_heads"].value, strict=True)]
     assert tuple(cached) == llm["kv_elements_per_token"].value
-    serving = cited.entries()["serving"]
+    serving = published_figures.entries()["serving"]
     assert serving["nodes"].value * 8 * 24 * 2 == serving["cost_usd_per_day"].value
     hours = f("deepseek_v3", "gpu_hours").value
     assert hours * 2 == f("deepseek_v3", "training_cost_usd").value and hours == 2_664_000 + 119_000 + 5_000
@@ -200,7 +200,7 @@ def test_recomputed_from_the_file():
 
 def test_figures_of_the_4_gb_claim():
     """s1.1-11: weights and cache against 4 GiB less 0.5 GiB for the CUDA context, the assumption the row states."""
-    coder = {name: row.value for name, row in cited.entries()["deepseek_coder_1_3b"].items()}
+    coder = {name: row.value for name, row in published_figures.entries()["deepseek_coder_1_3b"].items()}
     budget, per_token = 3.5 * 2**30, coder["kv_bytes_per_token"]
     lengths = {"512": 512, "4k": 4096, "16k": 16384}
     fits = {f"fits_fp16_{k}": coder["weights_bytes"] + n * per_token <= budget for k, n in lengths.items()}
@@ -212,16 +212,18 @@ def test_figures_of_the_4_gb_claim():
 
 
 def test_figure_shows_its_source():
-    assert repr(cited.figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
-    assert str(cited.figure("deepseek_v4", "layers")) == "not stated / 43"
-    assert "`deepseek_v2`" in cited.figure("deepseek_v2", "mmlu")._repr_markdown_()
+    assert (
+        repr(published_figures.figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
+    )
+    assert str(published_figures.figure("deepseek_v4", "layers")) == "not stated / 43"
+    assert "`deepseek_v2`" in published_figures.figure("deepseek_v2", "mmlu")._repr_markdown_()
 
 
 def test_unknown_figures_name_the_nearest():
     with pytest.raises(ValueError, match=r"entry: got 'deepseek_v5'.*deepseek_v"):
-        cited.figure("deepseek_v5", "layers")
+        published_figures.figure("deepseek_v5", "layers")
     with pytest.raises(ValueError, match=r"figure of deepseek_v3: got 'param_total'.*params_total"):
-        cited.figure("deepseek_v3", "param_total")
+        published_figures.figure("deepseek_v3", "param_total")
 
 
 @pytest.mark.parametrize(
@@ -240,9 +242,9 @@ def test_unknown_figures_name_the_nearest():
 def test_a_faulty_file_says_where(tmp_path, monkeypatch, text, message):
     path = tmp_path / "published.yml"
     path.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(cited, "data_path", lambda name: path)
+    monkeypatch.setattr(published_figures, "data_path", lambda name: path)
     with pytest.raises(ValueError, match=message):
-        cited.entries()
+        published_figures.entries()
 
 
 def _each(value):

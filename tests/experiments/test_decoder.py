@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from dslib.architecture import decoder
-from dslib.architecture.weights import checkpoint
+from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
-from measured import bench, probes, record, recordings
+from measured import bench, probes, provenance, record, recordings
 from measured.experiments import decoder as decoder_runs
-from measured.experiments import moe_speed, speed
+from measured.experiments import moe_speed, speed, training_precision
 
 
 def test_bytes_a_token_reads():
@@ -32,12 +33,12 @@ def test_the_twin_has_the_same_logits(changes):
     model = decoder.build(decoder.preset("tiny", **changes), seed=0).eval()
     ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.allclose(model(ids), checkpoint.hf_twin(model)(ids).logits, atol=1e-4)
+        assert torch.allclose(model(ids), hf_twin(model)(ids).logits, atol=1e-4)
 
 
 def test_no_twin_for_what_llama_is_not():
     with pytest.raises(ValueError, match="window"):
-        checkpoint.hf_twin(decoder.build(decoder.preset("tiny", sliding_window=8)))
+        hf_twin(decoder.build(decoder.preset("tiny", sliding_window=8)))
 
 
 def test_comparison_of_decoding():
@@ -64,27 +65,40 @@ def test_bench_prints_the_ratio(capsys):
     assert "times as fast as a band mask" in capsys.readouterr().out
 
 
-# A bare machine has torch and transformers and what these bring; it has nothing else of ours, and no network.
+ROOT = Path(__file__).resolve().parents[2]
+KEY = ("--commit", "0" * 40, "--tree", provenance.tree_here())  # as told on a machine without git
+
+# A bare machine: our code imports torch, transformers, numpy and the standard library only. There is no network.
 BARE = """
-import socket, sys
+import builtins, socket, sys
 for name in ("matplotlib", "gguf", "accelerate", "onnxruntime", "IPython", "ipywidgets", "pandas", "scipy", "datasets"):
     sys.modules[name] = None
+real, known = builtins.__import__, {"torch", "transformers", "numpy", "dslib", "measured", *sys.stdlib_module_names}
+def ours_only(name, globals=None, locals=None, fromlist=(), level=0):
+    who = (globals or {}).get("__name__", "")
+    if who.startswith(("dslib", "measured")) and not level and name.split(".")[0] not in known:
+        raise ImportError(f"{who} imports {name}")
+    return real(name, globals, locals, fromlist, level)
+builtins.__import__ = ours_only
 def refuse(*_, **__):
     raise OSError("no network here")
 socket.socket.connect = socket.getaddrinfo = refuse
 from measured import record
-sys.exit(record.main(["--out", sys.argv[1]]))
+sys.exit(record.main(["machine", "--out", *sys.argv[1:]]))
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="proves the command on a CPU")
 def test_record_writes_a_file_that_reads_back_on_a_bare_machine(tmp_path):
-    out = tmp_path / "machine.json"
-    done = subprocess.run([sys.executable, "-c", BARE, str(out)], capture_output=True, text=True)
+    out, copy = tmp_path / "machine.json", tmp_path / "copy"  # the files alone, without git
+    for package in ("dslib", "measured"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "data").mkdir()
+    done = subprocess.run([sys.executable, "-c", BARE, str(out), *KEY], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     made = recordings.read(out)
     assert sorted({r.function.split(":")[1] for r in made}) == [
-        "decode_speed", "launch_gap", "machine_speed", "roof_figures", "window_speed",
+        "decode_speed", "launch_gap", "machine_speed", "roof_figures", "training_step", "window_speed",
     ]  # fmt: skip
     assert len(made) == len(record.CPU_CALLS) and not any(recordings.is_stale(r) for r in made)
     assert out.stat().st_size < 100_000
@@ -95,7 +109,7 @@ def test_record_writes_a_file_that_reads_back_on_a_bare_machine(tmp_path):
 def test_a_call_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     calls = (("measured.probes:no_such_thing", {}), ("measured.probes:launch_gap", {"side": 16, "rounds": 1}))
     monkeypatch.setitem(record.PARTS, "machine", calls)
-    assert record.main(["--out", str(tmp_path / "a.json")]) == 1
+    assert record.main(["--out", str(tmp_path / "a.json"), *KEY]) == 1
     assert len(recordings.read(tmp_path / "a.json")) == 1 and "1 calls failed" in capsys.readouterr().out
 
 
@@ -107,10 +121,10 @@ def test_every_call_that_is_named_exists(part):
 
 def gpu_calls():
     """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
-    modules = {"probes": probes, "moe_speed": moe_speed}
+    modules = {"probes": probes, "moe_speed": moe_speed, "precision": training_precision}
     pages = {  # `lab` is the experiments of the page's own chapter
         "decoder": {"lab": decoder_runs},
-        "speed": {"lab": speed, "decoder_lab": decoder_runs},
+        "speed": {"lab": speed},
     }
     for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

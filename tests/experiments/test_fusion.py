@@ -12,7 +12,7 @@ from dslib.data.scenes import item_rng
 from dslib.data.text import Words
 from dslib.performance.generation import generate
 from measured import record, recordings
-from measured.experiments import fusion, fusion_choices, fusion_speed
+from measured.experiments import fusion, fusion_evaluation, fusion_speed
 from measured.experiments.fusion import IGNORED, VARIANTS, World, held_out
 
 FEW = {"steps": 2, "batch_size": 4}
@@ -52,7 +52,9 @@ def test_every_word_is_known(world):
 
 def test_sorts_and_languages_all_come(world):
     items = [world.example(item_rng(0, i)) for i in range(600)]
-    counts = {sort: sum(item.sort == sort for item in items) for sort in ("caption", "read", *fusion_choices.SORTS[:3])}
+    counts = {
+        sort: sum(item.sort == sort for item in items) for sort in ("caption", "read", *fusion_evaluation.SORTS[:3])
+    }
     assert counts["caption"] > 150 and counts["read"] > 150 and min(counts.values()) > 30
     assert 250 < sum(item.language == "zh" for item in items) < 350
     for sort in counts:
@@ -133,7 +135,7 @@ def test_right_is_what_greedy_decoding_says(world, loud):
         text = world.words.decode(one.tokens)
         if one.finish == "eos" and world.words.encode(text) == one.tokens[:-1]:
             items[i] = dataclasses.replace(items[i], answer=text)
-    scores, right = fusion_choices.log_probabilities(loud, world, items)
+    scores, right = fusion_evaluation.log_probabilities(loud, world, items)
     assert scores.shape == right.shape == (40,) and (scores <= 0).all()
     for item, one, ok in zip(items, said, right.tolist(), strict=True):
         wanted = [*world.words.encode(item.answer), Words.END]
@@ -143,7 +145,7 @@ def test_right_is_what_greedy_decoding_says(world, loud):
 
 def test_a_score_is_the_sum_over_the_answer(world, loud):
     item = world.example(item_rng(6, 1), "caption")
-    scores, _ = fusion_choices.log_probabilities(loud, world, [item])
+    scores, _ = fusion_evaluation.log_probabilities(loud, world, [item])
     ids = torch.tensor([[Words.END, *world.words.encode(item.answer), Words.END]])
     with torch.no_grad():
         logits = loud(ids[:, :-1], image=loud.encode_image(fusion.pixels([item.image])))
@@ -152,31 +154,31 @@ def test_a_score_is_the_sum_over_the_answer(world, loud):
 
 
 def test_pairs_differ_in_one_thing(world):
-    for one in fusion_choices.pairs(world, 60):
+    for one in fusion_evaluation.pairs(world, 60):
         first, second = (sorted(world.words.encode(caption)) for caption in one.captions)
         assert (first == second) is (one.sort == "swapped") and one.captions[0] != one.captions[1]
         quarters = [im.reshape(2, 16, 2, 16, 3).swapaxes(1, 2).reshape(4, -1) for im in one.images]
         changed = sum(not np.array_equal(a, b) for a, b in zip(*quarters, strict=True))
         assert changed == (2 if one.sort == "swapped" else 1)
-    assert {one.sort for one in fusion_choices.pairs(world, 60)} == {"swapped", "replaced"}
+    assert {one.sort for one in fusion_evaluation.pairs(world, 60)} == {"swapped", "replaced"}
 
 
 def test_who_does_not_look_is_right_exactly_half_the_time(world, start, loud):
-    given = fusion_choices.pairs(world, 30)
-    assert fusion_choices.choices(start[0].eval(), world, given) == [0.5] * 30
-    assert set(fusion_choices.choices(loud, world, given)) > {0.5}
+    given = fusion_evaluation.pairs(world, 30)
+    assert fusion_evaluation.choices(start[0].eval(), world, given) == [0.5] * 30
+    assert set(fusion_evaluation.choices(loud, world, given)) > {0.5}
 
 
 def test_choices_count(world, monkeypatch):
-    given = fusion_choices.pairs(world, 4)
+    given = fusion_evaluation.pairs(world, 4)
     table = torch.tensor([[2.0, 1, 1, 2], [1, 2, 2, 1], [2, 1, 2, 1], [1, 1, 3, 3]])  # both, none, one, two ties
-    monkeypatch.setattr(fusion_choices, "log_probabilities", lambda *_: (table.flatten(), None))
-    assert fusion_choices.choices(None, world, given) == [1.0, 0.0, 0.5, 0.5]
+    monkeypatch.setattr(fusion_evaluation, "log_probabilities", lambda *_: (table.flatten(), None))
+    assert fusion_evaluation.choices(None, world, given) == [1.0, 0.0, 0.5, 0.5]
 
 
 def test_the_control_exchanges_pictures_and_nothing_else(world):
     items = [item for sort in ("what", "read") for item in held_out(world, 5, sort)]
-    others = fusion_choices.exchanged(items)
+    others = fusion_evaluation.exchanged(items)
     assert [(o.sort, o.prompt, o.answer) for o in others] == [(i.sort, i.prompt, i.answer) for i in items]
     assert all(o.image is not i.image for o, i in zip(others, items, strict=True))
     assert sorted(id(o.image) for o in others) == sorted(id(i.image) for i in items)
@@ -184,7 +186,7 @@ def test_the_control_exchanges_pictures_and_nothing_else(world):
 
 
 def test_a_run_can_be_recorded(monkeypatch, tmp_path):
-    found = fusion_choices.vision_run(steps=1, text_steps=1, label_steps=1, batch_size=2, variants=("scalar gate",))
+    found = fusion_evaluation.vision_run(steps=1, text_steps=1, label_steps=1, batch_size=2, variants=("scalar gate",))
     assert set(found) == {"scalar gate"} and len(found["scalar gate"]["gates"]) == 3
     assert all(sum(n for _, n in by.values()) == 200 for by in found["scalar gate"]["right"].values())
     assert len(found["scalar gate"]["matching"]) == len(found["scalar gate"]["pair_sorts"]) == 200

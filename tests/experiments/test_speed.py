@@ -49,9 +49,3 @@ def test_unknown_names_are_refused():
         speed_runs.design("V4", "tiny")
     with pytest.raises(ValueError, match="weights: got 'int2', expected one of plain, int8, int4"):
         speed_runs.with_weights(None, "int2")
-
-
-def test_cards_are_in_the_table_of_hardware():
-    from dslib.roofline import published_names
-
-    assert set(speed_runs.CARDS.values()) <= set(published_names())

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from dslib.architecture import balance, decoder
+from dslib.architecture import decoder
 from dslib.performance.generation import generate
-from dslib.scenarios import pipeline
-from measured.experiments import decoder as decoder_runs
+from dslib.scenarios import pipeline, placement
 from measured.experiments import speed, speed_parts
 
 
@@ -25,9 +24,9 @@ def test_latency_counts_steps_and_not_sequences(monkeypatch):
         def lap(self):
             return float(next(ticks) - self.start)
 
-    monkeypatch.setattr(decoder_runs, "Stopwatch", Clock)
+    monkeypatch.setattr(speed, "Stopwatch", Clock)
     model = decoder.build(decoder.preset("tiny"), seed=0).eval()
-    found = decoder_runs.latency(model, prompt_tokens=4, new_tokens=6, batch_size=3, runs=2)
+    found = speed.latency(model, prompt_tokens=4, new_tokens=6, batch_size=3, runs=2)
     assert found["first_token"].seconds == (1.0, 1.0) and found["per_token"].seconds == (1.0, 1.0)
 
 
@@ -35,7 +34,7 @@ def test_latency_looks_at_the_picture_before_the_first_token(seeing, monkeypatch
     looks = []
     plain = seeing.encode_image
     monkeypatch.setattr(seeing, "encode_image", lambda pixels: looks.append(len(pixels)) or plain(pixels))
-    decoder_runs.latency(seeing, 4, 3, batch_size=2, pixels=torch.randn(2, 3, 32, 32), runs=1)
+    speed.latency(seeing, 4, 3, batch_size=2, pixels=torch.randn(2, 3, 32, 32), runs=1)
     assert looks == [2, 2]
 
 
@@ -84,17 +83,17 @@ def test_routing_is_taken_apart():
 
 
 def test_even_load_needs_no_copies():
-    placed = balance.place_experts([1.0] * 8, gpus=4)
+    placed = placement.place_experts([1.0] * 8, gpus=4)
     assert sorted(expert for gpu in placed for expert in gpu) == list(range(8))
-    assert balance.imbalance([1.0] * 8, placed) == pytest.approx(1)
+    assert placement.imbalance([1.0] * 8, placed) == pytest.approx(1)
 
 
 def test_a_busy_expert_is_copied_and_its_load_shared():
     load = [8.0, 1, 1, 1, 1]
-    alone, copied = balance.place_experts(load, 5), balance.place_experts(load, 5, copies=5)
-    assert balance.imbalance(load, alone) == pytest.approx(8 * 5 / 12)
+    alone, copied = placement.place_experts(load, 5), placement.place_experts(load, 5, copies=5)
+    assert placement.imbalance(load, alone) == pytest.approx(8 * 5 / 12)
     assert sum(experts.count(0) for experts in copied) == 6, "all five copies go to it"
-    assert balance.imbalance(load, copied) < 1.5
+    assert placement.imbalance(load, copied) < 1.5
     assert {len(experts) for experts in copied} == {2}
 
 
@@ -105,12 +104,12 @@ def test_no_placement_of_few_experts_is_better_by_more_than_greed_allows():
     for seed in range(20):
         load = torch.rand(6, generator=torch.Generator().manual_seed(seed)).tolist()
         halves = ([list(half), [e for e in range(6) if e not in half]] for half in combinations(range(6), 3))
-        best = min(balance.imbalance(load, half) for half in halves)
-        assert best <= balance.imbalance(load, balance.place_experts(load, 2)) < 1.2 * best
+        best = min(placement.imbalance(load, half) for half in halves)
+        assert best <= placement.imbalance(load, placement.place_experts(load, 2)) < 1.2 * best
 
 
 def test_bad_placements_are_refused():
     with pytest.raises(ValueError, match="expected 5 experts"):
-        balance.place_experts([1.0] * 5, gpus=2)
+        placement.place_experts([1.0] * 5, gpus=2)
     with pytest.raises(ValueError, match="load: got -1"):
-        balance.place_experts([1.0, -1.0], gpus=2)
+        placement.place_experts([1.0, -1.0], gpus=2)

@@ -117,9 +117,9 @@ def test_loading_twice_parses_once():
 def test_works_without_torch():
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None, matplotlib=None)\n"
-        "from dslib.data import cited\nfrom measured import claims\n"
+        "from dslib.data import published_figures\nfrom measured import claims\n"
         "assert len(claims.load_ledger().table().html) > 10_000\n"
-        "print(claims.check('s1.1-04', parameters=1346471936), cited.figure('deepseek_v3', 'layers'))"
+        "print(claims.check('s1.1-04', parameters=1346471936), published_figures.figure('deepseek_v3', 'layers'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dslib.architecture.decoder import build, preset
-from dslib.architecture.weights.checkpoint import hf_twin
 from dslib.architecture.weights.pretrained import SMOLLM2_PACKAGE, load_smollm2
+from dslib.architecture.weights.twin import hf_twin
 from dslib.data.files import cache_root
 from dslib.data.questions import mmlu_examples
 from dslib.performance.accuracy import PROMPTS, score

@@ -20,8 +20,9 @@ from transformers.models.janus.modeling_janus import JanusVisionAlignerMLP
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
+from dslib.architecture.cross_attention import GatedCrossAttention
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
-from dslib.architecture.vision import TINY_SWIN, GatedCrossAttention, SwinStream
+from dslib.architecture.vision import TINY_SWIN, SwinStream
 from dslib.architecture.weights.checkpoint import decoder_from_hf
 from dslib.performance.generation import generate
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dslib.data import cited
+from dslib.data import published_figures
 from dslib.performance import cost as module
 from dslib.performance import prices, servers
 from dslib.performance.cost import break_even, cost
@@ -71,7 +71,7 @@ def test_prompts_or_answers_alone():
 
 def test_the_serving_day_of_deepseek():
     """Tokens over published rates give the published nodes; nodes give the published cost; prices the revenue."""
-    day = {name: figure.value for name, figure in cited.entries()["serving"].items()}
+    day = {name: figure.value for name, figure in published_figures.entries()["serving"].items()}
     tokens = Traffic(1.0, day["input_tokens"], day["output_tokens"])
     node = servers.published_replica("h800-deepseek")
     fleet = cost(tokens, node, 2.0, utilisation=1.0, whole=False)

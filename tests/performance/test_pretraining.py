@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from dslib.data import cited
+from dslib.data import published_figures
 from dslib.performance import pretraining
 
 
 def value(model, name):
-    return cited.figure(model, name).value
+    return published_figures.figure(model, name).value
 
 
 def test_hours_rate_and_operations_turn_into_each_other():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dslib.data import cited
+from dslib.data import published_figures
 from dslib.performance import prices, servers
 from dslib.performance.prices import DoesNotFit, TokenPrice
 
@@ -75,7 +75,7 @@ def test_bad_input_is_named(call, message):
     ],
 )
 def test_gpus_for_v3(bytes_per_weight, gpu, gpus, in_nodes):
-    size = cited.figure("deepseek_v3", "params_total").value * bytes_per_weight
+    size = published_figures.figure("deepseek_v3", "params_total").value * bytes_per_weight
     assert prices.least_gpus(size, gpu) == gpus
     assert prices.least_gpus(size, gpu, multiple=8) == in_nodes
 
@@ -133,7 +133,7 @@ def test_published_replicas_have_sources_and_agree_with_what_was_measured():
         assert replica.source and replica.prefill > replica.decode > 100
     h200 = servers.published_replica("h200")
     for run, off in (("chat_run", 1e-9), ("long_run", 1e-9), ("medium_run", 0.2), ("very_long_run", 0.15)):
-        tokens_in, tokens_out, seconds = cited.figure("serving_gpustack", run).value
+        tokens_in, tokens_out, seconds = published_figures.figure("serving_gpustack", run).value
         assert sum(h200.seconds(tokens_in, tokens_out)) == pytest.approx(seconds, rel=off), run
     awq = servers.published_replica("h100-4bit")
     assert sum(awq.seconds(3000 - 620, 620)) == pytest.approx(1)

@@ -1,1 +1,1 @@
-"""Weights of published models in our decoders. In reading order: ``config``, ``checkpoint``, ``pretrained``."""
+"""Weights of published models in our decoders; in reading order: config, checkpoint, pretrained, twin."""

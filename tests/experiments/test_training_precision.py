@@ -6,8 +6,8 @@ import torch
 from dslib.data.text import random_batch
 from dslib.performance import training
 from measured.experiments import moe
-from measured.experiments import training as precision
-from measured.experiments.training import flushed, gradients, precision_runs, scale_figures, small_model
+from measured.experiments import training_precision as precision
+from measured.experiments.training_precision import flushed, gradients, precision_runs, scale_figures, small_model
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dslib.performance.servers import erlang_c, highest_utilisation, mean_wait, simulate
+from dslib.scenarios.queueing import erlang_c, highest_utilisation, mean_wait, simulate
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from dslib.architecture.decoder import Decoder, build, preset
 from dslib.performance.loss_scaling import LossScaler
 from dslib.performance.perplexity import token_losses
+from dslib.performance.speed import attention_flops, matrix_flops
 from dslib.performance.training import PRECISIONS, next_token_loss, train
 from measured.experiments.moe import text_parts
+from measured.machine import as_device
+from measured.probes import product_rate
+from measured.timing import measure
 
 # Precision, and what scales the loss. The last one is what float16 gets without scaling when the loss is a mean over
 # 4096 times as many tokens as our batches have: each token's gradient is then so much smaller.
@@ -150,3 +154,50 @@ def precision_runs(
             result["skipped"].append(sum(step.skipped for step in told))
             result["scale"].append(told[-1].scale)
     return results
+
+
+def training_step(
+    size: str = "1.3b", batch_size: int = 4, length: int = 1024, precisions: Sequence[str] = ("bfloat16", "float32"),
+    rounds: int = 5, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """One step of training on the best device, by precision: forward, backward, clipping, AdamW; random tokens.
+
+    Weights and optimiser state are float32 in either case, as :func:`dslib.performance.training.train` keeps them.
+
+    Args:
+        size: a preset of the decoder. precisions: of :data:`dslib.performance.training.PRECISIONS`, float16 aside.
+
+    Returns:
+        ``parameters``; ``rows``: for each precision ``seconds`` (a Timing of a step), ``tokens_per_second``, ``flops``
+        (6 a parameter and token, and attention) and ``share_of_product``: of the rate of a matrix product in that
+        format, measured in the same run; or ``failed``.
+    """
+    device, rows = as_device(None), []
+    model = build(preset(size), seed=seed, device=device)
+    config, parameters = model.config, list(model.parameters())
+    tokens = torch.randint(config.vocab_size, (batch_size, length + 1), generator=torch.Generator().manual_seed(seed))
+    inputs, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
+    work = 3 * batch_size * (matrix_flops(config, length) + attention_flops(config, length))
+
+    def step(precision: str) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "float32"):
+            loss = next_token_loss(model, inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    for precision in precisions:
+        row = {"precision": precision}
+        try:
+            timing = measure(
+                lambda precision=precision: step(precision), device=device, min_runs=rounds, max_runs=rounds
+            )
+        except Exception as error:  # too little memory, a format the device has not: it is the answer
+            rows.append(row | {"failed": (str(error).splitlines() or [type(error).__name__])[0][:160]})
+            continue
+        rate = product_rate(precision, device, max_seconds=0.5)
+        row |= {"seconds": timing, "tokens_per_second": batch_size * length / timing.median, "flops": work}
+        rows.append(row | {"share_of_product": rate and work / timing.median / rate})
+    return {"parameters": sum(p.numel() for p in parameters), "rows": rows}

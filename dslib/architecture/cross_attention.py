@@ -1,0 +1,112 @@
+"""Gated cross-attention: the blocks by which a text model looks at pictures.
+
+Between the layers of a text model stand blocks in which every token asks the image features. What they answer passes a
+gate that begins at zero, so that the model begins as the text model it was, bit for bit.
+
+Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
+
+Book: ``chapters/architecture/fusion.ipynb``. Source: Flamingo (arXiv 2204.14198, section 2.2); the same blocks stand in
+IDEFICS and Llama 3.2 Vision, to which ``tests/parity/test_fusion.py`` compares them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dslib.architecture.layers import RMSNorm, SwiGLU
+from dslib.fast.linear import Linear
+
+
+class Gate(nn.Module):
+    """How much of a branch is let through: ``tanh`` of something that starts at zero, in [-1, 1].
+
+    Args:
+        kind: ``"scalar"``, one learned number (Flamingo), or ``"token"``, computed from each token's state (the dynamic
+            weights of the article).
+    """
+
+    def __init__(self, kind: str, hidden_size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+        # Zero weights give a zero gate but no zero gradient: it is the branch, not the weight, that they multiply.
+        self.weight = nn.Parameter(torch.zeros(hidden_size)) if kind == "token" else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, T, hidden_size), normed -> (B, T, 1), or a scalar that is the same for all tokens."""
+        if self.weight is None:
+            return torch.tanh(self.bias)
+        return torch.tanh(h @ self.weight + self.bias).unsqueeze(-1)
+
+
+class GatedCrossAttention(nn.Module):
+    """Tokens ask, image features answer, a gate decides how much of the answer counts (Flamingo, section 2.2).
+
+    ``x + gate * attention(norm(x), features)``, then, if wanted, the same with a feed-forward network. Positions play
+    no role here: those of the picture have to be in its features.
+
+    Args:
+        config: a :class:`~dslib.architecture.fusion.FusionConfig`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        size, self.head_dim = config.hidden_size, config.head_dim
+        self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.input_layernorm = RMSNorm(size, config.rms_norm_eps)
+        self.q_proj = Linear(size, self.query_heads * self.head_dim, bias=False)
+        self.kv_proj = Linear(config.image_hidden_size, 2 * self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.query_heads * self.head_dim, size, bias=False)
+        self.gate = Gate(config.gate, size)
+        self.mlp = None
+        if config.cross_intermediate_size:
+            self.post_attention_layernorm = RMSNorm(size, config.rms_norm_eps)
+            self.mlp = SwiGLU(size, config.cross_intermediate_size)
+            self.mlp_gate = Gate(config.gate, size)
+
+    def keys_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> keys and values (B, Hk, N, D): all that a picture means to this block."""
+        kv = self.kv_proj(features).unflatten(-1, (2, self.kv_heads, self.head_dim))  # (B, N, 2, Hk, D)
+        k, v = kv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        return k, v
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """(B, T, hidden_size) -> the same.
+
+        Args:
+            keys_values: from :meth:`keys_values`.
+            mask: bool (B, N), which features are real. A row without any leaves its sequence exactly as it was.
+        """
+        seen = None if mask is None else mask.any(-1)[:, None, None]  # (B, 1, 1)
+        answer, gate = self.answer(x, keys_values, mask)
+        x = x + gate * (answer if seen is None else answer.where(seen, 0.0))
+        if self.mlp is not None:
+            h = self.post_attention_layernorm(x)
+            more = self.mlp_gate(h) * self.mlp(h)
+            x = x + (more if seen is None else more.where(seen, 0.0))
+        return x
+
+    def answer(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What attention returns, (B, T, hidden_size), and the gate before it, (B, T, 1) or a scalar."""
+        h = self.input_layernorm(x)
+        q = self.q_proj(h).unflatten(-1, (self.query_heads, self.head_dim)).transpose(1, 2)  # (B, Hq, T, D)
+        if mask is not None:
+            # A sequence without a picture looks at everything, as softmax needs something; `forward` drops the result.
+            mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, N)
+        y = F.scaled_dot_product_attention(
+            q, *keys_values, attn_mask=mask, enable_gqa=self.query_heads != self.kv_heads
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2)), self.gate(h)
+
+
+def initialise_by_width(module: nn.Module) -> None:
+    """Fresh weights for one linear map: normal, with such a deviation that outputs are as large as inputs.
+
+    The 0.02 of the text model is made for widths of thousands. In a narrow model it would leave the answers, and with
+    them the gradient of a gate that is still shut, too small to learn from.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

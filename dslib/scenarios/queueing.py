@@ -1,0 +1,81 @@
+"""Why a service cannot be busy all the time: the waiting that random arrivals cause, in theory and simulated.
+
+The model is M/M/c: requests arrive at random and independently (Poisson), each holds one of ``servers`` places for a
+random time (exponential), and who finds all of them taken waits in line. Erlang's second formula gives the share that
+waits and the mean wait (Harchol-Balter 2013, chapter 14). A language-model server is not quite that: its places share
+one GPU, so each is slower when many are taken, and real requests come in bursts. It shows what chance alone does.
+
+Plain Python; randomness through a seed. Chapter: ``chapters/performance/cost.ipynb``.
+"""
+
+import heapq
+import random
+
+from dslib.performance.prices import count, number
+
+
+def erlang_c(servers: int, utilisation: float) -> float:
+    """Share of the arrivals that have to wait when ``servers`` places are taken ``utilisation`` of the time.
+
+    Raises:
+        ValueError: fewer than one server, or a utilisation that is not above 0 and below 1 (from 1 on the queue grows
+            without end).
+    """
+    count("servers", servers)
+    rho = _below_one(utilisation)
+    # Erlang B by its recurrence, which has no factorials to overflow; C follows from B.
+    blocked, load = 1.0, servers * rho
+    for taken in range(1, servers + 1):
+        blocked = load * blocked / (taken + load * blocked)
+    return blocked / (1 - rho * (1 - blocked))
+
+
+def mean_wait(servers: int, utilisation: float) -> float:
+    """Mean time in line, as a multiple of the mean time a request then takes; arguments as in :func:`erlang_c`."""
+    return erlang_c(servers, utilisation) / (servers * (1 - utilisation))
+
+
+def highest_utilisation(servers: int, wait: float) -> float:
+    """How busy ``servers`` places may be before the mean wait is ``wait`` times a request's own time (bisection)."""
+    number("wait", wait)
+    count("servers", servers)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if mean_wait(servers, middle) < wait:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int = 0) -> tuple[float, float]:
+    """Play the queue: ``arrivals`` random requests at ``servers`` places, after a first tenth that is not counted.
+
+    Returns:
+        the share that waited, and the mean wait as a multiple of the mean service time.
+
+    Raises:
+        ValueError: as :func:`erlang_c`, and for fewer than 10 arrivals.
+    """
+    count("servers", servers)
+    count("arrivals", arrivals, 10)
+    rate = servers * _below_one(utilisation)
+    dice = random.Random(seed)
+    free = [0.0] * servers  # when each place is next free, the soonest first
+    now, waits = 0.0, []
+    for _ in range(arrivals + arrivals // 9):
+        now += dice.expovariate(rate)
+        start = max(now, free[0])
+        heapq.heapreplace(free, start + dice.expovariate(1.0))
+        waits.append(start - now)
+    counted = waits[arrivals // 9 :]
+    return sum(wait > 0 for wait in counted) / len(counted), sum(counted) / len(counted)
+
+
+def _below_one(utilisation: float) -> float:
+    if not number("utilisation", utilisation) < 1:
+        raise ValueError(
+            f"utilisation: got {utilisation!r}, wanted a share above 0 and below 1: from 1 on, no wait ends"
+        )
+    return utilisation
