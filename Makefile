@@ -10,6 +10,8 @@
 PYTHON ?= python3
 # What refresh works on, all notebooks when empty:  make refresh NB=chapters/start/your_machine.ipynb
 NB ?=
+# Keep the timings of cells that did not change:  make refresh KEEP=1 NB=…
+KEEP ?=
 # What record measures: machine, gpu, or one of the longer parts that measured/record.py lists
 PART ?= machine
 
@@ -40,8 +42,8 @@ test: venv ## run the unit, parity and notebook tests
 lab: venv ## open JupyterLab on the chapters
 	@$(PY) -m jupyterlab chapters
 
-refresh: venv ## run the notebooks again and normalise them (NB=path for some of them)
-	@$(PY) -m tools.notebooks refresh $(NB)
+refresh: venv ## run the notebooks again and normalise them (NB=path for some, KEEP=1 to keep timings)
+	@$(PY) -m tools.notebooks refresh $(if $(KEEP),--keep-timings) $(NB)
 
 record: venv ## record this machine's measurements into data/recordings/ (PART=… for the long ones, see the module)
 	@$(PY) -m measured.record $(PART)

@@ -1,6 +1,7 @@
 """Run, normalise and check the notebooks.
 
-    python -m tools.notebooks refresh [paths]     run from top to bottom, measure, normalise and write back
+    python -m tools.notebooks refresh [paths]     run from top to bottom, measure, normalise and write back;
+                                                  --keep-timings: those of unchanged cells stay as they are
     python -m tools.notebooks normalise [paths]   only normalise (what the pre-commit hook does)
     python -m tools.notebooks check [paths]       say what is wrong, exit 1 if anything is
 
@@ -229,15 +230,38 @@ def execute(notebook, folder, timeout=600):
     return time.perf_counter() - start, peak
 
 
-def refresh(path, cores=CORES):
-    """Run one notebook from its own folder and write it back; returns (seconds, peak bytes)."""
+def keep_timings(notebook, before):
+    """Give cells whose output is not compared what they showed `before`, if their source is as it was.
+
+    The timings of a page are of one machine and one run, and its words speak of them: a change elsewhere on the page is
+    no reason to exchange some of them. What a GPU cell shows belongs to the recordings and is taken anew.
+    """
+    shown = {cell.get("id"): cell for cell in before.cells if cell.cell_type == "code" and cell.outputs}
+    for cell in code_cells(notebook):
+        old = shown.get(cell.get("id"))
+        if old is not None and old.source == cell.source and IGNORE in tags(cell) and "gpu" not in tags(cell):
+            cell.outputs = old.outputs
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = cell.execution_count
+
+
+def refresh(path, cores=CORES, keep=False):
+    """Run one notebook from its own folder and write it back; returns (seconds, peak bytes).
+
+    With `keep`, timings of unchanged cells and the run line stay those of the page's last whole run.
+    """
     notebook = read(path)
+    before = copy.deepcopy(notebook)
     inject_setup(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     seconds, peak = execute(notebook, path.parent)
-    fill_run_line(notebook, seconds, peak, cores)
+    if keep:
+        keep_timings(notebook, before)
+    else:
+        fill_run_line(notebook, seconds, peak, cores)
     write(path, normalise(notebook))
     return seconds, peak
 
@@ -380,13 +404,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description="Run, normalise, check notebooks.")
     parser.add_argument("command", choices=("refresh", "normalise", "check"))
     parser.add_argument("paths", nargs="*", help="notebooks or folders (default: all chapters)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--keep-timings", action="store_true", help="of cells that did not change, and the run line")
+    options = parser.parse_intermixed_args(arguments)
     failed = 0
     cores = limit_cores() if options.command == "refresh" else None
     for path in find(options.paths):
         if options.command == "refresh":
             try:
-                seconds, peak = refresh(path, cores)
+                seconds, peak = refresh(path, cores, options.keep_timings)
                 print(f"{path}: {seconds:.0f} s, {peak / 2**30:.2f} GiB", flush=True)
             except Exception as error:  # go on with the others; the file on disk is left as it was
                 failed += 1

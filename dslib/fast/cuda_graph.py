@@ -29,7 +29,8 @@ class StaticDecoding:
             products; None does not compile. The first step then takes as long as compiling does.
 
     Raises:
-        ValueError: ``graph`` on another device than CUDA; ``fused`` for what it is not made for, or with a ``backend``.
+        ValueError: ``graph`` on another device than CUDA; ``fused`` with an image or a backend, or for what
+            it is not made for.
         RuntimeError: a step that cannot be recorded, such as one whose kernels make the host wait.
 
     Example:
@@ -54,8 +55,8 @@ class StaticDecoding:
         self.position = torch.zeros_like(self.token)
         self._next = self._forward if backend is None else torch.compile(self._forward, backend=backend, dynamic=False)
         if fused:
-            if backend is not None:
-                raise ValueError(f"fused, backend: got True and {backend!r}, expected one of the two")
+            if image is not None or backend is not None:
+                raise ValueError("fused: got True, expected neither an image nor a backend with it")
             from dslib.fast.fused_step import FusedStep  # here: it needs Triton
 
             self._next = FusedStep(model, self.cache)

@@ -1,8 +1,8 @@
 """One token of one sequence on a GPU: the decoder's step in five kernels a layer, written in Triton.
 
 Decoding reads every weight once a token: the bytes of the weights, divided by the memory's bandwidth, are the bound. A
-step of one operation after another stays far above it. Each of some twenty kernels a layer starts, waits for its first
-bytes and ends, while the memory idles; and what one kernel leaves for the next is written out and read back.
+step of one operation after another stays far above it. A layer has some sixteen kernels. Each starts, waits for its
+first bytes and ends, while the memory idles; and what one kernel leaves for the next is written out and read back.
 
 :class:`FusedStep` computes what :class:`~dslib.architecture.decoder.Decoder` computes, with these kernels a layer:
 
@@ -118,7 +118,7 @@ def _attention(qkv, cos, sin, keys, values, position, out, scale, length, HEADS:
     if head % GROUP == 0:  # once for all that share them; nobody reads this slot in this step
         tl.store(keys + slot * DIM + at, k.to(keys.dtype.element_ty))
         tl.store(values + slot * DIM + at, v)
-    largest, mixed = tl.sum(q * k, 0) * scale, v.to(tl.float32)  # begin with the token itself
+    largest, mixed = tl.sum(q * k, 0) * scale, v.to(tl.float32)  # begin with the token itself: its weight is exp(0)
     total, first = tl.exp(largest - largest), 0
     while first < slot:
         slots = first + tl.arange(0, BLOCK)

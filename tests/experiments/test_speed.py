@@ -5,7 +5,9 @@ import torch
 
 from dslib.architecture import decoder
 from dslib.performance import speed
+from measured import recordings
 from measured.experiments import speed as speed_runs
+from measured.experiments.training_precision import training_step
 
 SMALL = {"size": "tiny", "batches": (1, 3), "prompts": (8,), "prompt_tokens": 6, "new_tokens": 5, "roof_seconds": 0.01}
 
@@ -49,3 +51,42 @@ def test_unknown_names_are_refused():
         speed_runs.design("V4", "tiny")
     with pytest.raises(ValueError, match="weights: got 'int2', expected one of plain, int8, int4"):
         speed_runs.with_weights(None, "int2")
+
+
+# ---------------------------------------------------------------- what was recorded, and what the chapters say of it
+
+
+def recorded(name, **call):
+    """The recording of a call on the GPU: the medians of its decoding in ms a step, by way and batch, and all of it."""
+    shown = recordings.recorded(speed_runs.machine_speed, kind="cuda", name=name, **call)
+    assert shown.origin == "recorded" and not shown.stale, f"{name}: python -m measured.record gpu"
+    rows = [row for row in shown.result["rows"] if row["kind"] == "decode"]
+    assert all(row["seconds"]["n"] >= 5 for row in rows)
+    return {(row["way"], row["batch"]): 1e3 * row["seconds"]["median"] / 127 for row in rows}, rows
+
+
+def test_the_ways_to_reach_a_card_compare_as_the_chapter_says():
+    ms, rows = recorded("V1")
+    graph, bytes_v1 = ms["graph", 1], rows[0]["bytes"]
+    assert 0.2 < graph / ms["calls", 1] < 0.3  # "a quarter of the time"
+    assert 0.5 < ms["fused graph", 1] / graph < 0.6  # "little more than half of that"
+    share = next(row["share_of_copy"] for row in rows if row["way"] == "fused graph")
+    assert 0.5 < share < 0.8  # "still not at the bound"
+    four, rows = recorded("V1", weights="int4", ways=["calls", "graph", "compiled graph"])
+    assert rows[0]["bytes"] / bytes_v1 < 1 / 3 and 0.7 < four["compiled graph", 1] / ms["compiled graph", 1] < 0.8
+    mixture, rows = recorded("V3", ways=["calls", "graph"])
+    assert abs(rows[0]["bytes"] / bytes_v1 - 1) < 0.02 and 1.9 < mixture["graph", 1] / graph < 2.3
+
+
+def test_the_batch_as_the_chapter_says():
+    ms, _ = recorded("V1", batches=[1, 2, 4, 8, 16, 32, 64, 128, 256], prompts=[], ways=["graph"])
+    slower = ms["graph", 256] / ms["graph", 1]
+    assert 2.7 < slower < 3.3 and 80 < 256 / slower < 95
+
+
+def test_a_training_step_on_the_card_as_the_chapter_says():
+    shown = recordings.recorded(training_step, kind="cuda")
+    full, half = (next(r for r in shown.result["rows"] if r["precision"] == p) for p in ("float32", "bfloat16"))
+    rates = [row["flops"] / row["seconds"]["median"] / row["share_of_product"] for row in (full, half)]
+    assert not shown.stale and 14 < rates[1] / rates[0] < 16  # "fifteen times as fast"
+    assert full["share_of_product"] > 0.8 and 4 < full["seconds"]["median"] / half["seconds"]["median"] < 10

@@ -241,6 +241,24 @@ def without_run_line(text):
     return [line for line in text.splitlines() if "*Runs in " not in line]
 
 
+def test_timings_are_kept_where_the_cell_is_as_it_was(tmp_path):
+    path = tmp_path / "page.ipynb"
+    notebook = good()
+    shown = {"sum": "99", "time": "0.7"}
+    for cell in notebook.cells:
+        if cell.get("id") in shown:
+            cell.outputs = [result(shown[cell.id])]
+    notebook.cells += [copy.deepcopy(c) for c in notebook.cells if c.get("id") == "time"]
+    notebook.cells[-1] |= {"id": "gpu", "metadata": {"tags": ["gpu", "nbval-ignore-output"]}}
+    notebooks.write(path, notebook)
+    line = notebook.cells[0].source
+    notebooks.refresh(path, keep=True)
+    after = notebooks.read(path)
+    texts = {c.id: c.outputs[0].data["text/plain"] for c in after.cells if c.get("id") in ("sum", "time", "gpu")}
+    assert texts == {"sum": "2", "time": "0.7", "gpu": "0.1"} and after.cells[0].source == line
+    assert list(notebooks.check_executed(after)) == []
+
+
 def test_refresh_of_a_failing_notebook_leaves_the_file(tmp_path, capsys):
     path = tmp_path / "page.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# P", id="t"), new_code_cell("1 / 0", id="x")]), str(path))
