@@ -11,6 +11,8 @@ StreamingLLM (arXiv 2309.17453) for sinks; Llama (arXiv 2302.13971, section 2.2)
 2002.05202) for SwiGLU, RMSNorm (arXiv 1910.07467).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,92 +54,22 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, partner, sin)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
-    """Causal self-attention over T tokens; with a window, each sees itself and the ``window - 1`` tokens before it.
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``softmax(q kᵀ / sqrt(D)) v``, every score written down: what the fused calls below compute without doing so.
 
     Args:
-        q: (B, Hq, T, D). k, v: (B, Hk, T, D) with Hq a multiple of Hk.
-        sinks: the first ``sinks`` positions stay visible whatever the window.
+        q: (B, Hq, T, D). k, v: (B, Hk, S, D); Hq is a multiple of Hk, and as many query heads share a key-value head.
+        mask: bool, broadcastable to (B, Hq, T, S), True where a query may look; None lets it look everywhere.
 
     Returns:
         (B, Hq, T, D).
     """
-    if window is None or window >= q.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return window_attention(q, k, v, window, sinks)
-
-
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, block: int | None = None) -> Tensor:
-    """Local causal attention in blocks: time and memory O(T (W + block)) instead of O(T²).
-
-    Queries are cut into blocks. A block's queries can only see keys from ``window - 1`` before its first token to its
-    last token, so each block attends to that slice alone, under one small mask that is the same for all blocks. The
-    first tokens, whose slice would begin before the text does, are one small dense problem; so is a last, short block.
-
-    Args:
-        q: (B, Hq, T, D). k, v: (B, Hk, T, D).
-        window: W >= 1, the query's own position included (the convention of Mistral's ``sliding_window``).
-        sinks: the first ``sinks`` positions stay visible.
-        block: queries per block; None chooses an eighth of the window, at least 32.
-
-    Returns:
-        (B, Hq, T, D), equal to attention under a band mask.
-
-    Raises:
-        ValueError: window below 1, negative sinks, block below 1.
-    """
-    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", 1 if block is None else block, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
-    batch, tokens, device = q.shape[0], q.shape[2], q.device
-    grouped = q.shape[1] != k.shape[1]
-    block = block or max(32, window // 8)
-    reach = window - 1  # how far before a query its keys begin
-    # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
-    start = min(tokens, -(-(reach + sinks) // block) * block)
-    blocks = (tokens - start) // block
-    stop = start + blocks * block
-
-    at = torch.arange(max(start, reach + block), device=device)
-    first = F.scaled_dot_product_attention(
-        q[:, :, :start], k[:, :, :start], v[:, :, :start],
-        attn_mask=visible(at[:start], at[:start], window, sinks), enable_gqa=grouped,
-    )  # fmt: skip
-    parts = [first]
-
-    def slices(x: Tensor) -> Tensor:
-        """Overlapping slices of keys or values, one a block: views, no copy. -> (B * blocks, Hk, reach + block, D)."""
-        cut = x[:, :, start - reach : stop].unfold(2, reach + block, block).permute(0, 2, 1, 4, 3)
-        if sinks:
-            cut = torch.cat((x[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1), cut), dim=3)
-        return cut.flatten(0, 1)
-
-    # In a slice, the query number i is key number reach + i.
-    mask = visible(at[reach : reach + block], at[: reach + block], window)  # (block, reach + block)
-    mask = torch.cat((mask.new_ones(block, sinks), mask), dim=1)
-    if blocks:
-        # Blocks are folded into the batch, so that one call of the fused kernel does them all.
-        queries = q[:, :, start:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
-        out = F.scaled_dot_product_attention(queries, slices(k), slices(v), attn_mask=mask, enable_gqa=grouped)
-        parts.append(out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3))
-    if rest := tokens - stop:
-        keys, values = (torch.cat((x[:, :, :sinks], x[:, :, stop - reach :]), dim=2) for x in (k, v))
-        mask = mask[:rest, : sinks + reach + rest]
-        last = F.scaled_dot_product_attention(q[:, :, stop:], keys, values, attn_mask=mask, enable_gqa=grouped)
-        parts.append(last)
-    return torch.cat(parts, dim=2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:
-    """Attention of T new tokens over whatever the cache returned; (B, Hq, T, D) -> (B, Hq, T, D)."""
-    if step.causal:
-        return causal_attention(q, k, v, window, sinks)
-    if step.mask is None:
-        # One new token that may see every key. Query heads that share a key-value head become rows of one small
-        # attention problem, so that nothing has to be repeated: (B, Hq, 1, D) -> (B, Hk, Hq/Hk, D).
-        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
-        return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)  # (B, Hq, S, D)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, Hq, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v  # (B, Hq, T, S) x (B, Hq, S, D)
 
 
 class Attention(nn.Module):
@@ -229,3 +161,91 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
         return self.mlp(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Attention of T new tokens over whatever the cache returned; (B, Hq, T, D) -> (B, Hq, T, D)."""
+    if step.causal:
+        return causal_attention(q, k, v, window, sinks)
+    if step.mask is None:
+        # One new token that may see every key. Query heads that share a key-value head become rows of one small
+        # attention problem, so that nothing has to be repeated: (B, Hq, 1, D) -> (B, Hk, Hq/Hk, D).
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
+        return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Causal self-attention over T tokens; with a window, each sees itself and the ``window - 1`` tokens before it.
+
+    Args:
+        q: (B, Hq, T, D). k, v: (B, Hk, T, D) with Hq a multiple of Hk.
+        sinks: the first ``sinks`` positions stay visible whatever the window.
+
+    Returns:
+        (B, Hq, T, D).
+    """
+    if window is None or window >= q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+    return window_attention(q, k, v, window, sinks)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, block: int | None = None) -> Tensor:
+    """Local causal attention in blocks: time and memory O(T (W + block)) instead of O(T²).
+
+    Queries are cut into blocks. A block's queries can only see keys from ``window - 1`` before its first token to its
+    last token, so each block attends to that slice alone, under one small mask that is the same for all blocks. The
+    first tokens, whose slice would begin before the text does, are one small dense problem; so is a last, short block.
+
+    Args:
+        q: (B, Hq, T, D). k, v: (B, Hk, T, D).
+        window: W >= 1, the query's own position included (the convention of Mistral's ``sliding_window``).
+        sinks: the first ``sinks`` positions stay visible.
+        block: queries per block; None chooses an eighth of the window, at least 32.
+
+    Returns:
+        (B, Hq, T, D), equal to attention under a band mask.
+
+    Raises:
+        ValueError: window below 1, negative sinks, block below 1.
+    """
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", 1 if block is None else block, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    batch, tokens, device = q.shape[0], q.shape[2], q.device
+    grouped = q.shape[1] != k.shape[1]
+    block = block or max(32, window // 8)
+    reach = window - 1  # how far before a query its keys begin
+    # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
+    start = min(tokens, -(-(reach + sinks) // block) * block)
+    blocks = (tokens - start) // block
+    stop = start + blocks * block
+
+    at = torch.arange(max(start, reach + block), device=device)
+    first = F.scaled_dot_product_attention(
+        q[:, :, :start], k[:, :, :start], v[:, :, :start],
+        attn_mask=visible(at[:start], at[:start], window, sinks), enable_gqa=grouped,
+    )  # fmt: skip
+    parts = [first]
+
+    def slices(x: Tensor) -> Tensor:
+        """Overlapping slices of keys or values, one a block: views, no copy. -> (B * blocks, Hk, reach + block, D)."""
+        cut = x[:, :, start - reach : stop].unfold(2, reach + block, block).permute(0, 2, 1, 4, 3)
+        if sinks:
+            cut = torch.cat((x[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1), cut), dim=3)
+        return cut.flatten(0, 1)
+
+    # In a slice, the query number i is key number reach + i.
+    mask = visible(at[reach : reach + block], at[: reach + block], window)  # (block, reach + block)
+    mask = torch.cat((mask.new_ones(block, sinks), mask), dim=1)
+    if blocks:
+        # Blocks are folded into the batch, so that one call of the fused kernel does them all.
+        queries = q[:, :, start:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+        out = F.scaled_dot_product_attention(queries, slices(k), slices(v), attn_mask=mask, enable_gqa=grouped)
+        parts.append(out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3))
+    if rest := tokens - stop:
+        keys, values = (torch.cat((x[:, :, :sinks], x[:, :, stop - reach :]), dim=2) for x in (k, v))
+        mask = mask[:rest, : sinks + reach + rest]
+        last = F.scaled_dot_product_attention(q[:, :, stop:], keys, values, attn_mask=mask, enable_gqa=grouped)
+        parts.append(last)
+    return torch.cat(parts, dim=2)

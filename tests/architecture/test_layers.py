@@ -4,8 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dslib.architecture.cache import visible
-from dslib.architecture.layers import apply_rope, causal_attention, rope_angles, window_attention
+from dslib.architecture.cache import Step, visible
+from dslib.architecture.layers import (
+    apply_rope,
+    attend,
+    causal_attention,
+    plain_attention,
+    rope_angles,
+    window_attention,
+)
 
 
 def rotate_half_rope(x, positions, theta, scaling=1.0):
@@ -130,6 +137,16 @@ def test_window_attention_groups_heads_as_sdpa_does(heads, kv_heads, batch):
     q, k, v = qkv(50, batch=batch, heads=heads, kv_heads=kv_heads)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=band_mask(50, 12), enable_gqa=True)
     torch.testing.assert_close(window_attention(q, k, v, 12, block=7), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 2), (4, 1)])
+def test_plain_attention_is_what_the_fused_calls_compute(heads, kv_heads):
+    q, k, v = qkv(30, batch=2, heads=heads, kv_heads=kv_heads)
+    close = {"atol": 2e-6, "rtol": 1e-5}
+    torch.testing.assert_close(plain_attention(q, k, v, band_mask(30, 30)), causal_attention(q, k, v), **close)
+    torch.testing.assert_close(plain_attention(q, k, v, band_mask(30, 7, 2)), window_attention(q, k, v, 7, 2), **close)
+    last = q[:, :, -1:]
+    torch.testing.assert_close(plain_attention(last, k, v), attend(last, k, v, Step(torch.tensor([[29]]))), **close)
 
 
 @pytest.mark.parametrize("sinks", [0, 2])

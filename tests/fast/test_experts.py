@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dslib.fast.experts import Experts, Pairs, way_to_run
+from dslib.fast.experts import one_by_one as plain_loop
 from dslib.fast.linear import FEW_WEIGHTS, onednn, packed, packed_product, product
 
 E, K, H, I = 6, 2, 16, 24  # noqa: E741
@@ -57,6 +58,7 @@ def test_all_ways_equal_one_token_at_a_time(way, case, count):
     x, indices, weights = problem(case, count)
     want = one_by_one(layer, x, indices, weights)
     assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
+    assert torch.allclose(plain_loop(layer, x, indices, weights), want, atol=1e-5)
     if layer.pack():
         assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
 
