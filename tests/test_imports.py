@@ -12,6 +12,7 @@ PACKAGES = ("dslib", "measured")
 # A module may import from its own step and from those before it. The first prefix that fits decides.
 # Kernels know tensors only, so the architecture can stand on them; paths know our models, so they stand on it.
 KERNELS = (
+    "dslib.fast.exact",
     "dslib.fast.linear",
     "dslib.fast.experts",
     "dslib.fast.int4_kernels",

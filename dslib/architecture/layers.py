@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step, visible
+from dslib.fast.exact import exactly
 from dslib.fast.linear import Linear
 
 
@@ -103,9 +104,12 @@ class Attention(nn.Module):
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
         """Keep keys and values of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
         first = self.query_heads * self.head_dim
-        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[first:]
-        kv = F.linear(x, self.qkv_proj.weight[first:], bias).view(*x.shape[:2], -1, self.head_dim)
-        k, v = kv.chunk(2, dim=2)  # (B, T, Hk, D)
+        if exactly(self.qkv_proj, Linear, nn.Linear):  # the rows of queries need not be multiplied
+            bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[first:]
+            kv = F.linear(x, self.qkv_proj.weight[first:], bias)
+        else:
+            kv = self.qkv_proj(x)[..., first:]
+        k, v = kv.view(*x.shape[:2], -1, self.head_dim).chunk(2, dim=2)  # (B, T, Hk, D)
         cache.update(layer, apply_rope(k, *rope).transpose(1, 2), v.transpose(1, 2))
 
 

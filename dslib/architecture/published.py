@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, PreallocatedCache, Step, visible
+from dslib.architecture.int4_layers import Int4Linear
 from dslib.architecture.layers import RMSNorm, apply_rope, cos_and_sin
+from dslib.fast.exact import exactly
 from dslib.fast.linear import Linear
 
 FORMS = ("naive", "absorbed", "auto")
@@ -124,7 +126,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     Attributes:
         form: ``"naive"``, ``"absorbed"``, or ``"auto"`` for the one that multiplies less: naive for a prompt, absorbed
-            for new tokens behind a history. May be set at any time.
+            for new tokens behind a history. May be set at any time. A ``kv_b_proj`` that is no plain layer (an adapter,
+            hooks) cannot be absorbed and is always called.
         scale: what scores are multiplied by before the softmax.
 
     Raises:
@@ -172,6 +175,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             (kept,) = cache.update(layer, kept)  # (B, 1, S, C + R)
         form = self._cheaper(tokens, kept.shape[2]) if self.form == "auto" else self.form
+        if not exactly(self.kv_b_proj, Linear, nn.Linear, Int4Linear, bias=False):
+            form = "naive"  # which calls the layer; absorbing reads its weight
         y = (self._naive if form == "naive" else self._absorbed)(q, q_rope, kept, step)  # (B, H, T, V)
         return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
 

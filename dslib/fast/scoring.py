@@ -24,6 +24,10 @@ from tqdm.auto import tqdm
 
 from dslib.architecture.cache import Step, visible
 from dslib.architecture.decoder import Decoder
+from dslib.architecture.depth import MixtureOfDepths
+from dslib.architecture.layers import Block
+from dslib.architecture.sparse_decoder import SparseBlock
+from dslib.fast.exact import exactly
 from dslib.fast.linear import Linear, onednn, packed_product
 
 SHORTEST_PREFIX = 8  # a shorter common beginning is not worth the trouble
@@ -60,10 +64,13 @@ def log_likelihoods(
         quick_products: let oneDNN multiply where that is quicker; the arithmetic is float32 all the same.
 
     Raises:
-        ValueError: no row, or one longer than ``max_position_embeddings`` (unless the model has a window).
+        ValueError: no row, or one longer than ``max_position_embeddings`` (unless the model has a window); a mixture of
+            depths, where one continuation would change another's score.
     """
     if not rows:
         raise ValueError("rows: got none, expected at least one")
+    if any(isinstance(module, MixtureOfDepths) for module in model.modules()):
+        raise ValueError("model: has a MixtureOfDepths, whose tokens compete for places; expected layers without it")
     groups = [0] * len(rows) if groups is None else groups
     longest = max(len(row.context) + max(map(len, row.ends)) - 1 for row in rows)
     if model.config.sliding_window is None and longest > model.config.max_position_embeddings:
@@ -114,8 +121,8 @@ class _Prefix:
 def _float_head(model: Decoder) -> Callable[[Tensor], Tensor]:
     """The output layer: states (places, hidden_size) -> float32 logits."""
     layer = model.lm_head
-    if type(layer) is not Linear or layer.weight.dtype is torch.float32:
-        return lambda states: layer(states).float()  # quantised layers have their own way
+    if not exactly(layer, Linear, bias=False) or layer.weight.dtype is torch.float32:
+        return lambda states: layer(states).float()  # quantised layers and adapters have their own way
     weight = layer.weight.float()
     return lambda states: F.linear(states.float(), weight)
 
@@ -164,6 +171,8 @@ def _states_at(
     *layers, last = model.layers
     for index, layer in enumerate(layers):
         x = layer(x, rope, step, cache, index, ids)
+    if not exactly(last, Block, SparseBlock):
+        return last(x, rope, step, cache, len(layers), ids).flatten(0, 1)[places]
     # In the last layer, every token is still looked at, but only those that predict have to be finished.
     x = x + last.self_attn(last.input_layernorm(x), rope, step, cache, len(layers))
     x = x.flatten(0, 1)[places].unsqueeze(0)  # (1, places, C)
@@ -175,7 +184,7 @@ def _products(model: Decoder):
     """While it lasts, float32 layers on a CPU multiply with oneDNN, where torch has it and it is the quicker one."""
     weight = model.embed_tokens.weight
     usable = onednn() and weight.dtype is torch.float32 and weight.device.type == "cpu"
-    layers = [module for module in model.modules() if usable and type(module) is Linear and module.bias is None]
+    layers = [module for module in model.modules() if usable and exactly(module, Linear, bias=False)]
     for layer in layers:
         layer.forward = partial(packed_product, weight=layer.weight)
     try:

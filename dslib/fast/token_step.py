@@ -24,14 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache
-from dslib.architecture.cross_attention import Gate
+from dslib.architecture.cross_attention import Gate, GatedCrossAttention
 from dslib.architecture.decoder import Decoder
-from dslib.architecture.fusion import ImageContext
+from dslib.architecture.fusion import ImageContext, VisionLanguageDecoder
 from dslib.architecture.int4_layers import Int4Linear
-from dslib.architecture.layers import Attention, SwiGLU, rope_angles
-from dslib.fast.linear import cut_rows, one_row_linear, row_chunks
+from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU, rope_angles
+from dslib.fast.exact import all_exactly
+from dslib.fast.linear import Linear, cut_rows, one_row_linear, row_chunks
 
 Matrix = Tensor | Callable[[Tensor], Tensor]  # something to multiply a row by, or what does it
+
+
+KINDS = (
+    Decoder, VisionLanguageDecoder, nn.ModuleList, nn.ModuleDict, nn.Embedding, nn.Linear, Linear, Int4Linear, RMSNorm,
+    Block, Attention, SwiGLU, GatedCrossAttention, Gate,
+)  # fmt: skip
 
 
 class TokenStep:
@@ -50,21 +57,23 @@ class TokenStep:
 
     @staticmethod
     def fits(model: Decoder) -> bool:
-        """Whether every block has plain attention and a dense feed-forward network, so that the loop below is right.
+        """Whether every module that the loop below stands for is of the known kind, unchanged and without hooks.
 
-        Weights of four bits need their kernel, too.
+        Blocks have plain attention and a dense feed-forward network. Weights of four bits need their kernel, too.
         """
         like = model.embed_tokens.weight
         if any(module.why_slow(like) for module in model.modules() if isinstance(module, Int4Linear)):
             return False
-        return all(type(block.self_attn) is Attention and type(block.mlp) is SwiGLU for block in model.layers)
+        return all_exactly(model, KINDS, biased=("qkv_proj", "gate", "mlp_gate"), skip=("vision", "projector"))
 
     def __init__(self, model: Decoder, image: ImageContext | None = None):
         weight = model.embed_tokens.weight
         if weight.device.type != "cpu":
             raise ValueError(f"model: on device {weight.device}, expected cpu")
         if not self.fits(model):
-            raise ValueError(f"model: got a {type(model).__name__}, expected only blocks of Attention and SwiGLU")
+            raise ValueError(
+                f"model: got a {type(model).__name__}, expected only blocks of Attention and SwiGLU, unchanged"
+            )
         self.config, self.dtype, self.embedding = model.config, weight.dtype, weight
         config = model.config
         size, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads

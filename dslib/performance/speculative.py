@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, build
-from dslib.architecture.int4_layers import Int4Linear
 from dslib.fast.token_step import TokenStep
 from dslib.performance.generation import Sampling
 
@@ -237,7 +236,7 @@ def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: f
 def one_token_step(model: Decoder) -> Callable[[int, KVCache], Tensor]:
     """(token, cache) -> (1, vocab_size) logits, by the leanest way that there is for this model."""
     lean = model.embed_tokens.weight.device.type == "cpu" and not model.config.attention_sinks and TokenStep.fits(model)
-    if lean and isinstance(model.layers[0].self_attn.qkv_proj, nn.Linear | Int4Linear):  # what it knows to multiply
+    if lean:
         return TokenStep(model)
     return lambda token, cache: model(torch.tensor([[token]], device=model.embed_tokens.weight.device), cache)[0]
 
