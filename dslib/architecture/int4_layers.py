@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from dslib.architecture.decoder import DecoderConfig
 from dslib.architecture.int4 import METHODS, check_group_size
 from dslib.fast import int4_rows
+from dslib.fast.exact import stamp
 from dslib.fast.experts import Experts, Pairs
 from dslib.fast.int4_kernels import KERNEL_GROUPS, cuda_tiles, many_rows, no_kernel, pack, say_once, unpack
 
@@ -81,6 +82,7 @@ class Int4Linear(nn.Module):
         # On a GPU, whose kernel wants another order: a second copy of the codes, made at the first use.
         self.register_buffer("tiles", None, persistent=False)
         self._pairs: Tensor | None = None  # symmetric scales with the zeros that the kernel wants to see
+        self._made_from: dict[str, tuple] = {}  # what the two copies were made from, to see when that changes
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 32, method: str = "rtn", symmetric: bool = False):
@@ -166,7 +168,7 @@ class Int4Linear(nn.Module):
             return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.pairs())
         if len(rows) > FEW_ROWS_ON_CUDA:
             return F.linear(rows, self.dequantize(torch.bfloat16))
-        if self.tiles is None:
+        if self._changed("tiles", self.packed) or self.tiles is None:
             self.tiles = cuda_tiles(unpack(self.packed))
         return torch.ops.aten._weight_int4pack_mm(rows, self.tiles, self.group_size, self.pairs())
 
@@ -197,9 +199,16 @@ class Int4Linear(nn.Module):
         """Scales and zeros as the kernel reads them, (groups, out, 2)."""
         if not self.symmetric:
             return self.scales
-        if self._pairs is None or self._pairs.device != self.scales.device:
+        if self._changed("pairs", self.scales) or self._pairs is None:
             self._pairs = F.pad(self.scales, (0, 1))
         return self._pairs
+
+    def _changed(self, copy: str, source: Tensor) -> bool:
+        """Whether ``source`` is another than when this was last asked for a copy of it."""
+        if torch.compiler.is_compiling():
+            return False  # addresses cannot be traced; a compiled step is made for the weights as they are
+        before, self._made_from[copy] = self._made_from.get(copy), stamp(source)
+        return before != self._made_from[copy]
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but scales stay in bfloat16, which is what the kernel reads and codes were made for."""

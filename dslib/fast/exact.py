@@ -8,7 +8,7 @@ modules run.
 
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def exactly(module: nn.Module, *kinds: type, bias: bool = True) -> bool:
@@ -25,6 +25,15 @@ def exactly(module: nn.Module, *kinds: type, bias: bool = True) -> bool:
     own = [value for value in module._parameters.values() if value is not None]
     # A parameter of another class than Parameter (a tensor subclass) may multiply in another way.
     return all(type(value) is nn.Parameter for value in own) and (bias or getattr(module, "bias", None) is None)
+
+
+def stamp(tensor: Tensor) -> tuple:
+    """Differs when a tensor was replaced, moved or written to, as far as torch counts writes.
+
+    It does not count those of fused optimisers, through ``.data``, and in inference mode: a copy that has to notice
+    these too needs to be let go where they can happen.
+    """
+    return tensor.data_ptr(), tensor.dtype, tensor.device, None if tensor.is_inference() else tensor._version
 
 
 def all_exactly(

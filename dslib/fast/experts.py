@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dslib.fast.exact import stamp
 from dslib.fast.linear import packed, packed_product, product
 
 # One padded batch pays while the experts' matrices and their slices are small and little of it is padding.
@@ -76,7 +77,8 @@ class Experts(nn.Module):
         """Keep a second copy of the weights, laid out for fast inference on this CPU; returns whether that is possible.
 
         It doubles the memory, so it is never done unasked. It is used while no gradients are recorded, and let go when
-        the weights change.
+        the weights change or the layer is trained: with ``train()``, or by a pass that records gradients. Only writes
+        through ``.data``, or in inference mode, go unseen; call :meth:`unpack` after them.
         """
         gate_up, down = ([packed(matrix) for matrix in stack] for stack in (self.gate_up_proj, self.down_proj))
         if gate_up[0] is None:
@@ -94,7 +96,12 @@ class Experts(nn.Module):
 
     def _state(self) -> tuple:
         """Changes whenever a weight is replaced or written to."""
-        return tuple((p.data_ptr(), p.dtype, p._version) for p in (self.gate_up_proj, self.down_proj))
+        return stamp(self.gate_up_proj), stamp(self.down_proj)
+
+    def train(self, mode: bool = True) -> "Experts":
+        if mode:
+            self.unpack()  # fused optimisers write without a trace
+        return super().train(mode)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | None = None) -> Tensor:
         """Run each token through its experts and add up what they give, weighted.
@@ -114,7 +121,7 @@ class Experts(nn.Module):
         self._check(x, indices, weights, way)
         if indices.numel() == 0:
             return x * 0
-        if self._packed is not None and self._packed_from != self._state():
+        if self._packed is not None and (torch.is_grad_enabled() or self._packed_from != self._state()):
             self.unpack()
         if len(x) == 1 and x.device.type == "cpu" and way in (None, "loop") and not torch.is_grad_enabled():
             return self._one_token(x, indices, weights.to(x.dtype))

@@ -234,3 +234,18 @@ def test_hqq_is_no_worse_in_what_it_minimises(seed, group_size):
         ((method(groups).dequantize() - groups).abs() ** 0.7).sum() for method in (round_to_nearest, half_quadratic)
     ]
     assert loss[1] <= loss[0] * 1.001
+
+
+@torch.no_grad()
+def test_copies_for_kernels_are_made_anew_when_the_weights_change():
+    """A layer that was used, and is then given other weights, by loading or in place."""
+    one, two = (Int4Linear.from_weight(torch.randn(64, 64), 32, symmetric=True) for _ in range(2))
+    stale = one.pairs()
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one.pairs()[..., 0], two.scales[..., 0]) and not torch.equal(one.pairs(), stale)
+    one.scales.mul_(2)
+    assert torch.equal(one.pairs()[..., 0], one.scales[..., 0])
+    kept = one.pairs()
+    assert one.pairs() is kept, "and only then"
+    one.scales = two.scales.clone()
+    assert torch.equal(one.pairs()[..., 0], two.scales[..., 0])

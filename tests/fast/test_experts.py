@@ -156,6 +156,32 @@ def test_an_optimiser_step_is_a_change():
     assert torch.allclose(layer(x, indices, weights), one_by_one(layer, x, indices, weights), atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", ["train()", "a pass with gradients"])
+def test_training_lets_the_packed_copy_go(monkeypatch, trained):
+    """The fused optimiser raises no version. The copy is a real one here, also where the CPU has no packed layout."""
+    monkeypatch.setattr("dslib.fast.experts.packed", lambda matrix: matrix.detach().clone())
+    monkeypatch.setattr("dslib.fast.experts.packed_product", F.linear)
+    layer, (x, indices, weights) = experts(), problem("some", 20)
+    assert layer.eval().pack()
+    with torch.no_grad():
+        before = layer(x, indices, weights, "loop")
+    if trained == "train()":
+        layer.train()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    version = layer.down_proj._version
+    if trained == "train()":
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    else:
+        layer(x, indices, weights).square().sum().backward()
+    optimizer.step()
+    assert layer.down_proj._version == version, "the optimiser says what it wrote: this test is no longer needed"
+    with torch.no_grad():
+        now = layer.eval()(x, indices, weights, "loop")
+        assert torch.allclose(now, one_by_one(layer, x, indices, weights), atol=1e-5)
+    assert not torch.allclose(now, before, atol=1e-2)
+
+
 @torch.no_grad()
 def test_packing_is_used_in_inference_only_and_can_be_undone():
     layer, (x, indices, weights) = experts(), problem("some", 20)
