@@ -29,15 +29,16 @@ from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext, VisionLanguageDecoder
 from dslib.architecture.int4_layers import Int4Linear
 from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU, rope_angles
+from dslib.architecture.sparse_decoder import SparseBlock, SparseDecoder
 from dslib.fast.exact import all_exactly
 from dslib.fast.linear import Linear, cut_rows, one_row_linear, row_chunks
 
 Matrix = Tensor | Callable[[Tensor], Tensor]  # something to multiply a row by, or what does it
 
 
-KINDS = (
-    Decoder, VisionLanguageDecoder, nn.ModuleList, nn.ModuleDict, nn.Embedding, nn.Linear, Linear, Int4Linear, RMSNorm,
-    Block, Attention, SwiGLU, GatedCrossAttention, Gate,
+KINDS = (  # a SparseDecoder has such blocks where its first layers are dense
+    Decoder, SparseDecoder, VisionLanguageDecoder, nn.ModuleList, nn.ModuleDict, nn.Embedding, nn.Linear, Linear,
+    Int4Linear, RMSNorm, Block, SparseBlock, Attention, SwiGLU, GatedCrossAttention, Gate,
 )  # fmt: skip
 
 
