@@ -11,6 +11,11 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 
+def hooks(module: nn.Module) -> int:
+    """How many things were set on this one module that run with its ``forward`` or in place of it."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+
+
 def exactly(module: nn.Module, *kinds: type, bias: bool = True) -> bool:
     """Whether ``module`` is of one of ``kinds``, not of a subclass, and unchanged.
 
@@ -19,8 +24,7 @@ def exactly(module: nn.Module, *kinds: type, bias: bool = True) -> bool:
     Args:
         bias: whether the module may have one. A layer made without may have been given one since.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if type(module) not in kinds or hooked:
+    if type(module) not in kinds or hooks(module):
         return False
     own = [value for value in module._parameters.values() if value is not None]
     # A parameter of another class than Parameter (a tensor subclass) may multiply in another way.

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from dslib.architecture.cache import PreallocatedCache
 from dslib.architecture.decoder import Decoder, build
 from dslib.architecture.layers import RMSNorm
+from dslib.fast.exact import hooks
 
 try:
     import triton
@@ -214,7 +215,6 @@ def _facts(model: Decoder, cache: PreallocatedCache) -> Iterator[tuple]:
 
 def _looks(module: nn.Module) -> dict:
     """What a module and its plain counterpart have in common."""
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
     parts = module.named_parameters(recurse=False)
     weights = {name: (type(part), tuple(part.shape), part.dtype, part.is_contiguous()) for name, part in parts}
-    return {"type": type(module), "hooks": hooks, **weights}
+    return {"type": type(module), "hooks": hooks(module), **weights}
