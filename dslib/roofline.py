@@ -15,13 +15,12 @@ Chapter: ``chapters/start/your_machine.ipynb``.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from dslib.data.files import data_path
+from dslib import check
+from dslib.data.files import read_yaml
 from dslib.html import html_table
 
 # Bytes of one number. Four-bit formats pack two to a byte.
@@ -49,15 +48,13 @@ class Roof:
     read_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
-        positive("bandwidth", self.bandwidth)
-        for dtype, rate in self.flops.items():
-            positive(f"flops[{dtype!r}]", rate)
+        check.above(0, bandwidth=self.bandwidth, **{f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()})
 
     def rate(self, dtype: Any) -> float:
         """Operations per second in ``dtype``. Raises ``ValueError`` for a format this machine has no rate for."""
         name = dtype_name(dtype)
         if name not in self.flops:
-            raise ValueError(f"dtype: got {name!r}, wanted one that {self.name} has: {', '.join(self.flops)}")
+            raise ValueError(f"dtype: got {name!r}, expected one that {self.name} has: {', '.join(self.flops)}")
         return self.flops[name]
 
     def ridge(self, dtype: Any) -> float:
@@ -89,8 +86,8 @@ class Workload:
     dtype: str
 
     def __post_init__(self) -> None:
-        positive("bytes", self.bytes)
-        not_negative("flops", self.flops)
+        check.above(0, bytes=self.bytes)
+        check.at_least(0, flops=self.flops)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @property
@@ -112,7 +109,7 @@ class Placement:
 
     def fraction(self, measured: float) -> float:
         """Which part of the bound a run of ``measured`` seconds reached: 1.0 is the roof itself."""
-        positive("measured", measured)
+        check.above(0, measured=measured)
         return self.seconds / measured
 
 
@@ -134,7 +131,7 @@ class DecoderShape:
 
     def kv_bytes(self, tokens: float, dtype: Any = "float16") -> float:
         """Bytes of the keys and values of ``tokens`` tokens."""
-        not_negative("tokens", tokens)
+        check.at_least(0, tokens=tokens)
         return 2 * self.layers * self.kv_width * NUMBER_BYTES[dtype_name(dtype)] * tokens
 
     def weight_bytes(self, dtype: Any = "float16") -> float:
@@ -155,9 +152,8 @@ class DecoderShape:
         return self._pass("prefill", batch, prompt, 0, dtype, weights)
 
     def _pass(self, kind: str, batch: int, new: int, context: int, dtype: Any, weights: Any) -> Workload:
-        positive("batch", batch)
-        positive("prompt", new)
-        not_negative("context", context)
+        check.above(0, batch=batch, prompt=new)
+        check.at_least(0, context=context)
         name = dtype_name(dtype)
         # Weights once for everybody, keys and values for each sequence by itself. Activations are left out: they are
         # small beside the weights and mostly stay in cache.
@@ -174,8 +170,7 @@ CODER_1_3B = DecoderShape("1.3B decoder (shape of deepseek-coder-1.3b)", 1.3e9, 
 
 def matmul(m: int, k: int, n: int, dtype: Any) -> Workload:
     """The product of an (m, k) and a (k, n) matrix, each read once from memory, the result written once."""
-    for name, value in (("m", m), ("k", k), ("n", n)):
-        positive(name, value)
+    check.above(0, m=m, k=k, n=n)
     moved = NUMBER_BYTES[dtype_name(dtype)] * (m * k + k * n + m * n)
     return Workload(f"({m}, {k}) @ ({k}, {n})", moved, 2 * m * k * n, dtype_name(dtype))
 
@@ -197,8 +192,7 @@ def decode_floor(weight_bytes: float, roof: Roof, tokens: int = 1) -> float:
     Keys, values and activations come on top, so this is a floor for any context. It uses the read-only bandwidth where
     the roof has one.
     """
-    positive("weight_bytes", weight_bytes)
-    positive("tokens", tokens)
+    check.above(0, weight_bytes=weight_bytes, tokens=tokens)
     return tokens * weight_bytes / (roof.read_bandwidth or roof.bandwidth)
 
 
@@ -208,17 +202,16 @@ def published_roof(name: str) -> Roof:
     Raises:
         ValueError: unknown GPU (with the nearest names), or a row that lacks a number (with file, row and field).
     """
-    rows = _hardware()
-    key = str(name).upper().replace(" ", "_").replace("-", "_")
+    rows, key = _hardware(), gpu_key(name)
     if key not in rows:
-        near = difflib.get_close_matches(key, rows, n=3, cutoff=0.3) or list(rows)
-        raise ValueError(f"name: got {name!r}, wanted a GPU of hardware.yml, such as {', '.join(near)}")
-    row = rows[key]
+        raise check.unknown("name", name, rows, "a GPU of hardware.yml")
+    row, needed = rows[key], ("bandwidth_gb_s", "memory_gb")
+    check.above(0, **{f"hardware.yml row {key!r}, field {field!r}": row.get(field) for field in needed})
     return Roof(
         name=row.get("name", key),
-        bandwidth=_number(key, row, "bandwidth_gb_s") * 1e9,
+        bandwidth=row["bandwidth_gb_s"] * 1e9,
         flops={dtype: float(rate) * 1e12 for dtype, rate in row.get("tflops", {}).items() if rate},
-        memory_bytes=_number(key, row, "memory_gb") * 1e9,
+        memory_bytes=row["memory_gb"] * 1e9,
         source="published peak",
     )
 
@@ -228,49 +221,31 @@ def published_names() -> list[str]:
     return list(_hardware())
 
 
+def gpu_key(name: str) -> str:
+    """A GPU's name as the tables of ``data/`` write it: ``"a100 80gb"`` as ``"A100_80GB"``."""
+    return str(name).upper().replace(" ", "_").replace("-", "_")
+
+
 def _speed(rate: float) -> str:
     return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
-@cache
 def _hardware() -> dict[str, dict[str, Any]]:
-    import yaml
-
-    path = data_path("hardware.yml")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
+    document = read_yaml("hardware.yml")
     rows = document.get("gpus") if isinstance(document, dict) else None
     if not isinstance(rows, dict):
-        raise ValueError(
-            f"{path.name} field 'gpus': got {type(rows).__name__}, wanted a mapping from GPU to its numbers"
-        )
+        raise ValueError(f"hardware.yml field 'gpus': got {rows!r}, expected a mapping from GPU to its numbers")
     return rows
-
-
-def _number(key: str, row: Mapping[str, Any], name: str) -> float:
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"hardware.yml row {key!r}, field {name!r}: got {value!r}, wanted a number above 0")
-    return float(value)
 
 
 def dtype_name(dtype: Any) -> str:
     """``"float16"`` for ``torch.float16`` and ``"float16"`` alike. Raises ``ValueError`` for an unknown format."""
     name = str(dtype).removeprefix("torch.")
     name = "float8" if name.startswith("float8_") else name
-    if name not in NUMBER_BYTES:
-        raise ValueError(f"dtype: got {name!r}, wanted one of {', '.join(NUMBER_BYTES)}")
+    check.one_of(NUMBER_BYTES, dtype=name)
     return name
 
 
 def positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: got {value!r}, wanted a number above 0")
-
-
-def not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name}: got {value!r}, wanted 0 or more")
+    """Raise a ``ValueError`` that names a value which is not above 0."""
+    check.above(0, **{name: value})

@@ -1,8 +1,8 @@
 """The claims ledger: every checkable statement of the article, its verdict, and the cell that settles it.
 
 ``data/claims.yml`` holds one row a claim. A chapter settles a row with :func:`check`, which compares what the cell
-computed with what the row says and raises when they differ, so a verdict cannot outlive its evidence. Plain Python
-and PyYAML only: the ledger works where torch is absent.
+computed with what the row says and raises when they differ, so a verdict cannot outlive its evidence. PyYAML and
+pydantic only: the ledger works where torch is absent.
 
 How a ``found`` value in a row is compared with what a cell computed:
 
@@ -25,7 +25,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import pydantic.dataclasses
+from pydantic import Field, PlainValidator
+
+from dslib.check import one_of
 from dslib.data.files import data_path
 from measured import claims_html
 from measured.claims_file import read_rows
@@ -60,7 +65,19 @@ PARTS = ("architecture", "performance", "scenarios", "migration", "roadmap")
 PENDING = "pending"
 TOLERANCE = 0.01
 
-Found = bool | int | float | str | tuple[float, float]
+
+def _found(value: Any) -> bool | int | float | str | tuple[float, float]:
+    """A value that a row may have under ``found``; ``[low, high]`` becomes a pair."""
+    if isinstance(value, list) and len(value) == 2 and {type(end) for end in value} <= {int, float}:
+        if value[0] <= value[1]:
+            return tuple(value)
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("wanted a number, a truth value, text or [low, high]")
+    return value
+
+
+Found = Annotated[bool | int | float | str | tuple[float, float], PlainValidator(_found)]
+Text = Annotated[str, Field(pattern=r"\S")]
 
 
 class ClaimNotSupported(AssertionError):
@@ -74,21 +91,20 @@ class UnknownClaim(KeyError, ValueError):
         return str(self.args[0])
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Claim:
-    """One row of the ledger. ``line`` is where it starts in the file."""
+    """One row of the ledger. ``evidence`` is ``pending`` or a cell's id, such as ``claim-s1-1-04``."""
 
-    id: str
-    chapter: str
-    said: str
+    id: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9.-]*$")]
+    chapter: Annotated[str, Field(pattern=rf"^({'|'.join(PARTS)})/[a-z0-9_]+$")]
+    said: Text
     value: str | None
-    checks: tuple[str, ...]
-    verdict: str
-    because: str
-    evidence: str
+    checks: Annotated[tuple[Literal[*CHECKS], ...], Field(min_length=1)]
+    verdict: Literal[*VERDICTS]
+    because: Text
+    evidence: Annotated[str, Field(pattern=r"^(pending|claim-[A-Za-z0-9-]+)$")]
     sources: tuple[str, ...]
-    found: Mapping[str, Found] | None = None
-    line: int = 0
+    found: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Found], Field(min_length=1)] | None = None
 
     @property
     def part(self) -> str:
@@ -134,16 +150,14 @@ class Ledger(Mapping[str, Claim]):
 
     def filter(self, *, chapter: str | None = None, part: str | None = None, verdict: str | None = None) -> "Ledger":
         """The rows that match every argument given. An unknown ``verdict`` raises ValueError."""
-        if verdict is not None and verdict not in VERDICTS:
-            raise ValueError(f"verdict: got {verdict!r}, wanted one of {', '.join(VERDICTS)}")
+        one_of((None, *VERDICTS), verdict=verdict)
         wanted = {"chapter": chapter, "part": part, "verdict": verdict}
         kept = [c for c in self.values() if all(v is None or getattr(c, k) == v for k, v in wanted.items())]
         return Ledger(kept, self.path)
 
     def counts(self, by: str = "verdict") -> dict[str, int]:
         """Number of rows by ``verdict`` (in the order of :data:`VERDICTS`), ``part``, ``chapter`` or ``evidence``."""
-        if by not in {"verdict", "part", "chapter", "evidence"}:
-            raise ValueError(f"by: got {by!r}, wanted verdict, part, chapter or evidence")
+        one_of(("verdict", "part", "chapter", "evidence"), by=by)
         count = Counter(getattr(claim, by) for claim in self.values())
         order = {"verdict": list(VERDICTS), "part": list(PARTS)}.get(by, list(count))
         return {name: count[name] for name in order}
@@ -178,19 +192,15 @@ def legend() -> Html:
     return Html(claims_html.legend(VERDICTS, SYMBOLS), "\n".join(f"{name}: {text}" for name, text in VERDICTS.items()))
 
 
+@lru_cache(maxsize=8)
 def load_ledger(path: str | Path | None = None) -> Ledger:
     """Read a ledger file, ``data/claims.yml`` by default, once.
 
     Raises:
         ValueError: naming file, line, row and field of what is wrong.
     """
-    return _load(Path(path) if path is not None else data_path("claims.yml"))
-
-
-@lru_cache(maxsize=8)
-def _load(path: Path) -> Ledger:
-    words = {"verdict": VERDICTS, "checks": CHECKS, "part": PARTS}
-    return Ledger([Claim(**row) for row in read_rows(path, words)], path)
+    file = Path(path) if path is not None else data_path("claims.yml")
+    return Ledger(read_rows(file, Claim), file)
 
 
 @dataclass(frozen=True)

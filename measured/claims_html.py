@@ -18,7 +18,7 @@ BIBLIOGRAPHY_PAGE = "../reference/bibliography.html"
 def card(claim: Any, symbol: str) -> str:
     """One settled claim. Quotes the ledger's figures and not the cell's, so it is the same on every machine."""
     lines = [
-        f'<p class="claim-head"><strong>{_verdict(claim, symbol)}</strong> '
+        f'<p class="claim-head"><strong>{_verdict(claim.verdict, symbol)}</strong> '
         f'<a href="{LEDGER_PAGE}#{claim.id}">claim {claim.id}</a></p>',
         f'<p class="claim-said"><em>The article:</em> {prose(claim.said)}</p>',
         f'<p class="claim-because"><em>We find:</em> {prose(claim.because)}</p>',
@@ -29,7 +29,7 @@ def card(claim: Any, symbol: str) -> str:
     if claim.sources:
         lines.append(f'<p class="claim-sources">Sources: {_sources(claim)}.</p>')
     body = "\n".join(lines)
-    return f'<div class="claim-card {_css(claim)}" id="{claim.anchor}">\n{body}\n</div>'
+    return f'<div class="claim-card {_css(claim.verdict)}" id="{claim.anchor}">\n{body}\n</div>'
 
 
 def table(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
@@ -77,10 +77,10 @@ def _row(claim: Any, symbol: str) -> str:
     where = f'<a href="{claim.url}">{claim.chapter}</a>' if claim.url else f"{claim.chapter} (not written yet)"
     sources = f" Sources: {_sources(claim)}." if claim.sources else ""
     return (
-        f'<tr id="{claim.id}" class="{_css(claim)}" data-part="{claim.part}" data-verdict="{claim.verdict}">'
+        f'<tr id="{claim.id}" class="{_css(claim.verdict)}" data-part="{claim.part}" data-verdict="{claim.verdict}">'
         f'<th scope="row"><a href="#{claim.id}">{claim.id}</a></th>'
         f"<td>{prose(claim.said)}</td>"
-        f'<td class="ledger-verdict">{_verdict(claim, symbol)}</td>'
+        f'<td class="ledger-verdict">{_verdict(claim.verdict, symbol)}</td>'
         f'<td>{prose(claim.because)} <span class="ledger-where">Settled in: {where}.{sources}</span></td></tr>'
     )
 
@@ -93,17 +93,15 @@ def _small_table(head: tuple[str, ...], rows: list[str]) -> str:
 
 
 def _verdict_head(verdict: str, symbols: Mapping[str, str]) -> str:
-    symbol = html.escape(symbols[verdict])
-    css = "verdict-" + verdict.replace(" ", "-")
-    return f'<th scope="row" class="{css} ledger-verdict"><span aria-hidden="true">{symbol}</span> {verdict}</th>'
+    return f'<th scope="row" class="{_css(verdict)} ledger-verdict">{_verdict(verdict, symbols[verdict])}</th>'
 
 
-def _css(claim: Any) -> str:
-    return "verdict-" + claim.verdict.replace(" ", "-")
+def _css(verdict: str) -> str:
+    return "verdict-" + verdict.replace(" ", "-")
 
 
-def _verdict(claim: Any, symbol: str) -> str:
-    return f'<span aria-hidden="true">{html.escape(symbol)}</span> {claim.verdict}'
+def _verdict(verdict: str, symbol: str) -> str:
+    return f'<span aria-hidden="true">{html.escape(symbol)}</span> {verdict}'
 
 
 def _sources(claim: Any) -> str:

@@ -190,11 +190,8 @@ def usable_cores() -> int:
 
 def cpu_name() -> str:
     """The CPU's marketing name, or the architecture where the system does not give one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
+    if name := _cpuinfo("model name"):
+        return name
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine() or "unknown CPU"
@@ -202,12 +199,16 @@ def cpu_name() -> str:
 
 def cpu_isa() -> str | None:
     """The newest of ``INSTRUCTION_SETS`` this CPU has; ``None`` for an older one, or where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^flags\s*:(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.exists() else None
-    )
-    flags = found.group(1).split() if found else []
+    flags = _cpuinfo("flags").split()
     return next((name for flag, name in INSTRUCTION_SETS.items() if flag in flags), None)
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core; empty on another system, or where it does not tell."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    found = re.search(rf"^{field}\s*:(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
 
 
 def cpu_memory() -> int:
@@ -223,15 +224,12 @@ def cpu_cache() -> int | None:
 
     A virtual machine reports the chip's whole cache even when it may use only a share of it.
     """
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
-        if found:
-            sizes.append(int(found.group(1)) * {"K": 2**10, "M": 2**20}[found.group(2)])
+    texts = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    found = [re.fullmatch(r"(\d+)([KM])", text.strip()) for text in texts]
+    sizes = [int(size[1]) * {"K": 2**10, "M": 2**20}[size[2]] for size in found if size]
     if not sizes and sys.platform == "darwin":
-        told = (
-            _output("sysctl", "-n", key) for key in ("hw.l3cachesize", "hw.perflevel0.l2cachesize", "hw.l2cachesize")
-        )
+        keys = ("hw.l3cachesize", "hw.perflevel0.l2cachesize", "hw.l2cachesize")
+        told = [_output("sysctl", "-n", key) for key in keys]
         sizes = [int(text) for text in told if text and text.isdigit()]
     return max(sizes, default=None)
 

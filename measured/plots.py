@@ -15,6 +15,7 @@ import io
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,36 +38,18 @@ def use_style() -> None:
     import matplotlib as mpl
     from cycler import cycler
 
-    mpl.rcParams.update(
-        {
-            "figure.figsize": (WIDTH, 3.9),
-            "figure.facecolor": PAPER,
-            "figure.constrained_layout.use": True,
-            "savefig.facecolor": PAPER,
-            "axes.facecolor": PAPER,
-            "axes.edgecolor": INK,
-            "axes.labelcolor": INK,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=LINES),
-            "grid.color": GRID,
-            "grid.linewidth": 0.7,
-            "lines.linewidth": 2.0,
-            "lines.markersize": 6,
-            "text.color": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "font.size": 10,
-            "font.family": "DejaVu Sans",  # matplotlib brings it along, so a figure looks the same everywhere
-            "legend.frameon": False,
-            "legend.fontsize": 9,
-        }
-    )
+    mpl.rc("figure", figsize=(WIDTH, 3.9), facecolor=PAPER)
+    mpl.rc("figure.constrained_layout", use=True)
+    mpl.rc("savefig", facecolor=PAPER)
+    mpl.rc("axes", facecolor=PAPER, edgecolor=INK, labelcolor=INK, grid=True, axisbelow=True)
+    mpl.rc("axes", titlesize=11, titleweight="bold", titlelocation="left")
+    mpl.rc("axes", prop_cycle=cycler(color=COLOURS) + cycler(linestyle=LINES))
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc("grid", color=GRID, linewidth=0.7)
+    mpl.rc("lines", linewidth=2.0, markersize=6)
+    mpl.rc(("text", "xtick", "ytick"), color=INK)
+    mpl.rc("font", size=10, family="DejaVu Sans")  # matplotlib brings it along: a figure looks the same everywhere
+    mpl.rc("legend", frameon=False, fontsize=9)
 
 
 def draw_roofs(ax: Any, roofs: Sequence[Roof], dtype: str, low: float = 0.5, high: float = 4096) -> None:
@@ -105,17 +88,19 @@ def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
         )
 
 
+@dataclass(frozen=True)
 class Picture:
     """A drawn figure with its text alternative; the last line of a cell shows it.
 
     Attributes:
-        alt: what the figure shows, in words.
         png: the picture.
+        alt: what the figure shows, in words.
         width: shown width in CSS pixels; the picture has more, for sharp screens.
     """
 
-    def __init__(self, png: bytes, alt: str, width: int) -> None:
-        self.png, self.alt, self.width = png, _alt(alt), width
+    png: bytes
+    alt: str
+    width: int
 
     def to_html(self) -> str:
         source = base64.b64encode(self.png).decode("ascii")
@@ -145,7 +130,7 @@ def show(fig: Figure, alt: str) -> Picture:
     """
     if not hasattr(fig, "savefig") or not hasattr(fig, "get_size_inches"):
         raise ValueError(f"fig: got {type(fig).__name__}, wanted a matplotlib Figure")
-    _alt(alt)
+    alt = _words(alt)
     inches = float(fig.get_size_inches()[0])
     for dots in (160, 120, 96):
         file = io.BytesIO()
@@ -159,12 +144,22 @@ def show(fig: Figure, alt: str) -> Picture:
 
 
 class Explorer:
-    """A figure with controls. Without a kernel, or without ``ipywidgets``, it is the figure of the default state.
+    """A figure of ``draw(**values)`` with a control for each keyword; pages call it :func:`explore`.
 
-    Its output carries both: the live view, which Jupyter prefers, and the static picture, which the built page keeps.
+    Without a kernel, or without ``ipywidgets``, it is the figure of the default state. Its output carries both: the
+    live view, which Jupyter prefers, and the static picture, which the built page keeps.
+
+    Args:
+        draw: draws and returns a matplotlib figure for one set of values.
+        alt: the text alternative, or a function of the values that returns it.
+        controls: a list of options (the first is the default), a mapping from label to value, ``True`` or ``False``,
+            a pair ``(low, high)`` of whole numbers, or a ready widget with a ``value``.
+
+    Raises:
+        ValueError: no control, or one that is none of these.
     """
 
-    def __init__(self, draw: Callable[..., Figure], alt: str | Callable[..., str], controls: dict[str, Any]) -> None:
+    def __init__(self, draw: Callable[..., Figure], alt: str | Callable[..., str], **controls: Any) -> None:
         if not callable(draw):
             raise ValueError(f"draw: got {draw!r}, wanted a function that returns a matplotlib Figure")
         if not controls:
@@ -200,30 +195,14 @@ class Explorer:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/html": self.draw().to_html(), "text/plain": repr(self)}
+        view = "application/vnd.jupyter.widget-view+json"
         try:
-            bundle |= {
-                kind: data
-                for kind, data in self.live()._repr_mimebundle_().items()
-                if kind == "application/vnd.jupyter.widget-view+json"
-            }
+            return bundle | {view: self.live()._repr_mimebundle_()[view]}
         except ImportError:
-            pass  # the static picture says the same
-        return bundle
+            return bundle  # the static picture says the same
 
 
-def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **widgets: Any) -> Explorer:
-    """A figure of ``draw(**values)`` with a control for each keyword.
-
-    Args:
-        draw: draws and returns a matplotlib figure for one set of values.
-        alt: the text alternative, or a function of the values that returns it.
-        widgets: a list of options (the first is the default), a mapping from label to value, ``True`` or ``False``,
-            a pair ``(low, high)`` of whole numbers, or a ready widget with a ``value``.
-
-    Raises:
-        ValueError: no control, or one that is none of these.
-    """
-    return Explorer(draw, alt, widgets)
+explore = Explorer
 
 
 def _default(name: str, control: Any) -> Any:
@@ -256,7 +235,7 @@ def _widget(widgets: Any, name: str, control: Any) -> Any:
     return control
 
 
-def _alt(alt: Any) -> str:
+def _words(alt: Any) -> str:
     if not isinstance(alt, str) or not alt.strip():
         raise ValueError(f"alt: got {alt!r}, wanted a sentence that says what the figure shows")
     return " ".join(alt.split())

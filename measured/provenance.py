@@ -58,12 +58,6 @@ def tree_of(commit: str, root: Path = ROOT) -> str:
         return fingerprint((m.name, archive.extractfile(m).read()) for m in members)
 
 
-def commit_here(root: Path = ROOT) -> str | None:
-    """The checkout's commit; None where there is no git or no checkout."""
-    found = _git(root, "rev-parse", "HEAD")
-    return found.decode().strip() if found else None
-
-
 def modified(root: Path = ROOT) -> list[str]:
     """Files that differ from the commit, or that it does not have; recordings and notebooks aside."""
     rows = (_git(root, "status", "--porcelain", "--untracked-files=all") or b"").decode().splitlines()
@@ -89,13 +83,13 @@ def origin(commit: str | None, tree: str | None, root: Path = ROOT) -> tuple[str
     """
     here = tree_here(root)
     if commit is None and tree is None:
-        commit = commit_here(root)
-        if commit is None:
+        found = _git(root, "rev-parse", "HEAD")
+        if not found:
             raise ValueError("commit: no git checkout here; pass what `make record-key` prints: --commit … --tree …")
         if changed := modified(root):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(f"checkout: has changes, wanted none: {', '.join(changed[:3])}{more}; commit first")
-        return commit, here
+        return found.decode().strip(), here
     if commit is None or tree is None:
         raise ValueError("commit, tree: got one of them, wanted both, as `make record-key` prints them")
     if tree != here:

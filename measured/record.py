@@ -79,49 +79,18 @@ CPU_CALLS = (
     (DECODE, {"name": "tiny", "dtype": "float32", "prompt_tokens": 16, "new_tokens": 32}),
     (WINDOW, {"length": 1024, "window": 64, "heads": 2, "head_dim": 32, "rounds": 3}),
 )
-FORWARD_CALLS = tuple(
-    (EXPERTS, {"dtype": dtype, "precision": precision})
-    for dtype, precision in (("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest"))
-)
-BACKWARD_CALLS = tuple((EXPERTS, {"dtype": dtype, "training": True}) for dtype in ("float32", "bfloat16"))
 LARGER = {"hidden_size": 128, "length": 64, "steps": 400}
 HASTY = ["bias", "64, top 8", "63, top 7, 1 shared", "dense, active size"]
-TRAINING_CALLS = (
-    (DESIGNS, {**LARGER, "seeds": 5, "learning_rate": 1.5e-3}),
-    (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
-)
-DEPTH_CALLS = (("measured.experiments.depth:exit_runs", {"seeds": 3}),)
 PRECISION = "measured.experiments.training_precision:precision_runs"
 ISOLATION = "measured.experiments.training_isolation:isolation_runs"
 LATE = {"seed_steps": 400, "steps": 300, "mix_steps": 100}
-RATES_CALLS = tuple((ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3))
 BRANCHED = ["isolated, then mixed", "isolated to the end", "joint", "joint, equal compute"]
-ISOLATION_CALLS = tuple(
-    (ISOLATION, {**LATE, "arms": arms, "learning_rate": rate, "seeds": 5})  # each arm at its best rate of those
-    for arms, rate in ((BRANCHED, 2e-3), (["joint from scratch"], 4e-3))
-)
 ANSWERS, WRITTEN = "measured.experiments.accuracy:answer_run", "measured.experiments.accuracy:written_run"
 LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed")
 BRIEF = {"dtype": "bfloat16"}
-ACCURACY_CALLS = (
-    (ANSWERS, {}),
-    (ANSWERS, {"prompt": "text"}),
-    *((ANSWERS, {**BRIEF, "prompt": prompt}) for prompt in LAYOUTS),
-    *((ANSWERS, {**BRIEF, "rotate": places}) for places in (1, 2, 3)),
-    *((ANSWERS, {**BRIEF, "questions": name}) for name in ("medmcqa", "jee-math", "us_tort_law")),
-    *((WRITTEN, {**BRIEF, "prompt": prompt}) for prompt in ("mmlu", "chat")),
-    (ANSWERS, {**BRIEF, "shots": 2}),
-)
 LM_EVAL = "measured.experiments.accuracy:against_lm_eval"
-EVALUATION_CALLS = (
-    (LM_EVAL, {"rounds": 1}),  # all of them, for the scores
-    (LM_EVAL, {"every": 4, "rounds": 3}),  # and fewer, more often, for the times
-    (LM_EVAL, {"dtype": "bfloat16", "every": 4, "rounds": 3}),
-    (LM_EVAL, {"prompt": "text", "every": 8, "rounds": 3}),
-)
 RUN, SPEED = "measured.experiments.fusion_evaluation:vision_run", "measured.experiments.fusion_speed"
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
-LOOK_CALLS = ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4}))
 FOUR_BITS = "measured.experiments.int4_speed"
 QUALITY = "measured.experiments.int4"
 QUALITY_CALLS = (
@@ -134,17 +103,41 @@ QUALITY_CALLS = (
 PARTS = {
     "machine": CPU_CALLS,
     "gpu": GPU_CALLS,
-    "experts": FORWARD_CALLS,
-    "experts-training": BACKWARD_CALLS,
-    "training": TRAINING_CALLS,
-    "depth": DEPTH_CALLS,
-    "isolation-rates": RATES_CALLS,
-    "isolation": ISOLATION_CALLS,
-    "accuracy": ACCURACY_CALLS,
-    "evaluation": EVALUATION_CALLS,
+    "experts": tuple(
+        (EXPERTS, {"dtype": dtype, "precision": precision})
+        for dtype, precision in (("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest"))
+    ),
+    "experts-training": tuple((EXPERTS, {"dtype": dtype, "training": True}) for dtype in ("float32", "bfloat16")),
+    "training": (
+        (DESIGNS, {**LARGER, "seeds": 5, "learning_rate": 1.5e-3}),
+        (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
+    ),
+    "depth": (("measured.experiments.depth:exit_runs", {"seeds": 3}),),
+    "isolation-rates": tuple(
+        (ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3)
+    ),
+    "isolation": tuple(
+        (ISOLATION, {**LATE, "arms": arms, "learning_rate": rate, "seeds": 5})  # each arm at its best rate of those
+        for arms, rate in ((BRANCHED, 2e-3), (["joint from scratch"], 4e-3))
+    ),
+    "accuracy": (
+        (ANSWERS, {}),
+        (ANSWERS, {"prompt": "text"}),
+        *((ANSWERS, {**BRIEF, "prompt": prompt}) for prompt in LAYOUTS),
+        *((ANSWERS, {**BRIEF, "rotate": places}) for places in (1, 2, 3)),
+        *((ANSWERS, {**BRIEF, "questions": name}) for name in ("medmcqa", "jee-math", "us_tort_law")),
+        *((WRITTEN, {**BRIEF, "prompt": prompt}) for prompt in ("mmlu", "chat")),
+        (ANSWERS, {**BRIEF, "shots": 2}),
+    ),
+    "evaluation": (
+        (LM_EVAL, {"rounds": 1}),  # all of them, for the scores
+        (LM_EVAL, {"every": 4, "rounds": 3}),  # and fewer, more often, for the times
+        (LM_EVAL, {"dtype": "bfloat16", "every": 4, "rounds": 3}),
+        (LM_EVAL, {"prompt": "text", "every": 8, "rounds": 3}),
+    ),
     "vision": VISION_CALLS,
     **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
-    "vision-speed": LOOK_CALLS,
+    "vision-speed": ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4})),
     "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
     "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),

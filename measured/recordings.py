@@ -56,8 +56,7 @@ class Shown:
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.result.items())
         return f"{self.note}\n\n| quantity | value |\n|---|---|\n{rows}"
 
-    def __repr__(self) -> str:
-        return self._repr_markdown_()
+    __repr__ = _repr_markdown_
 
 
 def record(fn: Callable[..., Any], origin: tuple[str, str] | None = None, /, **arguments: Any) -> Recording:

@@ -17,10 +17,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dslib.check import whole
+from dslib.roofline import positive
 from measured.machine import synchronize
 
 if TYPE_CHECKING:
@@ -122,11 +124,11 @@ def measure(
         ValueError: ``fn`` is not callable, or a number is out of range.
     """
     _check_callable("fn", fn)
-    _check_at_least("min_runs", min_runs, 1)
-    _check_at_least("max_runs", max_runs, min_runs)
-    _check_at_least("warmup", warmup, 0)
-    _check_positive("max_seconds", max_seconds)
-    _check_positive("target_spread", target_spread)
+    whole(1, min_runs=min_runs)
+    whole(min_runs, max_runs=max_runs)
+    whole(0, warmup=warmup)
+    positive("max_seconds", max_seconds)
+    positive("target_spread", target_spread)
     with _quiet():
         calls = _warm(fn, device, warmup)
         readings: list[float] = []
@@ -161,9 +163,9 @@ def compare(
         raise ValueError("functions: got none, wanted at least one")
     for name, fn in functions.items():
         _check_callable(f"functions[{name!r}]", fn)
-    _check_at_least("rounds", rounds, 1)
-    _check_at_least("warmup", warmup, 0)
-    _check_positive("target_spread", target_spread)
+    whole(1, rounds=rounds)
+    whole(0, warmup=warmup)
+    positive("target_spread", target_spread)
     with _quiet():
         calls = {name: _warm(fn, device, warmup) for name, fn in functions.items()}
         readings: dict[str, list[float]] = {name: [] for name in functions}
@@ -185,11 +187,12 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     return Ratio(median, low, high, a.n)
 
 
-class Stopwatch:
+class Stopwatch(AbstractContextManager):
     """A clock for code that is not a function to repeat, such as a training run or a stream of tokens.
 
     ``lap()`` waits for the device and gives the seconds since the start; ``seconds`` is the last lap.
     ``lap(wait=False)`` reads the clock while the device may still be at work: what a careless timing does.
+    ``with stopwatch() as watch: …`` takes a lap at the end of the block.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
@@ -204,15 +207,11 @@ class Stopwatch:
         self.seconds = time.perf_counter() - self._start
         return self.seconds
 
+    def __exit__(self, *_: object) -> None:
+        self.lap()
 
-@contextmanager
-def stopwatch(device: str | torch.device | None = None) -> Iterator[Stopwatch]:
-    """``with stopwatch() as watch: …``; afterwards ``watch.seconds`` holds how long the block took, in seconds."""
-    watch = Stopwatch(device)
-    try:
-        yield watch
-    finally:
-        watch.lap()
+
+stopwatch = Stopwatch
 
 
 def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float, float]:
@@ -273,13 +272,3 @@ def _three(value: float) -> str:
 def _check_callable(name: str, value: Any) -> None:
     if not callable(value):
         raise ValueError(f"{name}: got {value!r}, wanted a function to call, e.g. lambda: model(x)")
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: got {value!r}, wanted a number above 0")

@@ -14,6 +14,7 @@ import copy
 import datetime
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -246,13 +247,23 @@ def keep_timings(notebook, before):
                     output.execution_count = cell.execution_count
 
 
+def committed(path):
+    """The notebook as it was last committed, whose outputs belong to its cells; as it is where there is no commit.
+
+    In a file that is being edited, a cell may still show what an earlier version of it printed.
+    """
+    show = ["git", "show", f"HEAD:./{path.name}"]
+    done = subprocess.run(show, cwd=path.parent, capture_output=True, text=True, encoding="utf-8", check=False)
+    return nbformat.reads(done.stdout, as_version=4) if done.returncode == 0 else read(path)
+
+
 def refresh(path, cores=CORES, keep=False):
     """Run one notebook from its own folder and write it back; returns (seconds, peak bytes).
 
     With `keep`, timings of unchanged cells and the run line stay those of the page's last whole run.
     """
     notebook = read(path)
-    before = copy.deepcopy(notebook)
+    before = committed(path) if keep else None
     inject_setup(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -12,6 +12,7 @@ eq. 4 to 6), ST-MoE (arXiv 2202.08906, eq. 5), loss-free balancing (arXiv 2408.1
 eq. 16 to 20).
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.moe import MoE, Router
+from dslib.architecture.moe import MoE, Router, Routing
+from dslib.check import whole
 
 
 def switch_loss(scores: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -176,6 +178,48 @@ def total_balance_loss(
         if z:
             total = total + z * z_loss(routing.logits, mask)
     return total
+
+
+def limited(routing: Routing, capacity: int) -> Routing:
+    """The same decisions with at most ``capacity`` tokens an expert: how models were kept in step before dropless ones.
+
+    First choices are served before second choices, and earlier tokens before later ones, as in GShard. What finds no
+    room is dropped: it gets index E, one past the last expert, and weight 0; the remaining weights stay as they are.
+
+    Raises:
+        ValueError: a negative capacity.
+    """
+    whole(0, capacity=capacity)
+    tokens, top_k = routing.indices.shape
+    served = routing.indices.T.reshape(-1)  # (k N): all first choices, then all second choices, …
+    order = served.argsort(stable=True)
+    load = torch.bincount(served, minlength=routing.num_experts)
+    first = (load.cumsum(0) - load)[served[order]]  # where this expert's run begins in the sorted list
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - first
+    full = (place >= capacity).view(top_k, tokens).T
+    kept = {"indices": routing.indices.masked_fill(full, routing.num_experts)}
+    return dataclasses.replace(routing, **kept, weights=routing.weights.masked_fill(full, 0.0))
+
+
+class CapacityRouter(Router):
+    """A router whose experts take at most ``int(capacity_factor * N * k / E)`` of the N tokens of a call (Switch).
+
+    The rest is dropped, see :func:`limited`: such a token has only what its other experts and the shared ones give.
+
+    Raises:
+        ValueError: a factor that is not above 0, and what :class:`Router` refuses.
+    """
+
+    def __init__(self, *sizes: int, capacity_factor: float, **rule):
+        super().__init__(*sizes, **rule)
+        if not 0 < capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor: got {capacity_factor}, expected a positive number")
+        self.capacity_factor = capacity_factor
+
+    def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Routing:
+        routing = super().forward(x, input_ids)
+        return limited(routing, int(self.capacity_factor * routing.indices.numel() / routing.num_experts))
 
 
 def _probabilities(scores: Tensor) -> Tensor:

@@ -1,24 +1,27 @@
-"""Key-value caches for decoding: growing, preallocated, rolling.
+"""Key-value caches for decoding: growing and preallocated.
 
 A decoder that generates token by token needs, at each step, the keys and values of all earlier tokens. They never
-change, so they are kept. The three caches differ in *where* they keep them:
+change, so they are kept. Caches differ in *where* they keep them:
 
 * :class:`GrowingCache` appends by concatenation. It needs no size in advance and copies everything at every step.
 * :class:`PreallocatedCache` writes into a buffer made once. Slot = position, so every sequence of a batch can be at
   its own position.
-* :class:`RollingCache` keeps the last ``window`` positions in a ring (and, if wanted, the first ``sinks`` for good).
-  Its memory stays constant however long the text grows. It is exact only for a model with that same window.
+* :class:`~dslib.architecture.window.RollingCache` keeps the last ``window`` positions in a ring.
 
-The model calls :meth:`~KVCache.begin` once per forward pass and :meth:`~KVCache.update` once per layer.
+A forward pass calls :func:`start` once, which says where the new tokens stand and what they may look at, and every
+layer's attention calls :meth:`~KVCache.update`, which writes.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: Shazeer 2019 (arXiv 1911.02150) for incremental decoding,
-Mistral 7B (arXiv 2310.06825, section 2) for the rolling buffer, StreamingLLM (arXiv 2309.17453) for sinks.
+Shapes: B sequences, T new tokens, S keys, H heads of keys and values, D head size.
+
+Book: ``chapters/architecture/decoder.ipynb``. Sources: Shazeer 2019 (arXiv 1911.02150) for incremental decoding.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dslib.check import whole
 
 
 @dataclass
@@ -51,22 +54,36 @@ def visible(query: Tensor, key: Tensor, window: int | None = None, sinks: int = 
     return seen
 
 
-def no_cache_step(batch_tokens: int, positions: Tensor | None, device: torch.device) -> Step:
-    """The step of a forward pass without a cache: T new tokens that see each other causally."""
-    if positions is None:
-        positions = torch.arange(batch_tokens, device=device).unsqueeze(0)
-    return Step(positions, causal=True)
+def start(x: Tensor, cache: "KVCache | None", positions: Tensor | None, config) -> Step:
+    """The step for new states (B, T, C); ``positions`` (B, T) only if sequences differ. Counts them into the cache.
+
+    Raises:
+        ValueError: a cache for another window or another number of sequences, or one that is full.
+    """
+    batch, tokens, _ = x.shape
+    if cache is None:
+        if positions is None:
+            positions = torch.arange(tokens, device=x.device).unsqueeze(0)
+        return Step(positions, causal=True)
+    if (cache.window, cache.sinks) != (config.sliding_window, config.attention_sinks):
+        raise ValueError(
+            f"cache: made for window={cache.window}, sinks={cache.sinks}, but the model has "
+            f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
+        )
+    if cache.batch_size not in (None, batch):
+        raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {batch}")
+    return cache.begin(tokens, positions, x.device)
 
 
 class KVCache:
-    """Common part of the caches. Keys and values have shape (B, num_key_value_heads, S, head_dim)."""
+    """Common part of the caches. Keys and values have shape (B, H, S, D)."""
 
-    def __init__(self, window: int | None = None, sinks: int = 0):
-        _at_least("window", window, 1)
-        _at_least("sinks", sinks, 0)
-        self.window, self.sinks = window, sinks
+    def __init__(self, config):
+        self.window, self.sinks = config.sliding_window, config.attention_sinks
         self.batch_size: int | None = None  # None: any
         self.length = 0  # tokens seen so far (the same for the whole batch unless positions are passed)
+        # What begin tells update: the first position that a single query may see (None: a mask says what is visible).
+        self._from: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds keys or values."""
@@ -87,17 +104,6 @@ class KVCache:
         That is (keys, values); attention that keeps one tensor a token, as MLA does, hands over and gets just that one.
         """
         raise NotImplementedError
-
-    def append(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Room for one more token: per layer the slot to write, (2, B, Hk, D), and the keys and values to attend to.
-
-        The views for all layers are made in one go, which is what makes a decoding loop quick. The keys and values
-        already include the slot: write it first.
-
-        Raises:
-            ValueError: the cache is full, or of a kind that has no slots.
-        """
-        raise ValueError(f"cache: {type(self).__name__} has no slots to write to; use 'preallocated' or 'rolling'")
 
     def truncate(self, length: int) -> None:
         """Forget every position from ``length`` on, as if those tokens had never been fed: for guesses that failed.
@@ -132,9 +138,9 @@ class KVCache:
 class GrowingCache(KVCache):
     """Appends by ``torch.cat``: simple, any length, but the whole cache is copied at each step."""
 
-    def __init__(self, num_layers: int, window: int | None = None, sinks: int = 0):
-        super().__init__(window, sinks)
-        self.layers: list[tuple[Tensor, ...] | None] = [None] * num_layers
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
 
     def tensors(self) -> list[Tensor]:
         return [t for parts in self.layers if parts is not None for t in parts]
@@ -154,32 +160,25 @@ class GrowingCache(KVCache):
         return tuple(part[:, :, self._from :] for part in new) if self._from else new
 
 
-class _BufferCache(KVCache):
+class BufferCache(KVCache):
     """A cache with a fixed number of slots in one buffer, made once."""
 
-    _parts = 2  # tensors kept for a token: its key and its value
-
-    def __init__(self, num_layers, batch_size, num_key_value_heads, slots, head_dim, *, dtype, device, window, sinks):
-        super().__init__(window, sinks)
-        _at_least("batch_size", batch_size, 1)
+    def __init__(self, config, batch_size: int, slots: int, *, dtype=torch.float32, device="cpu"):
+        super().__init__(config)
+        whole(1, batch_size=batch_size)
         self.batch_size = batch_size
+        parts, heads, size = config.cache_shape
         # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
-        self.buffer = torch.zeros(
-            num_layers, self._parts, batch_size, num_key_value_heads, slots, head_dim, dtype=dtype, device=device
-        )
+        shape = (config.num_hidden_layers, parts, batch_size, heads, slots, size)
+        self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         # One (keys, values) pair of views a layer, made once: indexing costs more than it seems in a decoding loop.
         self._layers = [layer.unbind(0) for layer in self.buffer]
 
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
-    def _views(self, slot: int, first: int, stop: int):
-        """What ``append`` returns: the slot to write, and the keys and values in slots ``first`` to ``stop``."""
-        seen = self.buffer.narrow(4, first, stop - first)
-        return self.buffer.select(4, slot).unbind(0), *(part.unbind(0) for part in seen.unbind(1))
 
-
-class PreallocatedCache(_BufferCache):
+class PreallocatedCache(BufferCache):
     """A buffer for ``max_length`` positions, made once; slot = position.
 
     Sequences of a batch may be at different positions: pass ``positions`` (B, T) to the model. Right-padded prompts
@@ -193,11 +192,9 @@ class PreallocatedCache(_BufferCache):
 
     static = False
 
-    def __init__(self, num_layers, batch_size, num_key_value_heads, max_length, head_dim, *, dtype, device="cpu",
-                 window: int | None = None, sinks: int = 0):  # fmt: skip
-        _at_least("max_length", max_length, 1)
-        shape = (num_layers, batch_size, num_key_value_heads, max_length, head_dim)
-        super().__init__(*shape, dtype=dtype, device=device, window=window, sinks=sinks)
+    def __init__(self, config, batch_size: int, max_length: int, *, dtype=torch.float32, device="cpu"):
+        whole(1, max_length=max_length)
+        super().__init__(config, batch_size, max_length, dtype=dtype, device=device)
         self.max_length = max_length
 
     def begin(self, tokens, positions, device):
@@ -211,11 +208,6 @@ class PreallocatedCache(_BufferCache):
             )
         self._slots, self._start, self._stop = None, start, stop
         return self._in_order(self._uniform(tokens, None, device))
-
-    def append(self):
-        if self.begin(1, None, self.buffer.device).mask is not None:
-            raise ValueError("cache: sinks and window leave a gap that needs a mask; use a rolling cache")
-        return self._views(self._start, self._from or 0, self._stop)
 
     def _begin_ragged(self, positions: Tensor) -> Step:
         batch = self.batch_size
@@ -245,73 +237,8 @@ class PreallocatedCache(_BufferCache):
         return tuple(kept.narrow(2, first, self._stop - first) for kept in held)
 
 
-class RollingCache(_BufferCache):
-    """A ring of ``window`` slots, plus ``sinks`` slots that keep the first positions for good.
-
-    Position p lies in slot p while p < sinks, and in slot ``sinks + (p - sinks) % window`` afterwards. Keys carry
-    their rotary position already, so the order of the slots does not matter to attention.
-    """
-
-    def __init__(self, num_layers, batch_size, num_key_value_heads, window, head_dim, *, dtype, device="cpu",
-                 sinks: int = 0):  # fmt: skip
-        _at_least("window", window, 1)
-        _at_least("sinks", sinks, 0)
-        shape = (num_layers, batch_size, num_key_value_heads, sinks + window, head_dim)
-        super().__init__(*shape, dtype=dtype, device=device, window=window, sinks=sinks)
-
-    def _slot(self, positions: Tensor) -> Tensor:
-        ring = self.sinks + (positions - self.sinks) % self.window
-        return torch.where(positions < self.sinks, positions, ring)
-
-    def begin(self, tokens, positions, device):
-        new = self._uniform(tokens, positions, device)
-        start, self.length = self.length, self.length + tokens
-        self._held = None
-        if tokens == 1:
-            self._write = self._slot(new[0])
-            self._filled = min(self.length, self.sinks + self.window)
-            return Step(new)  # the ring holds exactly what the query may see
-        # Several tokens at once: the early ones need keys that the late ones will overwrite, so attention runs over
-        # (held keys, new keys) and only then are the survivors written.
-        keep = (new[0] < self.sinks) | (new[0] >= self.length - self.window)
-        self._survivors = keep.nonzero().squeeze(1)
-        self._write = self._slot(new[0, self._survivors])
-        if start == 0:
-            return Step(new, causal=True)
-        held = torch.arange(start, device=device)
-        held = held[(held < self.sinks) | (held >= start - self.window)]
-        self._held = self._slot(held)
-        keys = torch.cat((held, new[0])).unsqueeze(0)
-        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
-
-    def truncate(self, length):
-        raise ValueError("cache: a rolling cache has overwritten old positions; use 'preallocated' or 'growing'")
-
-    def append(self):
-        self.begin(1, None, self.buffer.device)
-        return self._views(int(self._write), 0, self._filled)
-
-    def update(self, layer, k, v):
-        keys, values = self._layers[layer]
-        if k.shape[2] == 1:
-            keys[:, :, self._write], values[:, :, self._write] = k, v
-            return keys[:, :, : self._filled], values[:, :, : self._filled]
-        all_k, all_v = k, v
-        if self._held is not None:
-            all_k = torch.cat((keys[:, :, self._held], k), dim=2)
-            all_v = torch.cat((values[:, :, self._held], v), dim=2)
-        keys[:, :, self._write] = k[:, :, self._survivors]
-        values[:, :, self._write] = v[:, :, self._survivors]
-        return all_k, all_v
-
-
 def _first_visible(tokens: int, length: int, window: int | None, sinks: int) -> int | None:
     """First position a single query may look at, if all from there on is visible to it; None if a mask is needed."""
     if tokens > 1 or (sinks and window is not None and length > sinks + window):
         return None
     return 0 if window is None or sinks else max(0, length - window)
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-        raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")

@@ -87,7 +87,7 @@ def early_exit(
     hands its state up either way. Layers run until the last token of the call has left.
 
     Args:
-        input_ids, cache, positions: as for ``model.hidden_states``.
+        input_ids, cache, positions: as for the model.
 
     Raises:
         ValueError: more ``min_layers`` than the model has layers, ids or a cache that the model refuses, an empty
@@ -126,7 +126,7 @@ def early_exit(
 
 def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
     """Loss of each token at each exit, in nats: two (B, T) -> (exits, B, T), float32; the last exit is the model."""
-    x, step, rope = model.begin(inputs, None, None)
+    x, step, rope = model.begin(inputs)
     exits, losses = rule.exits(len(model.layers)), []
     for depth, layer in enumerate(model.layers, start=1):
         x = layer(x, rope, step, None, depth - 1, inputs)

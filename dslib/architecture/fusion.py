@@ -10,7 +10,7 @@ Both sit behind one interface: ``image = model.encode_image(pixels)`` once, then
 image=image)``. Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
 
 Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision` and
-:mod:`~dslib.architecture.cross_attention`. Sources: Flamingo (arXiv
+:mod:`~dslib.architecture.vision.cross_attention`. Sources: Flamingo (arXiv
 2204.14198, section 2.2), LLaVA-1.5 (arXiv 2310.03744) for the two-layer projector.
 """
 
@@ -19,11 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cache import KVCache
-from dslib.architecture.cross_attention import GatedCrossAttention, initialise_by_width
-from dslib.architecture.decoder import Decoder, DecoderConfig
-from dslib.architecture.vision import SwinStream, check_pixels
-from dslib.fast.linear import Linear
+from dslib.architecture.cache import KVCache, start
+from dslib.architecture.config import DecoderConfig
+from dslib.architecture.decoder import MODELS, Decoder, check_ids
+from dslib.architecture.layers import Attention, Block, SwiGLU
+from dslib.architecture.vision.cross_attention import (
+    GatedCrossAttention,
+    ImageContext,
+    SeeingBlock,
+    SeeingStep,
+    initialise_by_width,
+)
+from dslib.architecture.vision.swin import SwinStream, check_pixels
+from dslib.check import one_of, whole
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,10 @@ class FusionConfig(DecoderConfig):
         image_hidden_size: C, size of the image stream's features.
         gate: ``"scalar"``, one learned number a block (Flamingo), or ``"token"``, computed from each token's state
             (the "dynamic weights" of the article).
-        cross_attention_every: a block stands before the first of every so many layers.
-        cross_intermediate_size: inner size of the block's own gated feed-forward network; 0 for none (Flamingo has it).
-        swin: config of the image stream, see :class:`~dslib.architecture.vision.SwinStream`; None is the tiny one. Not
-            used when an image stream is handed over.
+        cross_attention_every: a block stands before the first of every so many layers. cross_intermediate_size: inner
+            size of the block's own gated feed-forward network; 0 for none (Flamingo has it). swin: config of the image
+            stream, see :class:`~dslib.architecture.vision.swin.SwinStream`; None is the tiny one. Not used when an
+            image stream is handed over.
     """
 
     fusion: str = "cross"
@@ -50,53 +58,17 @@ class FusionConfig(DecoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (("fusion", ("cross", "projector")), ("gate", ("scalar", "token"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {choices[0]!r} or {choices[1]!r}")
-        for name, least in (("image_hidden_size", 1), ("cross_attention_every", 1), ("cross_intermediate_size", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-
-    def model(self, vision: nn.Module | None = None) -> "VisionLanguageDecoder":
-        """A model of this shape; an image stream may be handed over, see :class:`VisionLanguageDecoder`."""
-        return VisionLanguageDecoder(self, vision)
-
-
-@dataclass(frozen=True)
-class ImageContext:
-    """What a model has seen: computed once by ``encode_image``, and used for every token.
-
-    Attributes:
-        keys_values: for cross-attention, keys and values of every block, each (B, Hk, N, D).
-        tokens: for the projector, (B, N, hidden_size).
-        mask: bool (B, N), True for real features; None if all are.
-    """
-
-    keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.tokens if self.tokens is not None else self.keys_values[0][0])
-
-    @property
-    def prefix(self) -> int:
-        """Positions that the picture takes in the text model's own sequence: N for a projector, 0 otherwise."""
-        return 0 if self.tokens is None else self.tokens.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept, counted from the tensors."""
-        kept = [t for pair in self.keys_values for t in pair] + ([] if self.tokens is None else [self.tokens])
-        return sum(t.numel() * t.element_size() for t in kept)
+        one_of(("cross", "projector"), fusion=self.fusion)
+        one_of(("scalar", "token"), gate=self.gate)
+        whole(1, image_hidden_size=self.image_hidden_size, cross_attention_every=self.cross_attention_every)
+        whole(0, cross_intermediate_size=self.cross_intermediate_size)
 
 
 class VisionLanguageDecoder(Decoder):
     """The V1 decoder with an image stream. Without a picture it is the text model, exactly.
 
-    The text model's weights have the names that they have in :class:`Decoder`; beside them are ``vision`` and ``cross``
-    or ``projector``.
+    The text model's weights have the names that they have in :class:`Decoder`; beside them are ``vision``, and
+    ``projector`` or a ``cross`` in some layers.
 
     Args:
         vision: image stream, (B, 3, H, W) -> (B, N, ``image_hidden_size``); None builds the Swin of ``config.swin``.
@@ -120,15 +92,26 @@ class VisionLanguageDecoder(Decoder):
                 f"but image_hidden_size={config.image_hidden_size}"
             )
         if config.fusion == "cross":
-            at = range(0, config.num_hidden_layers, config.cross_attention_every)
-            self.cross = nn.ModuleDict({str(layer): GatedCrossAttention(config) for layer in at})
-            self.cross.apply(initialise_by_width)
+            for number, block in enumerate(self.seeing()):
+                block.number, block.cross = number, GatedCrossAttention(config)
+            for block in self.seeing():
+                block.cross.apply(initialise_by_width)
         else:
             self.projector = nn.Sequential(
-                Linear(config.image_hidden_size, config.hidden_size), nn.GELU(),
-                Linear(config.hidden_size, config.hidden_size),
+                nn.Linear(config.image_hidden_size, config.hidden_size), nn.GELU(),
+                nn.Linear(config.hidden_size, config.hidden_size),
             )  # fmt: skip
             self.projector.apply(initialise_by_width)
+
+    def make_block(self, layer: int) -> Block:
+        config = self.config
+        sees = config.fusion == "cross" and layer % config.cross_attention_every == 0
+        parts = Attention(config), SwiGLU(config.hidden_size, config.intermediate_size)
+        return (SeeingBlock if sees else Block)(config, *parts)
+
+    def seeing(self) -> list[SeeingBlock]:
+        """The blocks that look, in order."""
+        return [block for block in self.layers if isinstance(block, SeeingBlock)]
 
     @classmethod
     def from_text(cls, text: Decoder, vision: nn.Module, **fusion) -> "VisionLanguageDecoder":
@@ -136,14 +119,28 @@ class VisionLanguageDecoder(Decoder):
 
         Args:
             fusion: fields of :class:`FusionConfig` that a text model has not, such as ``cross_attention_every=4``.
+
+        Raises:
+            ValueError: a text model with other blocks than V1's where one has to look.
         """
+        if type(text) is not Decoder:
+            raise ValueError(f"text: got a {type(text).__name__}, expected a Decoder")
         fields = {name: getattr(text.config, name) for name in text.config.__dataclass_fields__}
         model = cls(FusionConfig(**fields, image_hidden_size=vision.hidden_size, **fusion), vision)
         weight = text.embed_tokens.weight
-        for part in (model.cross if model.config.fusion == "cross" else model.projector, model.vision):
+        eyes = [block.cross for block in model.seeing()] or [model.projector]
+        for part in (*eyes, model.vision):
             part.to(weight)
-        for name in ("embed_tokens", "layers", "norm", "lm_head"):
+        for name in ("embed_tokens", "norm", "lm_head"):
             setattr(model, name, getattr(text, name))
+        for index, (block, theirs) in enumerate(zip(model.layers, text.layers, strict=True)):
+            if not isinstance(block, SeeingBlock):
+                model.layers[index] = theirs
+                continue
+            if type(theirs) is not Block:
+                raise ValueError(f"text: layer {index} is a {type(theirs).__name__}, expected a Block")
+            for name, part in theirs.named_children():
+                setattr(block, name, part)
         return model.train(text.training)
 
     def encode_image(self, pixels: Tensor, mask: Tensor | None = None) -> ImageContext:
@@ -186,14 +183,16 @@ class VisionLanguageDecoder(Decoder):
             wanted = f"(batch, features, {self.config.image_hidden_size})"
             raise ValueError(f"features: got shape {tuple(features.shape)}, expected {wanted}")
         if self.config.fusion == "cross":
-            return ImageContext(tuple(block.keys_values(features) for block in self.cross.values()), mask=mask)
+            return ImageContext(tuple(block.cross.keys_values(features) for block in self.seeing()), mask=mask)
         if mask is not None and not mask.all():
             raise ValueError("mask: a projector puts image tokens into the sequence; every sequence needs as many")
         return ImageContext(tokens=self.projector(features))
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-                      image: ImageContext | None = None) -> Tensor:  # fmt: skip
-        """(B, T) token ids -> (B, T, hidden_size); as for :class:`Decoder`, with what ``encode_image`` returned.
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+        logits_at: Tensor | None = None, image: ImageContext | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T) token ids -> (B, T, vocab_size) logits; as for :class:`Decoder`, with what ``encode_image`` returned.
 
         With a cache, hand ``image`` over at every call. A projector's tokens enter at the first one, when the cache is
         empty, and need room for ``image.prefix`` more positions; ``positions`` count text tokens only.
@@ -202,33 +201,33 @@ class VisionLanguageDecoder(Decoder):
             ValueError: an image made for another number of sequences or another kind of model.
         """
         if image is None:
-            return super().hidden_states(input_ids, cache, positions)
+            return super().forward(input_ids, cache, positions, logits_at)
+        if image.prefix and (
+            cache is None or cache.length == 0
+        ):  # the picture's own tokens have no logits that anybody wants
+            text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
+            logits_at = (text if logits_at is None else logits_at) + image.prefix
+        return super().forward(input_ids, cache, positions, logits_at, image=image)
+
+    def begin(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+              image: ImageContext | None = None):  # fmt: skip
+        """As :meth:`Decoder.begin`; a projector's picture stands before the text, the other kind goes with the step."""
+        if image is None:
+            return super().begin(input_ids, cache, positions)
         if (image.tokens is None) != (self.config.fusion == "cross"):
             raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
         if image.batch_size != len(input_ids):
             raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(input_ids)}")
-        if image.tokens is None:
-            x, step, rope = self.begin(input_ids, cache, positions)
-        else:
-            positions = None if positions is None else positions + image.prefix
-            x = self.embed(input_ids)
-            if cache is None or cache.length == 0:
-                x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
-                if positions is not None:
-                    before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
-                    positions = torch.cat((before, positions), dim=1)
-            step, rope = self.prepare(x, cache, positions)
-        seen = dict(zip(self.cross, image.keys_values, strict=True)) if image.tokens is None else {}
-        for index, layer in enumerate(self.layers):
-            if (keys_values := seen.get(str(index))) is not None:
-                x = self.cross[str(index)](x, keys_values, image.mask)
-            x = layer(x, rope, step, cache, index, input_ids)
-        return self.norm(x[:, -input_ids.shape[1] :])
-
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-                image: ImageContext | None = None) -> Tensor:  # fmt: skip
-        """(B, T) token ids -> (B, T, vocab_size) logits; arguments as in :meth:`hidden_states`."""
-        return self.lm_head(self.hidden_states(input_ids, cache, positions, image))
+        check_ids(input_ids)
+        x = self.embed_tokens(input_ids)
+        positions = None if positions is None else positions + image.prefix
+        if image.prefix and (cache is None or cache.length == 0):
+            x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
+            if positions is not None:
+                before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
+                positions = torch.cat((before, positions), dim=1)
+        step = SeeingStep(**vars(start(x, cache, positions, self.config)), image=image)
+        return x, step, self.rope(step.positions, x.dtype)
 
     @torch.no_grad()
     def openings(self, input_ids: Tensor, image: ImageContext) -> tuple[Tensor, Tensor]:
@@ -250,10 +249,13 @@ class VisionLanguageDecoder(Decoder):
             gates.append(gate.squeeze(-1))
             shares.append((gate * answer).norm(dim=-1) / args[0].norm(dim=-1))
 
-        hooks = [block.register_forward_hook(note) for block in self.cross.values()]
+        hooks = [block.cross.register_forward_hook(note) for block in self.seeing()]
         try:
-            self.hidden_states(input_ids, image=image)
+            self(input_ids, image=image)
         finally:
             for hook in hooks:
                 hook.remove()
         return torch.stack(gates), torch.stack(shares)
+
+
+MODELS[FusionConfig] = VisionLanguageDecoder

@@ -1,14 +1,10 @@
-"""What a decoder's layers are made of: rotary positions, attention, RMSNorm, SwiGLU, and the block around them.
+"""What a decoder's layers are made of: RMSNorm, rotary positions, attention, SwiGLU, and the block around them.
 
-The local window is the mechanism that the article gives its "V1". :func:`window_attention` computes it in blocks, so
-that its cost grows with length x window instead of length squared.
+Shapes: B sequences, T new tokens, S keys, C hidden size, Hq query heads, Hk key-value heads, D head size.
 
-Shapes: B batch, T new tokens, S keys, Hq query heads, Hk key-value heads, D head size, W window.
-
-Book: ``chapters/architecture/decoder.ipynb``. Sources: RoFormer (arXiv 2104.09864) for rotary positions, GQA (arXiv
-2305.13245) for grouped queries, Longformer (arXiv 2004.05150) and Mistral 7B (arXiv 2310.06825) for the window,
-StreamingLLM (arXiv 2309.17453) for sinks; Llama (arXiv 2302.13971, section 2.2) for the block, GLU variants (arXiv
-2002.05202) for SwiGLU, RMSNorm (arXiv 1910.07467).
+Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2) for the block, RMSNorm
+(arXiv 1910.07467), RoFormer (arXiv 2104.09864) for rotary positions, GQA (arXiv 2305.13245) for grouped queries, GLU
+variants (arXiv 2002.05202) for SwiGLU.
 """
 
 import math
@@ -17,9 +13,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.cache import KVCache, Step, visible
-from dslib.fast.exact import exactly
-from dslib.fast.linear import Linear
+from dslib.architecture.cache import KVCache, Step
+from dslib.architecture.window import window_attention
+
+
+class Block(nn.Module):
+    """One layer: attention, then a feed-forward network, each behind a norm and added to the residual stream.
+
+    Args:
+        config: with ``hidden_size`` and ``rms_norm_eps``.
+        attention: called as ``attention(x, rope, step, cache, layer)``. mlp: called as ``mlp(x)``.
+    """
+
+    def __init__(self, config, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, rope, step: Step, cache: KVCache | None, layer: int, input_ids: Tensor | None = None):
+        """(B, T, C) -> the same; ``layer`` is the block's number, ``input_ids`` (B, T) for blocks that look at them."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, step, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
+        """Put (B, T, C) tokens that skip this block into the cache, for later ones to look at, and do nothing else."""
+        self.self_attn.remember(self.input_layernorm(x), rope, cache, layer)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) * weight``, the mean taken in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, scaling: float = 1.0, dtype=torch.float32):
@@ -86,89 +118,29 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.window, self.sinks = config.sliding_window, config.attention_sinks
         heads = self.query_heads + 2 * self.kv_heads
-        self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
-        """(B, T, hidden_size) -> (B, T, hidden_size)."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv_proj(x).view(batch, tokens, -1, self.head_dim)  # (B, T, Hq + 2 Hk, D)
+        """(B, T, C) -> (B, T, C)."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq + 2 Hk, D)
         qk, v = qkv.split_with_sizes((self.query_heads + self.kv_heads, self.kv_heads), dim=2)
-        q, k = apply_rope(qk, *rope).split_with_sizes((self.query_heads, self.kv_heads), dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q, k = apply_rope(qk, *rope).split_with_sizes((self.query_heads, self.kv_heads), dim=2)  # in one go
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Hq, T, D), (B, Hk, T, D) twice
         if cache is not None:
-            k, v = cache.update(layer, k, v)
+            k, v = cache.update(layer, k, v)  # writes the new tokens; gives all that they may look at, (B, Hk, S, D)
         y = attend(q, k, v, step, self.window, self.sinks)  # (B, Hq, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, Hq D) -> (B, T, C)
 
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
-        """Keep keys and values of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
-        first = self.query_heads * self.head_dim
-        if exactly(self.qkv_proj, Linear, nn.Linear):  # the rows of queries need not be multiplied
-            bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[first:]
-            kv = F.linear(x, self.qkv_proj.weight[first:], bias)
-        else:
-            kv = self.qkv_proj(x)[..., first:]
-        k, v = kv.view(*x.shape[:2], -1, self.head_dim).chunk(2, dim=2)  # (B, T, Hk, D)
+        """Keep keys and values of (B, T, C) tokens that skip this layer, for later ones to look at."""
+        kv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))[:, :, self.query_heads :]  # (B, T, 2 Hk, D)
+        k, v = kv.chunk(2, dim=2)
         cache.update(layer, apply_rope(k, *rope).transpose(1, 2), v.transpose(1, 2))
 
 
-class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``, the mean square taken in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``; gate and up share one matrix product (rows of gate first)."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., hidden_size) -> (..., hidden_size)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """One layer: attention, then a feed-forward network, each behind a norm and added to the residual stream.
-
-    Args:
-        config: with ``hidden_size`` and ``rms_norm_eps``.
-        attention: called as ``attention(x, rope, step, cache, layer)``. mlp: called as ``mlp(x)``.
-    """
-
-    def __init__(self, config, attention: nn.Module, mlp: nn.Module):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = mlp
-
-    def forward(self, x: Tensor, rope, step, cache: KVCache | None, layer: int, input_ids: Tensor | None = None):
-        """(B, T, hidden_size) -> the same; ``input_ids`` (B, T) is for feed-forward networks that look at it."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, step, cache, layer)
-        return x + self.feed_forward(self.post_attention_layernorm(x), input_ids)
-
-    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
-        """Put (B, T, hidden_size) tokens that skip this block into the cache, and do nothing else."""
-        self.self_attn.remember(self.input_layernorm(x), rope, cache, layer)
-
-    def feed_forward(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
-        return self.mlp(x)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:
-    """Attention of T new tokens over whatever the cache returned; (B, Hq, T, D) -> (B, Hq, T, D)."""
+    """:func:`plain_attention` of T new tokens over whatever the cache returned, by torch's fused kernels."""
     if step.causal:
         return causal_attention(q, k, v, window, sinks)
     if step.mask is None:
@@ -194,62 +166,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     return window_attention(q, k, v, window, sinks)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, block: int | None = None) -> Tensor:
-    """Local causal attention in blocks: time and memory O(T (W + block)) instead of O(T²).
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up share one matrix product (rows of gate first)."""
 
-    Queries are cut into blocks. A block's queries can only see keys from ``window - 1`` before its first token to its
-    last token, so each block attends to that slice alone, under one small mask that is the same for all blocks. The
-    first tokens, whose slice would begin before the text does, are one small dense problem; so is a last, short block.
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    Args:
-        q: (B, Hq, T, D). k, v: (B, Hk, T, D).
-        window: W >= 1, the query's own position included (the convention of Mistral's ``sliding_window``).
-        sinks: the first ``sinks`` positions stay visible.
-        block: queries per block; None chooses an eighth of the window, at least 32.
-
-    Returns:
-        (B, Hq, T, D), equal to attention under a band mask.
-
-    Raises:
-        ValueError: window below 1, negative sinks, block below 1.
-    """
-    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", 1 if block is None else block, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
-    batch, tokens, device = q.shape[0], q.shape[2], q.device
-    grouped = q.shape[1] != k.shape[1]
-    block = block or max(32, window // 8)
-    reach = window - 1  # how far before a query its keys begin
-    # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
-    start = min(tokens, -(-(reach + sinks) // block) * block)
-    blocks = (tokens - start) // block
-    stop = start + blocks * block
-
-    at = torch.arange(max(start, reach + block), device=device)
-    first = F.scaled_dot_product_attention(
-        q[:, :, :start], k[:, :, :start], v[:, :, :start],
-        attn_mask=visible(at[:start], at[:start], window, sinks), enable_gqa=grouped,
-    )  # fmt: skip
-    parts = [first]
-
-    def slices(x: Tensor) -> Tensor:
-        """Overlapping slices of keys or values, one a block: views, no copy. -> (B * blocks, Hk, reach + block, D)."""
-        cut = x[:, :, start - reach : stop].unfold(2, reach + block, block).permute(0, 2, 1, 4, 3)
-        if sinks:
-            cut = torch.cat((x[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1), cut), dim=3)
-        return cut.flatten(0, 1)
-
-    # In a slice, the query number i is key number reach + i.
-    mask = visible(at[reach : reach + block], at[: reach + block], window)  # (block, reach + block)
-    mask = torch.cat((mask.new_ones(block, sinks), mask), dim=1)
-    if blocks:
-        # Blocks are folded into the batch, so that one call of the fused kernel does them all.
-        queries = q[:, :, start:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
-        out = F.scaled_dot_product_attention(queries, slices(k), slices(v), attn_mask=mask, enable_gqa=grouped)
-        parts.append(out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3))
-    if rest := tokens - stop:
-        keys, values = (torch.cat((x[:, :, :sinks], x[:, :, stop - reach :]), dim=2) for x in (k, v))
-        mask = mask[:rest, : sinks + reach + rest]
-        last = F.scaled_dot_product_attention(q[:, :, stop:], keys, values, attn_mask=mask, enable_gqa=grouped)
-        parts.append(last)
-    return torch.cat(parts, dim=2)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)

@@ -7,8 +7,8 @@ models differ in how logits become scores, in what restricts the choice, and in 
 ============================  ==============  =====================================  ===============================
 model                         scores          choice                                 weights of the chosen
 ============================  ==============  =====================================  ===============================
-GShard, DeepSeekMoE           softmax         top k                                  scores as they are
-Mixtral, Qwen3-MoE            softmax         top k                                  scores, made to sum to 1
+DeepSeekMoE                   softmax         top k                                  scores as they are
+GShard, Mixtral, Qwen3-MoE    softmax         top k                                  scores, made to sum to 1
 DeepSeek-V2                   softmax         top k within the 3 best groups of 8    scores, times 16
 DeepSeek-V3                   sigmoid         top k of score + bias, 4 of 8 groups   scores, made to sum to 1, x 2.5
 DeepSeek-V4                   sqrt(softplus)  top k of score + bias; first layers:   scores, made to sum to 1, x 1.5
@@ -17,14 +17,13 @@ DeepSeek-V4                   sqrt(softplus)  top k of score + bias; first layer
 
 Shapes: N tokens, E experts, k experts a token, H hidden size.
 
-Book: ``chapters/architecture/moe.ipynb``. Of that chapter are also, in reading order: :mod:`dslib.fast.experts`,
-:mod:`~dslib.architecture.balance`, :mod:`~dslib.architecture.sparse_decoder`. Sources: GShard (arXiv 2006.16668),
-Switch (arXiv 2101.03961) for capacity, Mixtral (arXiv 2401.04088), DeepSeekMoE (arXiv 2401.06066) for shared experts,
-DeepSeek-V2 (arXiv 2405.04434, section 2.2), DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), Hash Layers (arXiv
-2106.04426).
+Book: ``chapters/architecture/moe.ipynb``. Of that chapter are also, in reading order:
+:mod:`~dslib.architecture.experts`, :mod:`dslib.fast.experts`, :mod:`~dslib.architecture.balance`,
+:mod:`~dslib.architecture.sparse_decoder`. Sources: GShard (arXiv 2006.16668), Mixtral (arXiv 2401.04088), DeepSeekMoE
+(arXiv 2401.06066) for shared experts, DeepSeek-V2 (arXiv 2405.04434, section 2.2), DeepSeek-V3 (arXiv 2412.19437,
+section 2.1.2), Hash Layers (arXiv 2106.04426).
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -32,23 +31,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dslib.architecture.experts import Experts
 from dslib.architecture.layers import SwiGLU
-from dslib.fast.experts import Experts
+from dslib.check import one_of, whole
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of routed experts, plus experts that every token shares if wanted (DeepSeekMoE, section 3).
+
+    Dropless: every chosen expert runs, however many tokens choose it.
+
+    Args:
+        hidden_size, moe_intermediate_size: H, and the inner size of one expert.
+        router: chooses among ``router.num_experts`` experts.
+        n_shared_experts: how many experts' worth of always-on feed-forward network stands beside the routed ones.
+
+    Attributes:
+        last_routing: the :class:`Routing` of the last call. While gradients are recorded it is part of the graph, so
+            that balance losses can be taken from it.
+    """
+
+    def __init__(self, hidden_size: int, moe_intermediate_size: int, router: "Router", *, n_shared_experts: int = 0):
+        super().__init__()
+        if router.hidden_size != hidden_size:
+            raise ValueError(f"router: made for hidden size {router.hidden_size}, expected hidden_size={hidden_size}")
+        whole(0, n_shared_experts=n_shared_experts)
+        self.router = router
+        self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
+        self.shared_experts = None
+        if n_shared_experts:
+            # Several shared experts are one wider network: their hidden units lie side by side.
+            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * moe_intermediate_size)
+        self.last_routing: Routing | None = None
+
+    def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        """(..., H) -> the same shape; ``input_ids`` only for hash routing. An empty batch gives an empty result."""
+        routing = self.router(x, input_ids)  # indices and weights: (N, k)
+        self.last_routing = routing if torch.is_grad_enabled() else routing.detach()
+        y = self.experts(x.reshape(-1, x.shape[-1]), routing.indices, routing.weights).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
+
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
-
-
-NOT_FINITE = (
-    "router logits: NaN or infinite for {} of {} tokens, first at {}; expected finite hidden states and router weights"
-)
-CLOSED = (
-    "router: fewer than top_k experts are open to {} of {} tokens, first at {}; expected at least top_k finite entries "
-    "of e_score_correction_bias in the groups that a token may use"
-)
 
 
 @dataclass(frozen=True)
@@ -58,8 +86,7 @@ class Routing:
     Attributes:
         logits, scores: float32, (N, E).
         indices: int64, (N, k), the chosen experts, the highest choice first (hash routing: in the table's order).
-            E, one past the last expert, stands for an assignment that was dropped.
-        weights: float32, (N, k), what each chosen expert's output is multiplied by; 0 where dropped.
+        weights: float32, (N, k), what each chosen expert's output is multiplied by.
     """
 
     logits: Tensor
@@ -70,32 +97,6 @@ class Routing:
     @property
     def num_experts(self) -> int:
         return self.logits.shape[1]
-
-    @property
-    def dropped(self) -> Tensor:
-        """bool, (N, k): the assignments that no expert had room for."""
-        return self.indices == self.num_experts
-
-    def limited(self, capacity: int) -> "Routing":
-        """The same decisions with at most ``capacity`` tokens an expert.
-
-        First choices are served before second choices, and earlier tokens before later ones, as in GShard. What finds
-        no room is dropped: it gets index E and weight 0, and the remaining weights stay as they are. With a capacity of
-        0 everything is dropped, and the layer adds only what its shared experts give.
-        """
-        tokens, top_k = self.indices.shape
-        served = self.indices.T.reshape(-1)  # (k N): all first choices, then all second choices, …
-        order = served.argsort(stable=True)
-        load = torch.bincount(served, minlength=self.num_experts)
-        first = (load.cumsum(0) - load)[served[order]]  # where this expert's run begins in the sorted list
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device) - first
-        full = (place >= capacity).view(top_k, tokens).T
-        return dataclasses.replace(
-            self,
-            indices=self.indices.masked_fill(full, self.num_experts),
-            weights=self.weights.masked_fill(full, 0.0),
-        )
 
     def detach(self) -> "Routing":
         return Routing(self.logits.detach(), self.scores.detach(), self.indices, self.weights.detach())
@@ -158,35 +159,41 @@ class Router(nn.Module):
             ValueError: another hidden size; NaN or infinite logits, or fewer than k experts that the bias leaves open,
                 naming the first such token (not checked on CUDA, where it would make the CPU wait); missing ids.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: got hidden size {x.shape[-1]}, expected {self.hidden_size}")
-        logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())  # (N, E)
-        check = logits.device.type != "cuda"
-        if check and not logits.isfinite().all():
-            raise _refusal(NOT_FINITE, ~logits.isfinite().all(-1))
-        scores = SCORES[self.scoring_func](logits)
-        if self.tid2eid is None:
-            best, indices = self._choice(scores).topk(self.top_k, dim=-1)
-            if check and self.e_score_correction_bias is not None and (best[:, -1] == -math.inf).any():
-                raise _refusal(CLOSED, best[:, -1] == -math.inf)
-        else:
-            indices = self._look_up(input_ids, len(logits))
+        logits = F.linear(self._rows(x).float(), self.weight.float())  # (N, E)
+        scores = SCORES[self.scoring_func](self._finite(logits))
+        indices = self._choose(scores, input_ids)  # (N, k)
         weights = scores.gather(1, indices)  # the scores, without bias: it decides who runs and not how much they say
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(logits, scores, indices, weights * self.routed_scaling_factor)
 
     @torch.no_grad()
-    def _choice(self, scores: Tensor) -> Tensor:
-        """What the top k are taken of, (N, E): scores plus bias, minus infinity outside the best groups."""
+    def _choose(self, scores: Tensor, input_ids: Tensor | None) -> Tensor:
+        """The experts of each token, (N, k): the top k of scores plus bias within the best groups, or the table's."""
+        if self.tid2eid is not None:
+            return self._look_up(input_ids, len(scores))
         choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
-        if self.n_group == 1:
-            return choice
-        grouped = choice.unflatten(-1, (self.n_group, -1))  # (N, groups, E / groups)
-        strength = grouped.amax(-1) if self.scoring_func == "softmax" else grouped.topk(2, dim=-1).values.sum(-1)
-        closed = torch.ones_like(strength, dtype=torch.bool)
-        closed.scatter_(1, strength.topk(self.topk_group, dim=-1).indices, False)
-        return grouped.masked_fill(closed.unsqueeze(-1), -math.inf).flatten(1)
+        if self.n_group > 1:
+            grouped = choice.unflatten(-1, (self.n_group, -1))  # (N, groups, E / groups)
+            strength = grouped.amax(-1) if self.scoring_func == "softmax" else grouped.topk(2, dim=-1).values.sum(-1)
+            closed = torch.ones_like(strength, dtype=torch.bool)
+            closed.scatter_(1, strength.topk(self.topk_group, dim=-1).indices, False)
+            choice = grouped.masked_fill(closed.unsqueeze(-1), -math.inf).flatten(1)
+        best, indices = choice.topk(self.top_k, dim=-1)
+        may_be_closed = self.e_score_correction_bias is not None and scores.device.type != "cuda"
+        if may_be_closed and (best[:, -1] == -math.inf).any():
+            raise _refusal(CLOSED, best[:, -1] == -math.inf)
+        return indices
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: got hidden size {x.shape[-1]}, expected {self.hidden_size}")
+        return x.reshape(-1, self.hidden_size)
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        if logits.device.type != "cuda" and not logits.isfinite().all():
+            raise _refusal(NOT_FINITE, ~logits.isfinite().all(-1))
+        return logits
 
     def _look_up(self, input_ids: Tensor | None, tokens: int) -> Tensor:
         if input_ids is None or input_ids.numel() != tokens:
@@ -211,60 +218,12 @@ class Router(nn.Module):
         return f"{self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, {self.scoring_func}"
 
 
-class MoE(nn.Module):
-    """A feed-forward layer of routed experts, plus experts that every token shares if wanted (DeepSeekMoE, section 3).
-
-    Dropless unless ``capacity_factor`` is given: every chosen expert runs, however many tokens choose it.
-
-    Args:
-        hidden_size, moe_intermediate_size: H, and the inner size of one expert.
-        router: chooses among ``router.num_experts`` experts.
-        n_shared_experts: how many experts' worth of always-on feed-forward network stands beside the routed ones.
-        capacity_factor: if given, an expert takes at most ``int(capacity_factor x N k / E)`` tokens of a call and the
-            rest is dropped, see :meth:`Routing.limited`.
-
-    Attributes:
-        last_routing: the :class:`Routing` of the last call. While gradients are recorded it is part of the graph, so
-            that balance losses can be taken from it.
-    """
-
-    def __init__(
-        self, hidden_size: int, moe_intermediate_size: int, router: Router, *, n_shared_experts: int = 0,
-        capacity_factor: float | None = None,
-    ):  # fmt: skip
-        super().__init__()
-        if router.hidden_size != hidden_size:
-            raise ValueError(f"router: made for hidden size {router.hidden_size}, expected hidden_size={hidden_size}")
-        if n_shared_experts < 0:
-            raise ValueError(f"n_shared_experts: got {n_shared_experts}, expected 0 or more")
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor: got {capacity_factor}, expected a positive number or None (dropless)")
-        self.router, self.capacity_factor = router, capacity_factor
-        self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
-        self.shared_experts = None
-        if n_shared_experts:
-            # Several shared experts are one wider network: their hidden units lie side by side.
-            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * moe_intermediate_size)
-        self.last_routing: Routing | None = None
-
-    def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Tensor:
-        """(..., H) -> the same shape; ``input_ids`` only for hash routing. An empty batch gives an empty result."""
-        routing = self.router(x, input_ids)
-        if self.capacity_factor is not None:
-            routing = routing.limited(int(self.capacity_factor * routing.indices.numel() / routing.num_experts))
-        self.last_routing = routing if torch.is_grad_enabled() else routing.detach()
-        y = self.experts(x.reshape(-1, x.shape[-1]), routing.indices, routing.weights).view_as(x)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
-
-
 def check_routing(num_experts: int, top_k: int, scoring_func: str, n_group: int, topk_group: int) -> None:
     """Raise a ValueError unless a router can be built with these sizes."""
-    if num_experts < 1:
-        raise ValueError(f"num_experts: got {num_experts}, expected at least 1")
+    whole(1, num_experts=num_experts)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k: got {top_k}, expected 1 to num_experts={num_experts}")
-    if scoring_func not in SCORES:
-        raise ValueError(f"scoring_func: got {scoring_func!r}, expected one of {', '.join(map(repr, SCORES))}")
+    one_of(SCORES, scoring_func=scoring_func)
     if n_group < 1 or num_experts % n_group:
         raise ValueError(f"n_group: got {n_group}, expected a divisor of num_experts={num_experts}")
     if not 1 <= topk_group <= n_group:
@@ -276,6 +235,15 @@ def check_routing(num_experts: int, top_k: int, scoring_func: str, n_group: int,
         )
     if n_group > 1 and scoring_func != "softmax" and size < 2:
         raise ValueError(f"n_group: got {n_group}, expected groups of at least 2 experts (a group's two best count)")
+
+
+NOT_FINITE = (
+    "router logits: NaN or infinite for {} of {} tokens, first at {}; expected finite hidden states and router weights"
+)
+CLOSED = (
+    "router: fewer than top_k experts are open to {} of {} tokens, first at {}; expected at least top_k finite entries "
+    "of e_score_correction_bias in the groups that a token may use"
+)
 
 
 def _refusal(message: str, bad: Tensor) -> ValueError:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dslib.architecture.decoder import Decoder, DecoderConfig, choose
+from dslib.architecture.cache import KVCache, Step
+from dslib.architecture.config import DecoderConfig, choose
+from dslib.architecture.decoder import MODELS, Decoder
 from dslib.architecture.layers import Attention, Block, SwiGLU
 from dslib.architecture.moe import MoE, Router, check_routing
-from dslib.architecture.published import LatentCache, MultiHeadLatentAttention, Yarn
+from dslib.architecture.published import MultiHeadLatentAttention, Yarn
+from dslib.check import between, whole
 
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_LEAST = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1, "n_shared_experts": 0}
 
 
 @dataclass(frozen=True)
@@ -72,36 +74,30 @@ class SparseConfig(DecoderConfig):
         super().__post_init__()
         if self.moe_intermediate_size is None:
             object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
-        for name, least in _LEAST.items():
-            if getattr(self, name) is None or getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-        for name, before in (("first_k_dense_replace", 0), ("num_hash_layers", self.first_k_dense_replace)):
-            most = self.num_hidden_layers - before
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to {most} (of {most} layers)")
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            whole(1, **{name: getattr(self, name)})
+        whole(0, n_shared_experts=self.n_shared_experts)
+        between(0, self.num_hidden_layers, first_k_dense_replace=self.first_k_dense_replace)
+        between(0, self.num_hidden_layers - self.first_k_dense_replace, num_hash_layers=self.num_hash_layers)
         check_routing(self.num_experts, self.num_experts_per_tok, self.scoring_func, self.n_group, self.topk_group)
 
     def _check_latent(self) -> None:
-        for name in ("kv_lora_rank", *_LATENT):
-            if getattr(self, name) is None or getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1 with latent attention")
+        for name in ("kv_lora_rank", *_LATENT):  # latent attention needs them all
+            whole(1, **{name: getattr(self, name)})
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim: got {self.qk_rope_head_dim}, expected an even number")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank: got {self.q_lora_rank}, expected at least 1, or None")
+        if self.q_lora_rank is not None:
+            whole(1, q_lora_rank=self.q_lora_rank)
         if self.sliding_window is not None or self.attention_sinks or self.qkv_bias:
             raise ValueError("sliding_window, attention_sinks, qkv_bias: expected none of them with latent attention")
         if self.yarn is not None and self.rope_scaling != 1.0:
             raise ValueError(f"rope_scaling: got {self.rope_scaling}, expected 1.0 beside yarn")
 
-    def model(self) -> "SparseDecoder":
-        return SparseDecoder(self)
-
     @property
-    def kv_elements_per_token(self) -> int:
+    def cache_shape(self) -> tuple[int, int, int]:
         if self.kv_lora_rank is None:
-            return super().kv_elements_per_token
-        return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim)
+            return super().cache_shape
+        return 1, 1, self.kv_lora_rank + self.qk_rope_head_dim  # one vector for all heads, both key and value
 
     @property
     def multiplications_per_pair(self) -> int:
@@ -160,8 +156,9 @@ def preset(name: str, **changes) -> SparseConfig:
 class SparseBlock(Block):
     """A block whose feed-forward network is a :class:`~dslib.architecture.moe.MoE`."""
 
-    def feed_forward(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
-        return self.mlp(x, input_ids)
+    def forward(self, x: Tensor, rope, step: Step, cache: KVCache | None, layer: int, input_ids: Tensor | None = None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, step, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x), input_ids)
 
 
 class SparseDecoder(Decoder):
@@ -206,9 +203,5 @@ class SparseDecoder(Decoder):
             return super().rope(positions, dtype)
         return config.yarn.angles(positions, config.head_dim, config.rope_theta, dtype)
 
-    def preallocated_cache(self, batch_size: int, max_length: int, *, dtype, device):
-        config = self.config
-        if config.kv_lora_rank is None:
-            return super().preallocated_cache(batch_size, max_length, dtype=dtype, device=device)
-        sizes = (config.num_hidden_layers, batch_size, max_length, config.kv_lora_rank, config.qk_rope_head_dim)
-        return LatentCache(*sizes, dtype=dtype, device=device)
+
+MODELS[SparseConfig] = SparseDecoder

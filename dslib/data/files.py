@@ -6,7 +6,9 @@
 import contextlib
 import io
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel carries data/ inside the package (pyproject.toml, force-include); a checkout has it beside the package.
@@ -26,9 +28,23 @@ def data_path(name: str = "") -> Path:
         if (root / "claims.yml").exists() and path.exists():
             return path
     looked = " and ".join(str(root) for root in _CANDIDATES)
-    raise FileNotFoundError(
-        f"data file {name!r} not found; looked in {looked}. Reinstall dslib, or run from a checkout."
-    )
+    raise FileNotFoundError(f"data file {name!r}: not in {looked}. Reinstall dslib, or run from a checkout.")
+
+
+def read_yaml(name: str) -> Any:
+    """The contents of a YAML file below ``data/``, read once. ValueError, with file and line, for what is no YAML."""
+    return _parsed(data_path(name))
+
+
+@cache
+def _parsed(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
 
 
 class WeightsNotFound(FileNotFoundError):

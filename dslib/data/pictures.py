@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dslib import check
 from dslib.data.files import data_path
 
 LANGUAGES = ("en", "zh")
@@ -63,20 +64,8 @@ class EmojiSet:
         Raises:
             ValueError: another name.
         """
-        if name not in SPLITS:
-            raise ValueError(f"split: got {name!r}, expected one of {', '.join(map(repr, SPLITS))}")
+        check.one_of(SPLITS, split=name)
         return self.take([i for i, row in enumerate(self.rows) if row.split == name])
-
-    def group(self, *names: str) -> "EmojiSet":
-        """The pictures of some groups or subgroups, such as ``"animals-nature"`` or ``"food-fruit"``.
-
-        Raises:
-            ValueError: a name that no picture has.
-        """
-        known = {name for row in self.rows for name in (row.group, row.subgroup)}
-        if unknown := sorted(set(names) - known):
-            raise ValueError(f"group: got {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
-        return self.take([i for i, row in enumerate(self.rows) if row.group in names or row.subgroup in names])
 
     def named(self, *names: str) -> "EmojiSet":
         """The pictures with these English names, in this order.
@@ -91,7 +80,7 @@ class EmojiSet:
 
     def names(self, language: str = "en") -> list[str]:
         """Every picture's name, in order."""
-        check_language(language)
+        check.one_of(LANGUAGES, language=language)
         return [row.name[language] for row in self.rows]
 
     def images(self, background: tuple[int, int, int] = (255, 255, 255)) -> Tensor:
@@ -105,14 +94,8 @@ class EmojiSet:
         return Image.fromarray(self.pixels[index])
 
 
-def check_language(language: str) -> None:
-    """ValueError unless ``language`` is one that the captions have."""
-    if language not in LANGUAGES:
-        raise ValueError(f"language: got {language!r}, expected 'en' or 'zh'")
-
-
 def load_emoji() -> EmojiSet:
-    """The whole set. For a part: ``load_emoji().split("test")``, ``.group("food-drink")``, ``.named("cat", "dog")``."""
+    """The whole set. For a part: ``load_emoji().split("test")``, ``.named("cat", "dog")``."""
     with data_path("emoji/captions.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     rows = tuple(

@@ -9,14 +9,11 @@ Plain Python and PyYAML only.
 """
 
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import lru_cache
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-import yaml
-
-from dslib.data.files import data_path
+from dslib import check
+from dslib.data.files import read_yaml
 
 TIERS = ("primary", "secondary", "derived", "unverified")
 
@@ -45,9 +42,8 @@ class Figure:
         return f"{self} [{where}]"
 
     def _repr_markdown_(self) -> str:
-        return (
-            f"{self} ({', '.join(f'`{key}`' for key in self.source)}{', ' + self.at if self.at else ''}; {self.tier})"
-        )
+        at = f", {self.at}" if self.at else ""
+        return f"{self} ({', '.join(f'`{key}`' for key in self.source)}{at}; {self.tier})"
 
 
 def figure(entry: str, name: str) -> Figure:
@@ -57,48 +53,38 @@ def figure(entry: str, name: str) -> Figure:
         ValueError: naming the unknown entry or figure and the nearest known ones.
     """
     known = entries()
-    figures = known[entry] if entry in known else _unknown("entry", entry, known)
-    return figures[name] if name in figures else _unknown(f"figure of {entry}", name, figures)
+    if entry not in known:
+        raise check.unknown("entry", entry, known, "one of data/published.yml")
+    if name not in known[entry]:
+        raise check.unknown(f"figure of {entry}", name, known[entry], "one of data/published.yml")
+    return known[entry][name]
 
 
+@cache
 def entries() -> dict[str, dict[str, Figure]]:
-    """Every figure, by entry and name. Read once."""
-    return _read(data_path("published.yml"))
-
-
-def hub_ids() -> dict[str, tuple[str, ...]]:
-    """Names on the Hugging Face hub under which each model is published, by entry (if it has any)."""
-    models = _document(data_path("published.yml"))["models"]
-    return {entry: tuple(model["hub_ids"]) for entry, model in models.items() if model.get("hub_ids")}
-
-
-@lru_cache(maxsize=4)
-def _document(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-@lru_cache(maxsize=4)
-def _read(path: Path) -> dict[str, dict[str, Figure]]:
+    """Every figure, by entry and name. Read once. Raises ValueError, with entry and field, for a faulty file."""
+    document = read_yaml("published.yml")
     try:
-        document = _document(path)
         raw = {**document["models"], **{key: value for key, value in document.items() if key != "models"}}
         figures = {entry: dict(fields["figures"]) for entry, fields in raw.items()}
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name}: wanted 'models' and entries with 'figures' each; {error!r}") from error
+        raise ValueError(f"published.yml: expected 'models' and entries with 'figures' each; {error!r}") from error
     return {
-        entry: {name: _figure(f"{path.name}, {entry}, figure {name!r}", row) for name, row in rows.items()}
+        entry: {name: _figure(f"published.yml, {entry}, figure {name!r}", row) for name, row in rows.items()}
         for entry, rows in figures.items()
     }
 
 
+def hub_ids() -> dict[str, tuple[str, ...]]:
+    """Names on the Hugging Face hub under which each model is published, by entry (if it has any)."""
+    models = read_yaml("published.yml")["models"]
+    return {entry: tuple(model["hub_ids"]) for entry, model in models.items() if model.get("hub_ids")}
+
+
 def _figure(where: str, row: Any) -> Figure:
     if not isinstance(row, dict) or not {"value", "source", "tier"} <= set(row):
-        raise ValueError(f"{where}: got {row!r}, wanted value, source and tier")
-    if row["tier"] not in TIERS:
-        raise ValueError(f"{where}, field 'tier': got {row['tier']!r}, wanted one of {', '.join(TIERS)}")
+        raise ValueError(f"{where}: got {row!r}, expected value, source and tier")
+    check.one_of(TIERS, **{f"{where}, field 'tier'": row["tier"]})
     value = tuple(row["value"]) if isinstance(row["value"], list) else row["value"]
     source = row["source"] if isinstance(row["source"], list) else [row["source"]]
     return Figure(value, row.get("unit", ""), tuple(source), row["tier"], str(row.get("at", "")), row.get("note", ""))
@@ -111,8 +97,3 @@ def _short(value: Any) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.4g}{letter}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
-
-
-def _unknown(what: str, name: str, known: dict[str, Any]) -> Any:
-    near = get_close_matches(str(name), known, n=3, cutoff=0.3) or sorted(known)[:8]
-    raise ValueError(f"{what}: got {name!r}, which data/published.yml does not have; nearest: {', '.join(near)}")

@@ -30,48 +30,14 @@ from pathlib import Path
 
 import yaml
 
+from dslib import check
+from dslib.data.files import cache_root, read_yaml
+
 LETTERS = "ABCD"
-# MMLU's subjects by group, each with the number of its test questions: 14,042 in all.
-SUBJECTS = {
-    "STEM": {
-        "abstract_algebra": 100, "anatomy": 135, "astronomy": 152, "college_biology": 144, "college_chemistry": 100,
-        "college_computer_science": 100, "college_mathematics": 100, "college_physics": 102, "computer_security": 100,
-        "conceptual_physics": 235, "electrical_engineering": 145, "elementary_mathematics": 378,
-        "high_school_biology": 310, "high_school_chemistry": 203, "high_school_computer_science": 100,
-        "high_school_mathematics": 270, "high_school_physics": 151, "high_school_statistics": 216,
-        "machine_learning": 112,
-    },
-    "humanities": {
-        "formal_logic": 126, "high_school_european_history": 165, "high_school_us_history": 204,
-        "high_school_world_history": 237, "international_law": 121, "jurisprudence": 108, "logical_fallacies": 163,
-        "moral_disputes": 346, "moral_scenarios": 895, "philosophy": 311, "prehistory": 324, "professional_law": 1534,
-        "world_religions": 171,
-    },
-    "social sciences": {
-        "econometrics": 114, "high_school_geography": 198, "high_school_government_and_politics": 193,
-        "high_school_macroeconomics": 390, "high_school_microeconomics": 238, "high_school_psychology": 545,
-        "human_sexuality": 131, "professional_psychology": 612, "public_relations": 110, "security_studies": 245,
-        "sociology": 201, "us_foreign_policy": 100,
-    },
-    "other": {
-        "business_ethics": 100, "clinical_knowledge": 265, "college_medicine": 173, "global_facts": 100,
-        "human_aging": 223, "management": 103, "marketing": 234, "medical_genetics": 100, "miscellaneous": 783,
-        "nutrition": 306, "professional_accounting": 282, "professional_medicine": 272, "virology": 166,
-    },
-}  # fmt: skip
+_MMLU = read_yaml("mmlu.yml")
+SUBJECTS: dict[str, dict[str, int]] = _MMLU["subjects"]  # group -> subject -> number of its test questions
 TEST_SIZES = {subject: size for sizes in SUBJECTS.values() for subject, size in sizes.items()}
-# The article's three, as MMLU's authors sort subjects into areas (theirs is called "health").
-AREAS = {
-    "mathematics": (
-        "abstract_algebra", "college_mathematics", "elementary_mathematics", "high_school_mathematics",
-        "high_school_statistics",
-    ),
-    "law": ("international_law", "jurisprudence", "professional_law"),
-    "medicine": (
-        "anatomy", "clinical_knowledge", "college_medicine", "human_aging", "medical_genetics", "nutrition",
-        "professional_medicine", "virology",
-    ),
-}  # fmt: skip
+AREAS = {area: tuple(subjects) for area, subjects in _MMLU["areas"].items()}  # the article's three
 EVALS = "evals==3.0.1.post1"
 _EVALS_WHEEL = "evals-3.0.1.post1-py3-none-any.whl"
 # How the three sets label their choices; each begins a line there.
@@ -93,15 +59,12 @@ class Question:
     subject: str = ""
 
     def __post_init__(self):
-        if not isinstance(self.question, str) or not self.question.strip():
-            raise ValueError(f"question: got {self.question!r}, expected some text")
-        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence):
+        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence) or len(self.choices) != len(LETTERS):
             raise ValueError(f"choices: got {self.choices!r}, expected a list of four texts")
-        if len(self.choices) != len(LETTERS):
-            raise ValueError(f"choices: got {len(self.choices)}, expected four")
-        for letter, choice in zip(LETTERS, self.choices, strict=True):
-            if not isinstance(choice, str) or not choice.strip():
-                raise ValueError(f"choices: got {choice!r} for {letter}, expected some text")
+        choices = {f"choices, {letter}": choice for letter, choice in zip(LETTERS, self.choices, strict=True)}
+        for name, text in {"question": self.question, **choices}.items():
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{name}: got {text!r}, expected some text")
         if isinstance(self.answer, bool) or not isinstance(self.answer, int) or not 0 <= self.answer < len(LETTERS):
             raise ValueError(f"answer: got {self.answer!r}, expected 0 to 3 or a letter from A to D")
         object.__setattr__(self, "choices", tuple(self.choices))
@@ -120,10 +83,9 @@ def load_questions(name: str | Path) -> list[Question]:
         QuestionsNotFound: the set is not installed and cannot be fetched; or there is no such file.
         ValueError: a question that is none, with file and line.
     """
-    if name == "mmlu-281":
-        return mmlu_examples()
-    if name == "mmlu":
-        return mmlu_test()
+    whole = {"mmlu-281": mmlu_examples, "mmlu": mmlu_test}
+    if name in whole:
+        return whole[name]()
     if name in _LABELS:
         return evals_set(name)
     if not Path(name).is_file():
@@ -133,16 +95,19 @@ def load_questions(name: str | Path) -> list[Question]:
 
 def in_domain(questions: Iterable[Question], domain: str) -> list[Question]:
     """The questions whose subject belongs to ``domain``: a group of MMLU, one of :data:`AREAS`, or ``"all"``."""
-    known = {"all": None} | {group: tuple(sizes) for group, sizes in SUBJECTS.items()} | AREAS
-    if domain not in known:
-        raise ValueError(f"domain: got {domain!r}, expected one of {', '.join(known)}")
-    return [one for one in questions if known[domain] is None or one.subject in known[domain]]
+    subjects = _subjects(domain)
+    return [one for one in questions if domain == "all" or one.subject in subjects]
 
 
 def test_size(domain: str) -> int:
     """How many test questions the real MMLU has in a domain, see :func:`in_domain`."""
-    empty = (Question("?", ("1", "2", "3", "4"), 0, subject) for subject in TEST_SIZES)
-    return sum(TEST_SIZES[one.subject] for one in in_domain(empty, domain))
+    return sum(TEST_SIZES[subject] for subject in _subjects(domain))
+
+
+def _subjects(domain: str) -> tuple[str, ...]:
+    known = {"all": tuple(TEST_SIZES), **{group: tuple(sizes) for group, sizes in SUBJECTS.items()}, **AREAS}
+    check.one_of(known, domain=domain)
+    return known[domain]
 
 
 test_size.__test__ = False  # a name that pytest would collect
@@ -235,8 +200,7 @@ def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
         QuestionsNotFound: pip could not fetch it, or ``wheel`` is not there.
         ValueError: an unknown set, or a line that is no question.
     """
-    if name not in _LABELS:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(_LABELS)}")
+    check.one_of(_LABELS, name=name)
     path = Path(wheel) if wheel is not None else _fetched_wheel()
     if not path.is_file():
         raise QuestionsNotFound(f"no such wheel: {path}. Run: pip download --no-deps {EVALS}")
@@ -254,8 +218,6 @@ def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
 
 
 def _fetched_wheel() -> Path:
-    from dslib.data.files import cache_root
-
     path = cache_root() / _EVALS_WHEEL
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

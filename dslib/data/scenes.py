@@ -1,12 +1,12 @@
 """Pictures without limit, made from a seed, with words that are true of them: scenes of emoji, and pictures of text.
 
 Everything about picture number i follows from ``(seed, i)``: it is the same in any order, in any process, with any
-number of workers. :class:`Stream` feeds batches of them to a training loop.
+number of workers. :class:`Stream` makes batches of them for a training loop.
 
 Book: ``chapters/architecture/fusion.ipynb`` and ``chapters/scenarios/multimodal.ipynb``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import IterableDataset, get_worker_info
 
-from dslib.data.pictures import EmojiSet, check_language
+from dslib import check
+from dslib.data.pictures import LANGUAGES, EmojiSet
 
 PLACES = {
     "en": ("top left", "top right", "bottom left", "bottom right"),
@@ -51,7 +51,7 @@ class Scene:
 
     def caption(self, language: str = "en") -> str:
         """Every kind with its place, or with its number if there are several, e.g. "cat top left, star: two"."""
-        check_language(language)
+        check.one_of(LANGUAGES, language=language)
         parts = []
         for kind in self.kinds():
             where = [place for place, cell in enumerate(self.cells) if cell == kind]
@@ -65,7 +65,7 @@ class Scene:
 
     def questions(self, language: str = "en") -> list[tuple[str, str, str]]:
         """Everything that can be asked: (sort, question, answer), the sorts "what", "how many" and "where"."""
-        check_language(language)
+        check.one_of(LANGUAGES, language=language)
         names, places, numbers, asked = self.names[language], PLACES[language], NUMBERS[language], []
         for place, kind in enumerate(self.cells):
             if kind is not None:
@@ -86,29 +86,26 @@ class SceneMaker:
 
     Args:
         emoji: what may appear. size: pixels a side of the picture; an emoji fills most of a quarter.
-        fill: least and greatest number of quarters that are filled.
-        again: probability that a quarter repeats the kind of an earlier one, so that counting is worth asking for.
 
     Raises:
-        ValueError: no emoji, a size below 16 pixels, or numbers of quarters outside 1 to 4.
+        ValueError: no emoji, or a size below 16 pixels.
     """
 
-    def __init__(self, emoji: EmojiSet, size: int = 64, fill: tuple[int, int] = (1, 4), again: float = 0.35):
+    AGAIN = 0.35  # how often a quarter repeats the kind of an earlier one, so that counting is worth asking for
+
+    def __init__(self, emoji: EmojiSet, size: int = 64):
         if not len(emoji):
             raise ValueError("emoji: got an empty set, expected at least one picture")
-        if size < 16:
-            raise ValueError(f"size: got {size}, expected at least 16 pixels")
-        if not 1 <= fill[0] <= fill[1] <= 4:
-            raise ValueError(f"fill: got {fill}, expected (least, greatest) within 1 to 4")
-        self.emoji, self.size, self.fill, self.again = emoji, size, fill, again
+        check.whole(16, size=size)
+        self.emoji, self.size = emoji, size
         self.names = {language: emoji.names(language) for language in PLACES}
 
     def __call__(self, rng: np.random.Generator) -> Scene:
         """A scene of its own invention."""
         cells: list[int | None] = [None] * 4
-        for place in rng.permutation(4)[: rng.integers(self.fill[0], self.fill[1] + 1)]:
+        for place in rng.permutation(4)[: rng.integers(1, 5)]:
             used = [kind for kind in cells if kind is not None]
-            fresh = not used or rng.random() >= self.again
+            fresh = not used or rng.random() >= self.AGAIN
             cells[place] = int(rng.integers(len(self.emoji))) if fresh else int(rng.choice(used))
         return self.draw(cells, rng)
 
@@ -145,11 +142,8 @@ def plain_fonts() -> list[Path]:
 
 
 @lru_cache(maxsize=256)
-def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.truetype(path, size)
-    except OSError as error:
-        raise ValueError(f"fonts: {path} cannot be read as a font ({error})") from error
+def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(path), size)
 
 
 @dataclass(frozen=True)
@@ -161,44 +155,31 @@ class TextPicture:
 
 
 class TextMaker:
-    """Callable ``make(rng) -> TextPicture``: a word or number, in some font, size and colour, turned and with noise.
+    """Callable ``make(rng) -> TextPicture``: a word, in some font, size and colour, turned and with noise.
 
     Args:
-        words: what may be written; None writes numbers of ``length`` digits. For Chinese, pass words and a font with
-            Chinese characters: there is none on every machine.
+        words: what may be written, in letters that :func:`plain_fonts` have.
         size: (width, height) in pixels. points: least and greatest height of the letters; what does not fit is shrunk.
         angle: greatest turn to either side, degrees. noise: standard deviation, in steps of 255.
 
     Raises:
-        ValueError: no word, no font, a font that cannot be read.
+        ValueError: no word, or heights out of order.
     """
 
-    def __init__(self, words: Sequence[str] | None = None, *, length: int = 4, size: tuple[int, int] = (64, 64),
-                 points: tuple[int, int] = (14, 24), angle: float = 10.0, noise: float = 8.0,
-                 fonts: Sequence[str | Path] | None = None):  # fmt: skip
-        if words is not None and not len(words):
-            raise ValueError("words: got none, expected at least one, or None for numbers")
-        self.fonts = [str(path) for path in (plain_fonts() if fonts is None else fonts)]
-        if not self.fonts:
-            raise ValueError("fonts: got none, expected at least one path")
+    def __init__(self, words: Sequence[str], *, size: tuple[int, int] = (64, 64), points: tuple[int, int] = (14, 24),
+                 angle: float = 10.0, noise: float = 8.0):  # fmt: skip
+        if not len(words):
+            raise ValueError("words: got none, expected at least one")
         if not 1 <= points[0] <= points[1]:
             raise ValueError(f"points: got {points}, expected (least, greatest), at least 1")
-        for path in self.fonts:
-            _font(path, points[0])
-        self.words, self.length, self.size, self.points = words, length, size, points
-        self.angle, self.noise = angle, noise
+        self.words, self.size, self.points, self.angle, self.noise = words, size, points, angle, noise
+        self.fonts = plain_fonts()
 
     def __call__(self, rng: np.random.Generator) -> TextPicture:
-        text = (
-            "".join(map(str, rng.integers(0, 10, self.length)))
-            if self.words is None
-            else self.words[int(rng.integers(len(self.words)))]
-        )
+        text = self.words[int(rng.integers(len(self.words)))]
         paper, ink = int(rng.integers(190, 256)), int(rng.integers(0, 90))
-        points, path = (
-            int(rng.integers(self.points[0], self.points[1] + 1)),
-            self.fonts[int(rng.integers(len(self.fonts)))],
-        )
+        points = int(rng.integers(self.points[0], self.points[1] + 1))
+        path = self.fonts[int(rng.integers(len(self.fonts)))]
         angle = float(rng.uniform(-self.angle, self.angle))
         while True:
             font = _font(path, points)
@@ -218,38 +199,26 @@ class TextMaker:
         return TextPicture(np.repeat(grey[..., None], 3, axis=2), text)
 
 
-class Stream(IterableDataset):
-    """Batches of generated items for a ``torch.utils.data.DataLoader(stream, batch_size=None, num_workers=…)``.
-
-    Worker w of W makes the batches w, w + W, w + 2 W, …, and the loader takes one from each in turn: the stream is the
-    same for any number of workers, batch for batch.
+@dataclass(frozen=True)
+class Stream:
+    """Batches of generated items, each the same whatever came before it.
 
     Args:
-        make: ``make(rng) -> item``, such as :class:`SceneMaker`; must be picklable for workers.
-        collate: makes a batch of a list of items; None yields the list.
-        first: number of the first batch, to continue where an earlier run stopped. batches: None never ends.
+        make: ``make(rng) -> item``, such as :class:`SceneMaker`. collate: makes a batch of a list of items.
 
     Raises:
-        ValueError: batch_size below 1, or a negative number of batches.
+        ValueError: batch_size below 1.
     """
 
-    def __init__(self, make: Callable[[np.random.Generator], Any], batch_size: int, seed: int, *,
-                 collate: Callable[[list], Any] | None = None, first: int = 0, batches: int | None = None):  # fmt: skip
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-        if first < 0 or (batches is not None and batches < 0):
-            raise ValueError(f"first and batches: got {first} and {batches}, expected 0 or more")
-        self.make, self.batch_size, self.seed, self.collate = make, batch_size, seed, collate
-        self.first, self.batches = first, batches
+    make: Callable[[np.random.Generator], Any]
+    batch_size: int
+    seed: int
+    collate: Callable[[list], Any]
+
+    def __post_init__(self):
+        check.whole(1, batch_size=self.batch_size)
 
     def batch(self, number: int) -> Any:
-        """Batch ``number``, whatever came before."""
-        items = [self.make(item_rng(self.seed, number * self.batch_size + i)) for i in range(self.batch_size)]
-        return items if self.collate is None else self.collate(items)
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, step = self.first + (worker.id if worker else 0), worker.num_workers if worker else 1
-        while self.batches is None or number < self.first + self.batches:
-            yield self.batch(number)
-            number += step
+        """Batch ``number``, from 0 on without end."""
+        first = number * self.batch_size
+        return self.collate([self.make(item_rng(self.seed, first + i)) for i in range(self.batch_size)])

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dslib import check
 from dslib.data.files import data_path
 
 
@@ -28,8 +29,7 @@ def slices(tokens: Tensor, length: int, count: int) -> Tensor:
     Raises:
         ValueError: the text is too short for that many.
     """
-    if count < 1 or length < 1:
-        raise ValueError(f"length and count: got {length} and {count}, expected at least 1 each")
+    check.whole(1, length=length, count=count)
     if count * length > len(tokens):
         raise ValueError(f"count: {count} slices of {length} tokens need {count * length}, the text has {len(tokens)}")
     step = len(tokens) // count

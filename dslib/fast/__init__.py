@@ -1,6 +1,11 @@
-"""The same results sooner. Nothing here changes what is computed beyond rounding; tests hold each to the plain way.
+"""The same results sooner: ``report = fast.prepare(model)``, ``print(fast.describe(model))``, ``fast.release(model)``.
 
-*Kernels* know tensors only, and the architecture stands on them: ``exact``, ``linear``, ``experts``, ``int4_kernels``,
-``int4_rows``, ``int8``. *Paths* know our models and stand above them: ``token_step``, ``cuda_graph``, ``fused_step``,
-``scoring``.
+Everything here computes what a module of :mod:`dslib.architecture` computes, and is tested against it. Nothing in
+``architecture`` knows of it.
 """
+
+from dslib.fast.prepared import Report as Report
+from dslib.fast.prepared import describe as describe
+from dslib.fast.prepared import is_prepared as is_prepared
+from dslib.fast.prepared import prepare as prepare
+from dslib.fast.prepared import release as release

@@ -73,8 +73,11 @@ class StaticDecoding:
             raise ValueError(f"prompts: got shape {tuple(prompts.shape)}, expected {wanted}")
         self.cache.static = False
         self.cache.truncate(0)
-        hidden = self.model.hidden_states(prompts.to(self.token.device), self.cache, **self.seen)
-        self.token.copy_(self.model.lm_head(hidden[:, -1:]).argmax(-1))
+        last = torch.full_like(self.token, length - 1)
+        logits = self.model(
+            prompts.to(self.token.device), self.cache, logits_at=last, **self.seen
+        )  # (B, 1, vocab_size)
+        self.token.copy_(logits.argmax(-1))
         self.position.fill_(length)
         self.cache.static = True
         return self.token

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from dslib.architecture.cache import PreallocatedCache
 from dslib.architecture.decoder import Decoder, build
 from dslib.architecture.layers import RMSNorm
-from dslib.fast.exact import hooks
+from dslib.exact import hooks
 
 try:
     import triton

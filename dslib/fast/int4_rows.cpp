@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // rows of W that lie together, see int4_kernels.py
+constexpr int64_t kBlock = 64;  // rows of W that lie together, see int4.py
 constexpr int64_t kAtOnce = 4;  // columns that one vpdpbusd adds up
 
 // Two loads bring four columns of a block. Bytes in this order bring the four codes of a row together: rows 0 to 15, and

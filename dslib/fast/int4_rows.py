@@ -5,7 +5,7 @@ too, codes and inputs can be multiplied as they are, 64 at once, and what remain
 calls this "accuracy level 4". The price is an error of about 0.6 %, next to about 8 % that the four bits cost and
 0.25 % of activations in bfloat16.
 
-torch has no such product for the order of :mod:`dslib.fast.int4_kernels`, so ``int4_rows.cpp`` is one. It is
+torch has no such product for our order of codes, so ``int4_rows.cpp`` is one. It is
 compiled at the first use, which takes about fifteen seconds and needs a C++ compiler, and kept in torch's cache folder.
 :func:`plain` is the same arithmetic in torch, and what the tests hold it against.
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dslib.fast.int4_kernels import BLOCK, unpack
+from dslib.architecture.int4.levels import BLOCK, unpack
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FEW = 4  # rows; each goes through the weights by itself, so that more are faster in torch's product
@@ -37,9 +37,8 @@ FLAGS = ["-O3", "-fopenmp"]
 def plain(rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     """What the compiled product computes, step by step: ``rows Wᵀ`` with rows rounded to eight bits in each group.
 
-    Args:
-        rows: (N, in), float32 or bfloat16. packed: uint8 (out, in / 2), see :func:`~.int4_kernels.pack`.
-        pairs: bfloat16 (groups, out, 2), scale and zero of each group.
+    Args: rows: (N, in), float32 or bfloat16. packed: uint8 (out, in / 2), see
+    :func:`~dslib.architecture.int4.levels.pack`. pairs: bfloat16 (groups, out, 2), scale and zero of each group.
 
     Returns:
         (N, out) in the dtype of ``rows``. The zeros are multiplied by sums of the rows before rounding.

@@ -1,4 +1,4 @@
-"""Products with a weight matrix: the linear layer of our models, and the faster kernels behind it on a CPU.
+"""Products with a weight matrix, and the kernels behind them on a CPU.
 
 Decoding multiplies one row by every weight matrix, so its speed is the speed at which weights are read. On a CPU,
 ``F.linear`` hands a single float32 row to a matrix-vector routine that runs on *one* thread (measured in the chapter).
@@ -6,7 +6,7 @@ Cutting the weight's rows into a few chunks turns the same sum into a batch of p
 the threads. It is a view: no weight is copied.
 
 With a few rows, as an expert of a mixture has them, the question is which library multiplies. :func:`product` asks
-oneDNN where that is the quicker one, and :func:`packed` lays a matrix out once in the order in which oneDNN reads it.
+oneDNN where that is the quicker one, and :func:`pack` lays a matrix out once in the order in which oneDNN reads it.
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes", and ``chapters/architecture/moe.ipynb``.
 """
@@ -16,6 +16,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dslib.fast.shortcut import Shortcut, watched
 
 
 def row_chunks(*rows: int) -> int:
@@ -65,7 +67,7 @@ def onednn() -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` by the quickest kernel for the size; no gradients are recorded.
+    """``x Wᵀ`` by the quickest kernel for the size; only for where no gradients are recorded.
 
     Args:
         x: (rows, in_features). weight: (out_features, in_features), contiguous.
@@ -81,47 +83,45 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.mT)
 
 
-def packed(weight: Tensor) -> Tensor | None:
+def pack(weight: Tensor) -> Tensor | None:
     """A copy of (out_features, in_features) in oneDNN's own order for :func:`packed_product`; None if it has none.
 
     Reading a matrix in rows, oneDNN first rearranges it, at every call. For a handful of rows that costs more than the
-    product does.
+    product does. ``.to_dense()`` of the copy gives the matrix back.
     """
     usable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and onednn()
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().clone(), None) if usable else None
 
 
 def packed_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` for a matrix from :func:`packed`: (rows, in_features) -> (rows, out_features), without gradients."""
+    """``x Wᵀ`` for a matrix from :func:`pack`: (rows, in_features) -> (rows, out_features), without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-class Linear(nn.Linear):
-    """``y = x Wᵀ + b``; parameters, gradients and ``state_dict`` as in ``nn.Linear``.
+class QuickLinear(Shortcut):
+    """``nn.Linear`` in float32 on a CPU where no gradient is recorded: one row over the threads, more by oneDNN."""
 
-    Attributes:
-        split_rows: use :func:`one_row_linear` for a single float32 row on CPU when no gradient is recorded. On by
-            default; :func:`set_split_rows` turns it off for a whole model, e.g. to measure what it brings.
-    """
+    kind, what = nn.Linear, "one row over the threads"
 
-    split_rows = True
+    def why_not(self) -> str | None:
+        weight = self.stands_for.weight
+        if weight.device.type != "cpu":
+            return f"is on {weight.device.type}"
+        return super().why_not() if weight.dtype is torch.float32 else f"is in {weight.dtype}, expected torch.float32"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        layer = self.stands_for
+        weight, bias = layer.weight, layer.bias
         if (
-            self.split_rows
-            and x.numel() == self.in_features
-            and self.bias is None
-            and x.dtype is torch.float32
-            and x.device.type == "cpu"
-            and not torch.is_grad_enabled()
-        ):
-            return one_row_linear(x, self.weight)
-        return F.linear(x, self.weight, self.bias)
-
-
-def set_split_rows(model: nn.Module, enabled: bool) -> None:
-    """Turn the one-row path of every :class:`Linear` in ``model`` on or off."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.split_rows = enabled
+            watched() or x.dtype is not torch.float32 or type(weight) is not nn.Parameter
+            or type(layer) is not nn.Linear or x.device.type != "cpu" or x.shape[-1] != layer.in_features
+        ):  # fmt: skip
+            return self.plain(x)
+        if x.numel() == layer.in_features:
+            y = one_row_linear(x, weight)
+        elif onednn() and x.numel() and weight.numel() > FEW_WEIGHTS:
+            y = packed_product(x.reshape(-1, layer.in_features), weight).view(*x.shape[:-1], -1)
+        else:
+            return self.plain(x)
+        return y if bias is None else y + bias

@@ -3,33 +3,40 @@
 What all contexts begin with, such as a header or examples, runs once and leaves its keys and values. A row of the batch
 holds the rest of a context and, behind it, its continuations side by side; a mask lets each see the context and itself.
 Continuations of one token, such as letters, add nothing to it. The output layer, and the last feed-forward network,
-run only where a token is scored. Rows of similar length share a batch. In float32 on a CPU the products are oneDNN's
-where that is the quicker library.
+run only where a token is scored. Rows of similar length share a batch.
 
-The output layer runs in float32 whatever the model's format. Two letters often lie closer together than bfloat16 can
-tell apart, and a tie would go to the first.
+That is a shortcut past the model's ``forward``, so it is for models that :func:`dslib.fast.prepare` has prepared and in
+which nothing was changed, see :func:`why_not`. :func:`dslib.performance.accuracy.log_likelihoods` takes it there, and
+whole passes elsewhere.
+
+The output layer runs in float32 whatever the model's format, unless it was quantised or changed. Two letters often lie
+closer together than bfloat16 can tell apart, and a tie would go to the first.
 
 Book: ``chapters/performance/accuracy.ipynb``, section "Four answers for the price of one".
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dslib.architecture.cache import Step, visible
 from dslib.architecture.decoder import Decoder
-from dslib.architecture.depth import MixtureOfDepths
+from dslib.architecture.experts import Experts
+from dslib.architecture.int4.layers import Int4Experts
 from dslib.architecture.layers import Block
+from dslib.architecture.moe import MoE, Router
+from dslib.architecture.published import MultiHeadLatentAttention
 from dslib.architecture.sparse_decoder import SparseBlock
-from dslib.fast.exact import exactly
-from dslib.fast.linear import Linear, onednn, packed_product
+from dslib.exact import exactly, first_unlike, hooks
+from dslib.fast.int8 import Int8Linear
+from dslib.fast.prepared import is_prepared
+from dslib.fast.token_step import ELSEWHERE, KINDS, MODELS
 
+SCORED = (*KINDS, MultiHeadLatentAttention, MoE, Router, Experts, Int4Experts, Int8Linear)
 SHORTEST_PREFIX = 8  # a shorter common beginning is not worth the trouble
 
 
@@ -53,7 +60,6 @@ def log_likelihoods(
     *,
     groups: Sequence | None = None,
     batch_tokens: int = 512,
-    quick_products: bool = True,
     progress: bool = False,
 ) -> Tensor:
     """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
@@ -61,25 +67,17 @@ def log_likelihoods(
     Args:
         groups: a label for each row; what the rows of a group have in common at the start runs once. None is one group.
         batch_tokens: tokens of a batch, padding included; a longer row is a batch of its own.
-        quick_products: let oneDNN multiply where that is quicker; the arithmetic is float32 all the same.
 
     Raises:
-        ValueError: no row, or one longer than ``max_position_embeddings`` (unless the model has a window); a mixture of
-            depths, where one continuation would change another's score.
+        ValueError: rows that :func:`check_rows` refuses; a model that :func:`why_not` has something against.
     """
-    if not rows:
-        raise ValueError("rows: got none, expected at least one")
-    if any(isinstance(module, MixtureOfDepths) for module in model.modules()):
-        raise ValueError("model: has a MixtureOfDepths, whose tokens compete for places; expected layers without it")
+    check_rows(model, rows)
+    if (reason := why_not(model)) is not None:
+        raise ValueError(f"model: {reason}, expected one that fast.prepare has prepared and nobody has changed")
     groups = [0] * len(rows) if groups is None else groups
-    longest = max(len(row.context) + max(map(len, row.ends)) - 1 for row in rows)
-    if model.config.sliding_window is None and longest > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
-        raise ValueError(f"rows: the longest takes {longest} tokens, the model has room for {limit}")
     out = torch.empty(len(rows), len(rows[0].ends))
     head = _float_head(model)
-    products = _products(model) if quick_products else contextlib.nullcontext()
-    with products, tqdm(total=len(rows), desc="questions", disable=not progress) as bar:
+    with tqdm(total=len(rows), desc="questions", disable=not progress) as bar:
         for group in dict.fromkeys(groups):
             order = [index for index in range(len(rows)) if groups[index] == group]
             order.sort(key=lambda index: len(rows[index].tokens), reverse=True)
@@ -90,6 +88,31 @@ def log_likelihoods(
                 out[batch] = _score_batch(model, head, [rows[index] for index in batch], prefix)
                 bar.update(len(batch))
     return out
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model's continuations cannot share a pass; None if they can. Every module has to be one that we know."""
+    if not is_prepared(model):
+        return "is not prepared"
+    if type(model) not in MODELS or hooks(model):
+        return f"is a {type(model).__name__} that was changed"
+    return first_unlike(model, SCORED, skip=ELSEWHERE)
+
+
+def check_rows(model: Decoder, rows: Sequence[Row]) -> None:
+    """Raise a ValueError for no row, or one longer than ``max_position_embeddings`` (unless there is a window)."""
+    if not rows:
+        raise ValueError("rows: got none, expected at least one")
+    for number, row in enumerate(rows):
+        if not row.context or len(row.ends) != len(rows[0].ends) or not all(row.ends):
+            raise ValueError(
+                f"rows: number {number} has {len(row.context)} tokens and continuations of {list(map(len, row.ends))}, "
+                f"expected at least one token in each, and {len(rows[0].ends)} continuations"
+            )
+    longest = max(len(row.context) + max(map(len, row.ends)) - 1 for row in rows)
+    limit = model.config.max_position_embeddings
+    if model.config.sliding_window is None and longest > limit:
+        raise ValueError(f"rows: the longest takes {longest} tokens, the model has room for {limit}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +130,8 @@ class _Prefix:
         if len(contexts) == 1 or length < SHORTEST_PREFIX or model.config.sliding_window is not None:
             return cls(0, [])
         cache = model.make_cache("growing")
-        model.hidden_states(torch.tensor([first[:length]], device=model.embed_tokens.weight.device), cache)
+        ids = torch.tensor([first[:length]], device=model.embed_tokens.weight.device)
+        model(ids, cache, logits_at=torch.zeros_like(ids[:, :1]))  # only keys and values are wanted
         return cls(length, cache.layers)
 
     def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +145,7 @@ class _Prefix:
 def _float_head(model: Decoder) -> Callable[[Tensor], Tensor]:
     """The output layer: states (places, hidden_size) -> float32 logits."""
     layer = model.lm_head
-    if not exactly(layer, Linear, bias=False) or layer.weight.dtype is torch.float32:
+    if not exactly(layer, nn.Linear, bias=False) or layer.weight.dtype is torch.float32:
         return lambda states: layer(states).float()  # quantised layers and adapters have their own way
     weight = layer.weight.float()
     return lambda states: F.linear(states.float(), weight)
@@ -132,7 +156,7 @@ def _score_batch(model: Decoder, head: Callable[[Tensor], Tensor], rows: list[Ro
     width = max(len(row.tokens) for row in rows) - skip
     ids = torch.zeros(len(rows), width, dtype=torch.long)  # (B, T), padded on the right with any token
     positions = torch.arange(skip, skip + width).repeat(len(rows), 1)
-    branch = torch.zeros_like(ids)  # 0: context or padding, 1 to 4: continuation
+    branch = torch.zeros_like(ids)  # 0: context or padding, from 1 on: continuation
     where, what, whose = [], [], []  # per scored token: its place in the batch, its id, what it counts for
     for index, row in enumerate(rows):
         ids[index, : len(row.tokens) - skip] = torch.tensor(row.tokens[skip:])
@@ -166,7 +190,7 @@ def _states_at(
         if batched:
             mask = mask & ((branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2)))
         mask = torch.cat((mask.new_ones(*mask.shape[:2], prefix.length), mask), 2).unsqueeze(1)  # (1 or B, 1, T, P + T)
-    x, step = model.embed(ids), Step(positions, mask, causal=mask is None)
+    x, step = model.embed_tokens(ids), Step(positions, mask, causal=mask is None)
     rope = model.rope(positions if batched else positions[:1], x.dtype)
     *layers, last = model.layers
     for index, layer in enumerate(layers):
@@ -176,19 +200,5 @@ def _states_at(
     # In the last layer, every token is still looked at, but only those that predict have to be finished.
     x = x + last.self_attn(last.input_layernorm(x), rope, step, cache, len(layers))
     x = x.flatten(0, 1)[places].unsqueeze(0)  # (1, places, C)
-    return (x + last.feed_forward(last.post_attention_layernorm(x), ids.flatten()[places].unsqueeze(0)))[0]
-
-
-@contextlib.contextmanager
-def _products(model: Decoder):
-    """While it lasts, float32 layers on a CPU multiply with oneDNN, where torch has it and it is the quicker one."""
-    weight = model.embed_tokens.weight
-    usable = onednn() and weight.dtype is torch.float32 and weight.device.type == "cpu"
-    layers = [module for module in model.modules() if usable and exactly(module, Linear, bias=False)]
-    for layer in layers:
-        layer.forward = partial(packed_product, weight=layer.weight)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
+    own = (ids.flatten()[places].unsqueeze(0),) if isinstance(last, SparseBlock) else ()
+    return (x + last.mlp(last.post_attention_layernorm(x), *own))[0]

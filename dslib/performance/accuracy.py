@@ -2,8 +2,8 @@
 
 A question becomes a *context*; each choice becomes a *continuation*, either its letter or its full text. The score of a
 choice is the log-likelihood of the continuation after the context, and the highest score is the model's answer. That is
-how lm-eval scores too, and the tests compare the two item by item. How it is computed without repeating anything is in
-:mod:`dslib.fast.scoring`.
+how lm-eval scores too, and the tests compare the two item by item. A prepared model does not compute anything twice,
+see :mod:`dslib.fast.scoring`.
 
 Book: ``chapters/performance/accuracy.ipynb``, with :mod:`~dslib.performance.statistics`. Sources: MMLU (arXiv
 2009.03300) for letters, GPT-3 (arXiv 2005.14165, section 2.4) for full answers, their length and their prior.
@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from dslib.architecture.decoder import Decoder
+from dslib.architecture.generation import generate
 from dslib.data.questions import LETTERS, Question
-from dslib.fast.scoring import Row, log_likelihoods
-from dslib.performance.generation import generate
+from dslib.fast import scoring
+from dslib.fast.scoring import Row, check_rows
 
 NORMALISATIONS = ("none", "tokens", "characters", "bytes", "prior")
 
@@ -136,7 +138,6 @@ def score(
     examples: Sequence[Question] | None = None,
     with_prior: bool = False,
     batch_tokens: int = 512,
-    quick_products: bool = True,
     progress: bool = False,
 ) -> Scores:
     """Score the four choices of every question.
@@ -146,7 +147,7 @@ def score(
         shots: how many others of the same subject stand before each question, answered.
         examples: where these are taken from; None takes them from the ``questions`` themselves.
         with_prior: also score every continuation after the lead alone, for ``normalisation="prior"``.
-        batch_tokens, quick_products: see :func:`dslib.fast.scoring.log_likelihoods`.
+        batch_tokens: of a prepared model, see :func:`dslib.fast.scoring.log_likelihoods`.
 
     Raises:
         ValueError: no question; a subject with too few others for ``shots``; a prompt longer than
@@ -163,13 +164,42 @@ def score(
     bare = [LETTERS if prompt.answer == "letter" else one.choices for one in questions]
     sizes = {name: torch.tensor([[size(text) for text in four] for four in bare]) for name, size in units.items()}
     sizes["tokens"] = torch.tensor([[len(end) for end in row.ends] for row in rows])
-    options = {"batch_tokens": batch_tokens, "quick_products": quick_products, "progress": progress}
+    options = {"batch_tokens": batch_tokens, "progress": progress}
     prior = None
     if with_prior:
         alone = [_row(tokenizer, prompt.lead or "\n", ends, False) for ends in replies]
         prior = log_likelihoods(model, alone, **options)
     groups = [one.subject for one in questions] if shots else None  # the examples before a question are its subject's
     return Scores(questions, log_likelihoods(model, rows, groups=groups, **options), sizes, prior)
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: Decoder, rows: Sequence[Row], *, groups: Sequence | None = None, batch_tokens: int = 512,
+    progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
+
+    By whole passes over a context and a continuation, whatever the model is; :mod:`dslib.fast.scoring` where the model
+    is prepared for it.
+
+    Args:
+        groups, batch_tokens: only used there.
+
+    Raises:
+        ValueError: no row, or one longer than ``max_position_embeddings`` (unless the model has a window).
+    """
+    if scoring.why_not(model) is None:
+        return scoring.log_likelihoods(model, rows, groups=groups, batch_tokens=batch_tokens, progress=progress)
+    check_rows(model, rows)
+    device, out = model.embed_tokens.weight.device, torch.empty(len(rows), len(rows[0].ends))
+    for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
+        for size in {len(end) for end in row.ends}:  # those of equal length share a batch, so that nothing is padded
+            same = [number for number, end in enumerate(row.ends) if len(end) == size]
+            ids = torch.tensor([row.context + row.ends[number] for number in same], device=device)  # (B, T)
+            logs = model(ids[:, :-1]).float().log_softmax(-1)[:, -size:]  # (B, size, vocab_size)
+            out[index, same] = logs.gather(2, ids[:, -size:, None]).sum((1, 2)).cpu()
+    return out
 
 
 def _examples(one: Question, pool: tuple[Question, ...], shots: int) -> list[Question]:

@@ -19,8 +19,9 @@ import math
 import sys
 from dataclasses import dataclass
 
+from dslib import check
 from dslib.performance import prices, servers
-from dslib.performance.prices import DoesNotFit, TokenPrice, count, number
+from dslib.performance.prices import DoesNotFit, TokenPrice
 from dslib.performance.servers import Replica, Traffic
 from dslib.roofline import NUMBER_BYTES
 
@@ -81,13 +82,13 @@ def cost(
     Raises:
         ValueError: naming what is out of range.
     """
-    number("usd_per_gpu_hour", usd_per_gpu_hour)
-    number("utilisation", utilisation, high=1)
-    count("redundancy", redundancy, 0)
-    number("fixed_per_year", fixed_per_year, above=False)
+    check.above(0, usd_per_gpu_hour=usd_per_gpu_hour, utilisation=utilisation)
+    check.between(0, 1, utilisation=utilisation)
+    check.whole(0, redundancy=redundancy)
+    check.at_least(0, fixed_per_year=fixed_per_year)
     seconds = replica.seconds(traffic.computed, traffic.tokens_out)
     load = [traffic.requests_per_day / SECONDS * second for second in seconds]  # replicas kept busy, on average
-    number("replicas kept busy", sum(load) * traffic.peak / utilisation)
+    check.above(0, **{"replicas kept busy": sum(load) * traffic.peak / utilisation})
     pools = load if replica.apart else [sum(load)]
     needed = [part * traffic.peak / utilisation for part in pools]
     if whole:  # a load of 3 may come out a hair above 3; the first replica is needed for any load at all
@@ -124,7 +125,7 @@ def break_even(
     """
     if isinstance(api, TokenPrice):
         api = api.per_request(traffic.tokens_in, traffic.tokens_out, traffic.cached)
-    number("api", api)
+    check.above(0, api=api)
 
     def at(volume: float, **changed: float) -> Cost:
         one = dataclasses.replace(traffic, requests_per_day=volume)
@@ -163,9 +164,9 @@ def _estimate(options: argparse.Namespace) -> None:
     price = None if options.usd_per_hour is not None else prices.gpu_price(replica.gpu, options.provider)
     rent = price.usd if price else options.usd_per_hour
     if options.parameters is not None:
-        if options.weights not in NUMBER_BYTES:
-            raise ValueError(f"weights: got {options.weights!r}, wanted one of {', '.join(NUMBER_BYTES)}")
-        size = number("parameters", options.parameters) * NUMBER_BYTES[options.weights]
+        check.above(0, parameters=options.parameters)
+        check.one_of(NUMBER_BYTES, weights=options.weights)
+        size = options.parameters * NUMBER_BYTES[options.weights]
         prices.check_fits(size, replica.gpu, replica.gpus, reserve=options.reserve)
     extra = {"utilisation": options.utilisation, "redundancy": options.redundancy, "fixed_per_year": options.fixed}
     bill = cost(traffic, replica, rent, **extra)
@@ -207,7 +208,9 @@ def _replica(options: argparse.Namespace) -> Replica:
         return replica
     if changed.keys() & {"gpu", "gpus"} and not {"prefill", "decode"} <= changed.keys():
         measured = f"{replica.gpus} x {replica.gpu}"
-        raise ValueError(f"prefill, decode: got none for another machine, wanted both: {options.server} is {measured}")
+        raise ValueError(
+            f"prefill, decode: got none for another machine, expected both: {options.server} is {measured}"
+        )
     return dataclasses.replace(replica, **changed, source=())
 
 

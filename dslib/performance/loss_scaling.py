@@ -9,12 +9,13 @@ together step by step.
 Book: ``chapters/performance/training.ipynb``. Source: Mixed Precision Training (arXiv 1710.03740, section 3.2).
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
+
+from dslib import check
 
 LARGEST = 2.0**127  # of a scale: times two would be infinite in float32
 
@@ -45,17 +46,13 @@ class LossScaler:
     clean_steps: int = 0
 
     def __post_init__(self):
-        wanted = {
-            "scale": (0 < self.scale <= LARGEST, "above 0, at most 2**127"),
-            "growth_factor": (1 <= self.growth_factor < math.inf, "at least 1"),
-            "backoff_factor": (0 < self.backoff_factor <= 1, "above 0, at most 1"),
-            "growth_interval": (self.growth_interval >= 1, "at least 1"),
-            "smallest": (0 < self.smallest <= self.scale, "above 0, at most scale"),
-            "clean_steps": (0 <= self.clean_steps < self.growth_interval, "at least 0, below growth_interval"),
-        }
-        for name, (fits, range_) in wanted.items():
-            if not fits:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a number {range_}")
+        check.above(0, scale=self.scale, backoff_factor=self.backoff_factor, smallest=self.smallest)
+        check.between(0, LARGEST, scale=self.scale)
+        check.at_least(1, growth_factor=self.growth_factor)
+        check.between(0, 1, backoff_factor=self.backoff_factor)
+        check.whole(1, growth_interval=self.growth_interval)
+        check.between(0, self.scale, smallest=self.smallest)
+        check.below(0, self.growth_interval, clean_steps=self.clean_steps)
 
     @classmethod
     def fixed(cls, scale: float = 1.0) -> "LossScaler":

@@ -8,36 +8,30 @@ Plain Python. Book: ``chapters/performance/training.ipynb``. Source: Kaplan et a
 for the count.
 """
 
-import math
+from dslib import check
 
 HOUR = 3600.0
 
 
 def training_flops(active_parameters: float, tokens: float) -> float:
     """Operations of a training run: 6 N D."""
-    _positive(active_parameters=active_parameters, tokens=tokens)
+    check.above(0, active_parameters=active_parameters, tokens=tokens)
     return 6 * active_parameters * tokens
 
 
 def achieved_rate(flops: float, gpu_hours: float) -> float:
     """Operations per second that one GPU did on average, pauses included."""
-    _positive(flops=flops, gpu_hours=gpu_hours)
+    check.above(0, flops=flops, gpu_hours=gpu_hours)
     return flops / (gpu_hours * HOUR)
 
 
 def gpu_hours(flops: float, rate: float) -> float:
     """GPU hours for so many operations at ``rate`` operations per second and GPU."""
-    _positive(flops=flops, rate=rate)
+    check.above(0, flops=flops, rate=rate)
     return flops / rate / HOUR
 
 
 def days(gpu_hours: float, gpus: int) -> float:
     """Days on ``gpus`` GPUs at once."""
-    _positive(gpu_hours=gpu_hours, gpus=gpus)
+    check.above(0, gpu_hours=gpu_hours, gpus=gpus)
     return gpu_hours / gpus / 24
-
-
-def _positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: got {value}, expected a number above 0")

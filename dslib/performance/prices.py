@@ -9,42 +9,16 @@ Chapter: ``chapters/performance/cost.ipynb``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-
-from dslib.data.files import data_path
-from dslib.roofline import published_names, published_roof
+from dslib import check
+from dslib.data.files import read_yaml
+from dslib.roofline import gpu_key, published_names, published_roof
 
 
 class DoesNotFit(ValueError):
     """The model needs more memory than the GPUs have."""
-
-
-def number(name: str, value: Any, low: float = 0.0, high: float = math.inf, above: bool = True) -> float:
-    """``value`` as a float if it is finite and above ``low`` (``above=False``: at least ``low``) and at most ``high``.
-
-    Raises:
-        ValueError: naming the argument, the value got and the range wanted; also for NaN, infinities, text and bools.
-    """
-    end = f" and at most {high:g}" if math.isfinite(high) else ""
-    wanted = f"wanted a finite number {'above' if above else 'of at least'} {low:g}{end}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, {wanted}")
-    if value < low or (above and value == low) or value > high:
-        raise ValueError(f"{name}: got {value!r}, {wanted}")
-    return float(value)
-
-
-def count(name: str, value: Any, low: int = 1) -> int:
-    """``value`` if it is a whole number of at least ``low``. Raises ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {low}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -79,14 +53,12 @@ class TokenPrice:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("cached", "input", "output"):
-            number(name, getattr(self, name))
+        check.above(0, cached=self.cached, input=self.input, output=self.output)
 
     def per_request(self, tokens_in: float, tokens_out: float, cached: float = 0.0) -> float:
         """US dollars for one request of which the share ``cached`` of the prompt is found in the cache."""
-        number("tokens_in", tokens_in, above=False)
-        number("tokens_out", tokens_out, above=False)
-        number("cached", cached, high=1, above=False)
+        check.at_least(0, tokens_in=tokens_in, tokens_out=tokens_out)
+        check.between(0, 1, cached=cached)
         prompt = tokens_in * (cached * self.cached + (1 - cached) * self.input)
         return (prompt + tokens_out * self.output) / 1e6
 
@@ -103,14 +75,11 @@ def gpu_prices(gpu: str | None = None) -> list[Price]:
     Raises:
         ValueError: no price for this GPU; names the nearest GPUs that have one.
     """
-    rows = [Price(**row) for row in _document()["gpu_hours"]]
-    if gpu is not None:
-        key = _key(gpu)
-        found = [row for row in rows if row.gpu == key]
-        if not found:
-            _unknown("gpu", gpu, key, {row.gpu for row in rows}, "a GPU that prices.yml has a price for")
-        rows = found
-    return sorted(rows, key=lambda row: row.usd)
+    rows = sorted((Price(**row) for row in _rows("gpu_hours")), key=lambda row: row.usd)
+    found = [row for row in rows if gpu is None or row.gpu == gpu_key(gpu)]
+    if not found:
+        raise check.unknown("gpu", gpu, {row.gpu for row in rows}, "a GPU that prices.yml has a price for")
+    return found
 
 
 def gpu_price(gpu: str, provider: str | None = None) -> Price:
@@ -122,10 +91,11 @@ def gpu_price(gpu: str, provider: str | None = None) -> Price:
     rows = gpu_prices(gpu)
     if provider is None:
         return rows[(len(rows) - 1) // 2]
-    known = {row.provider.lower(): row.provider for row in rows}
-    if str(provider).lower() not in known:
-        _unknown("provider", provider, str(provider), set(known.values()), f"one with a price for {rows[0].gpu}")
-    return max((row for row in rows if row.provider.lower() == provider.lower()), key=lambda row: row.date or "")
+    found = [row for row in rows if row.provider.lower() == str(provider).lower()]
+    if not found:
+        known = {row.provider for row in rows}
+        raise check.unknown("provider", provider, known, f"one with a price for {rows[0].gpu}")
+    return max(found, key=lambda row: row.date or "")
 
 
 def api_prices(model: str | None = None) -> list[TokenPrice]:
@@ -134,13 +104,11 @@ def api_prices(model: str | None = None) -> list[TokenPrice]:
     Raises:
         ValueError: unknown model; names the nearest ones.
     """
-    rows = sorted((TokenPrice(**row) for row in _document()["api_tokens"]), key=lambda row: row.date)
-    if model is None:
-        return rows
-    found = [row for row in rows if str(model).lower() in (row.model.lower(), row.serves.lower())]
+    rows = sorted((TokenPrice(**row) for row in _rows("api_tokens")), key=lambda row: row.date)
+    found = [row for row in rows if model is None or str(model).lower() in (row.model.lower(), row.serves.lower())]
     if not found:
         names = {name for row in rows for name in (row.model, row.serves)}
-        _unknown("model", model, str(model), names, "one that prices.yml has a price for")
+        raise check.unknown("model", model, names, "one that prices.yml has a price for")
     return found
 
 
@@ -153,19 +121,21 @@ def api_price(model: str, date: str | None = None) -> TokenPrice:
     known = api_prices(model)
     rows = known if date is None else [row for row in known if row.date <= str(date)]
     if not rows:
-        raise ValueError(f"date: got {date!r}, wanted {known[0].date} or later: {model} has no older price")
+        raise ValueError(f"date: got {date!r}, expected {known[0].date} or later: {model} has no older price")
     return rows[-1]
 
 
 def workloads() -> dict[str, dict[str, Any]]:
     """What a request is on average in published traces, by name: ``tokens_in``, ``tokens_out``, source."""
-    return {row["name"]: row for row in _document()["workloads"]}
+    return {row["name"]: row for row in _rows("workloads")}
 
 
 def gpu_id(gpu: str) -> str:
     """The id of a GPU of ``data/hardware.yml`` or ``data/prices.yml``. Raises ValueError with the nearest ids."""
-    key, known = _key(gpu), {*published_names(), *(row.gpu for row in gpu_prices())}
-    return key if key in known else _unknown("gpu", gpu, key, known, "a GPU that hardware.yml or prices.yml has")
+    known = {*published_names(), *(row.gpu for row in gpu_prices())}
+    if gpu_key(gpu) not in known:
+        raise check.unknown("gpu", gpu, known, "a GPU that hardware.yml or prices.yml has")
+    return gpu_key(gpu)
 
 
 def memory(gpu: str) -> float:
@@ -184,48 +154,29 @@ def least_gpus(weight_bytes: float, gpu: str, cache_bytes: float = 0.0, reserve:
     Raises:
         ValueError: unknown GPU, negative or infinite sizes, a reserve that leaves nothing.
     """
-    needed = number("weight_bytes", weight_bytes) + number("cache_bytes", cache_bytes, above=False)
-    if not number("reserve", reserve, above=False) < 1:
-        raise ValueError(f"reserve: got {reserve!r}, wanted a share of at least 0 and below 1")
-    count("multiple", multiple)
+    check.above(0, weight_bytes=weight_bytes)
+    check.at_least(0, cache_bytes=cache_bytes)
+    check.below(0, 1, reserve=reserve)
+    check.whole(1, multiple=multiple)
     usable = memory(gpu) * (1 - reserve)
     # The ratio of two decimal sizes, such as 160e9 / 80e9 less a reserve, may come out a hair above a whole number.
-    gpus = math.ceil(needed / usable - 1e-9)
+    gpus = math.ceil((weight_bytes + cache_bytes) / usable - 1e-9)
     return -(-gpus // multiple) * multiple
 
 
 def check_fits(weight_bytes: float, gpu: str, gpus: int, cache_bytes: float = 0.0, reserve: float = 0.0) -> None:
     """Raise :class:`DoesNotFit` unless ``gpus`` GPUs hold the model; arguments as in :func:`least_gpus`."""
-    count("gpus", gpus)
+    check.whole(1, gpus=gpus)
     least = least_gpus(weight_bytes, gpu, cache_bytes, reserve)
     if least > gpus:
         need, have = (weight_bytes + cache_bytes) / 1e9, gpus * memory(gpu) * (1 - reserve) / 1e9
         raise DoesNotFit(
-            f"gpus: got {gpus} x {gpu} with {have:,.0f} GB to use, wanted at least {least} for {need:,.1f} GB"
+            f"gpus: got {gpus} x {gpu} with {have:,.0f} GB to use, expected at least {least} for {need:,.1f} GB"
         )
 
 
-def _key(gpu: str) -> str:
-    return str(gpu).upper().replace(" ", "_").replace("-", "_")
-
-
-def _unknown(what: str, got: Any, key: str, known: Iterable[str], wanted: str) -> NoReturn:
-    by_lower = {name.lower(): name for name in sorted(known)}
-    near = [by_lower[name] for name in get_close_matches(key.lower(), by_lower, n=3, cutoff=0.4)] or list(
-        by_lower.values()
-    )
-    raise ValueError(f"{what}: got {got!r}, wanted {wanted}, such as {', '.join(near)}")
-
-
-@cache
-def _document() -> dict[str, list[dict[str, Any]]]:
-    path = data_path("prices.yml")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
-    missing = [name for name in ("gpu_hours", "api_tokens", "workloads") if name not in (document or {})]
-    if missing:
-        raise ValueError(f"{path.name}: wanted a list {missing[0]!r}, which is missing")
-    return document
+def _rows(name: str) -> list[dict[str, Any]]:
+    document = read_yaml("prices.yml")
+    if not isinstance(document, dict) or not isinstance(document.get(name), list):
+        raise ValueError(f"prices.yml: expected a list {name!r}, which is missing")
+    return document[name]

@@ -49,6 +49,7 @@ class Checkpoint:
 
     def save(self, losses: list[float]) -> None:
         """Write the state after ``len(losses)`` steps, whole or not at all."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         state = {
             "kind": KIND,
             "settings": self.settings,
@@ -57,7 +58,7 @@ class Checkpoint:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
-            "random": _random_states(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},  # the global generators: dropout draws from them
         }
         write_whole(self.path, state)
 
@@ -86,12 +87,8 @@ class Checkpoint:
         return state["losses"]
 
     def _compare(self, found: dict[str, Any]) -> None:
-        names = [*self.settings, *(name for name in found if name not in self.settings)]
-        other = [
-            f"{name}: got {self.settings.get(name)}, expected {found.get(name)}"
-            for name in names
-            if self.settings.get(name) != found.get(name)
-        ]
+        pairs = {name: (self.settings.get(name), found.get(name)) for name in {**self.settings, **found}}
+        other = [f"{name}: got {own}, expected {kept}" for name, (own, kept) in pairs.items() if own != kept]
         if other:
             raise ValueError(
                 f"{'; '.join(other)}, as in checkpoint {self.path.name}. A resumed run keeps its settings; for other "
@@ -148,9 +145,3 @@ def fingerprint(value: nn.Module | Tensor) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
-
-
-def _random_states() -> dict[str, Any]:
-    """Of the global generators, which dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}

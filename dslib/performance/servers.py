@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
+from dslib import check
 from dslib.data import published_figures
-from dslib.performance.prices import count, gpu_id, number
+from dslib.performance.prices import gpu_id
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,11 @@ class Traffic:
     peak: float = 1.0
 
     def __post_init__(self) -> None:
-        number("requests_per_day", self.requests_per_day)
-        number("tokens_in", self.tokens_in, above=False)
-        number("tokens_out", self.tokens_out, above=False)
-        number("cached", self.cached, high=1, above=False)
-        number("tokens to compute (tokens_in not cached, tokens_out)", self.computed + self.tokens_out)
-        number("peak", self.peak, low=1, above=False)
+        check.above(0, requests_per_day=self.requests_per_day)
+        check.at_least(0, tokens_in=self.tokens_in, tokens_out=self.tokens_out)
+        check.between(0, 1, cached=self.cached)
+        check.above(0, **{"tokens to compute (tokens_in not cached, tokens_out)": self.computed + self.tokens_out})
+        check.at_least(1, peak=self.peak)
 
     @property
     def computed(self) -> float:
@@ -73,17 +72,13 @@ class Replica:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gpu", gpu_id(self.gpu))
-        count("gpus", self.gpus)
-        count("at_least", self.at_least)
-        number("prefill", self.prefill)
-        number("decode", self.decode)
+        check.whole(1, gpus=self.gpus, at_least=self.at_least)
+        check.above(0, prefill=self.prefill, decode=self.decode)
 
     def seconds(self, tokens_in: float, tokens_out: float) -> tuple[float, float]:
         """Seconds of this replica for the prompt and for the answer of one request."""
-        return (
-            number("tokens_in", tokens_in, above=False) / self.prefill,
-            number("tokens_out", tokens_out, above=False) / self.decode,
-        )
+        check.at_least(0, tokens_in=tokens_in, tokens_out=tokens_out)
+        return tokens_in / self.prefill, tokens_out / self.decode
 
 
 def rates(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
@@ -94,15 +89,16 @@ def rates(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     Raises:
         ValueError: a run with a number that is not above 0, or two runs that no pair of positive rates explains.
     """
-    runs = [[number(f"{name}[{i}]", value) for i, value in enumerate(run)] for name, run in
-            (("first", first), ("second", second))]  # fmt: skip
-    if any(len(run) != 3 for run in runs):
-        raise ValueError(f"first, second: got {runs}, wanted three numbers each: tokens in, tokens out, seconds")
-    (in1, out1, time1), (in2, out2, time2) = runs
+    runs = {"first": first, "second": second}
+    for name, run in runs.items():
+        check.above(0, **{f"{name}[{i}]": value for i, value in enumerate(run)})
+        if len(run) != 3:
+            raise ValueError(f"{name}: got {run!r}, expected three numbers: tokens in, tokens out, seconds")
+    (in1, out1, time1), (in2, out2, time2) = first, second
     area = in1 * out2 - in2 * out1
     per_in, per_out = time1 * out2 - time2 * out1, in1 * time2 - in2 * time1
     if area == 0 or per_in / area <= 0 or per_out / area <= 0:
-        raise ValueError(f"first, second: got {runs}, wanted runs of different mixes that two positive rates explain")
+        raise ValueError(f"first, second: got {runs}, expected different mixes that two positive rates explain")
     return area / per_in, area / per_out
 
 
@@ -122,8 +118,7 @@ def published_replica(name: str) -> Replica:
         ValueError: another name.
     """
     if name not in _BUILDERS:
-        near = get_close_matches(str(name).lower(), _BUILDERS, n=2, cutoff=0.4) or list(_BUILDERS)
-        raise ValueError(f"name: got {name!r}, wanted a published deployment, such as {', '.join(near)}")
+        raise check.unknown("name", name, _BUILDERS, "a published deployment")
     return _BUILDERS[name]()
 
 

@@ -18,7 +18,7 @@ text is known as prompt lookup.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, build
-from dslib.fast.token_step import TokenStep
-from dslib.performance.generation import Sampling
+from dslib.architecture.generation import Sampling
+from dslib.check import whole
 
 
 class Draft(Protocol):
@@ -101,7 +101,6 @@ class ModelDraft:
         self.model, self.sampling = model, sampling
         self.cache = model.make_cache("preallocated", batch_size=1, max_length=max_length)
         self.held: list[int] = []  # the tokens that the cache stands for
-        self.one_token = one_token_step(model)
         self.generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
 
     @torch.inference_mode()
@@ -110,7 +109,7 @@ class ModelDraft:
         # Back to where the text and what was fed agree; the last token has to be fed in any case.
         same = next((i for i, (a, b) in enumerate(zip(text, self.held, strict=False)) if a != b), len(self.held))
         self.cache.truncate(min(same, len(text) - 1))
-        logits = feed(self.model, self.one_token, text[self.cache.length :], self.cache)[-1:]  # (1, V)
+        logits = feed(self.model, text[self.cache.length :], self.cache)[-1:]  # (1, V)
         guesses, drawn_from = [], []
         while True:
             if self.sampling is None:
@@ -120,7 +119,7 @@ class ModelDraft:
                 guesses.append(int(torch.multinomial(drawn_from[-1], 1, generator=self.generator)))
             if len(guesses) == count:
                 break
-            logits = self.one_token(guesses[-1], self.cache)
+            logits = feed(self.model, guesses[-1:], self.cache)
         self.held = (text + guesses)[: self.cache.length]
         return guesses, torch.cat(drawn_from) if drawn_from else None
 
@@ -134,20 +133,18 @@ def speculate(
 
     Args:
         count: guesses a pass at most.
-        sampling: None is greedy: the same tokens as :func:`~dslib.performance.generation.generate`.
+        sampling: None is greedy: the same tokens as :func:`~dslib.architecture.generation.generate`.
         eos_token_id: the id or ids that end the text.
 
     Raises:
         ValueError: an empty prompt, ``max_new_tokens`` or ``count`` below 1, a draft with another vocabulary.
     """
-    for name, value in (("prompt", len(prompt)), ("max_new_tokens", max_new_tokens), ("count", count)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    whole(1, prompt=len(prompt), max_new_tokens=max_new_tokens, count=count)
     ends = frozenset(() if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     greedy = sampling is None or sampling.temperature == 0
     generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     cache = model.make_cache("preallocated", batch_size=1, max_length=len(prompt) + max_new_tokens)
-    one_token, text, result = one_token_step(model), list(prompt), Speculation()
+    text, result = list(prompt), Speculation()
 
     def check(logits: Tensor, guesses: list[int], drawn_from: Tensor | None) -> list[int]:
         if greedy:
@@ -156,7 +153,7 @@ def speculate(
             return own[: stay + 1]
         return accept(sampling.probabilities(logits), guesses, drawn_from, generator)
 
-    new = check(feed(model, one_token, text, cache)[-1:], [], None)
+    new = check(feed(model, text, cache)[-1:], [], None)
     while True:
         for token in new:
             text.append(token)
@@ -167,7 +164,7 @@ def speculate(
         guesses, drawn_from = draft.propose(text, wanted) if wanted else ([], None)
         if any(not 0 <= guess < model.config.vocab_size for guess in guesses):
             raise ValueError(f"draft: guessed {guesses}, expected ids below {model.config.vocab_size}")
-        new = check(feed(model, one_token, [text[-1], *guesses], cache), guesses, drawn_from)
+        new = check(feed(model, [text[-1], *guesses], cache), guesses, drawn_from)
         cache.truncate(len(text) + len(new) - 1)  # what was fed and stayed; the last new token was not fed yet
         result.passes += 1
         result.proposed += len(guesses)
@@ -233,16 +230,6 @@ def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: f
     return tokens / (count * draft_cost + pass_cost)
 
 
-def one_token_step(model: Decoder) -> Callable[[int, KVCache], Tensor]:
-    """(token, cache) -> (1, vocab_size) logits, by the leanest way that there is for this model."""
-    lean = model.embed_tokens.weight.device.type == "cpu" and not model.config.attention_sinks and TokenStep.fits(model)
-    if lean:
-        return TokenStep(model)
-    return lambda token, cache: model(torch.tensor([[token]], device=model.embed_tokens.weight.device), cache)[0]
-
-
-def feed(model: Decoder, one_token, tokens: Sequence[int], cache: KVCache) -> Tensor:
+def feed(model: Decoder, tokens: Sequence[int], cache: KVCache) -> Tensor:
     """Logits after each of the new tokens, (tokens, vocab_size)."""
-    if len(tokens) == 1:
-        return one_token(tokens[0], cache)
     return model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]

@@ -8,7 +8,7 @@ on a model without memory (on the meta device), so that no formula can differ fr
 their own. A model on ``device="meta"`` will do: nothing is read.
 
 Book: ``chapters/performance/speed.ipynb``, and the chapters on architecture. Of that chapter are also, in reading
-order: :mod:`~dslib.performance.generation`, :mod:`dslib.fast.cuda_graph`, :mod:`dslib.fast.int8`,
+order: :mod:`~dslib.architecture.generation`, :mod:`dslib.fast.cuda_graph`, :mod:`dslib.fast.int8`,
 :mod:`~dslib.performance.speculative`, :mod:`dslib.scenarios.pipeline`, and
 :mod:`dslib.scenarios.placement`. Sources: Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) for the count of
 operations, Pope et al. 2022 (arXiv 2211.05102, section 2.1) for that of bytes.
@@ -69,7 +69,7 @@ def _count(model: nn.Module) -> Iterator[tuple[int, int]]:
 def once_per_picture(name: str) -> bool:
     """Whether a vision-language model uses the parameter of this name for a picture only, and for no token of text."""
     parts = name.split(".")
-    return parts[0] in ("vision", "projector") or (parts[0] == "cross" and "kv_proj" in parts)
+    return parts[0] in ("vision", "projector") or ("cross" in parts and "kv_proj" in parts)
 
 
 def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:
@@ -182,6 +182,5 @@ def _dtype(model: Decoder) -> str:
 
 
 def _tensors(module: nn.Module) -> dict[str, "nn.Parameter"]:
-    """Every parameter and buffer of a module by name, shared ones once; not the second copies that kernels keep."""
-    named = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {name: tensor for name, tensor in named.items() if name.rpartition(".")[2] != "tiles"}
+    """Every parameter and buffer of a module by name, shared ones once."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())

@@ -2,6 +2,8 @@
 
 Book: ``chapters/performance/accuracy.ipynb``; every chapter that trains. Sources: Wilson 1927 for the interval of a
 share, McNemar 1947 for the paired test, Miller 2024 (arXiv 2411.00640) for all of it together.
+
+The distributions are scipy's, imported where they are needed: recordings are made on machines that may not have it.
 """
 
 import math
@@ -9,8 +11,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dslib import check
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,6 @@ class Mean:
         return f"{value} ({low} to {high})"
 
 
-_Z = 1.959964  # two-sided 95 % of the normal distribution
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is close enough.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-
-
 def mean_interval(values: Sequence[float]) -> Mean:
     """Mean of independent values, such as one a seed, with Student's t interval (no width if there is one value).
 
@@ -52,8 +49,9 @@ def mean_interval(values: Sequence[float]) -> Mean:
     centre, n = statistics.fmean(values), len(values)
     if n == 1:
         return Mean(centre, centre, centre, 1)
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    half = t * statistics.stdev(values) / math.sqrt(n)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return Mean(centre, centre - half, centre + half, n)
 
 
@@ -69,10 +67,10 @@ def share(right: Sequence[bool] | Tensor) -> Mean:
     n, hits = len(right), int(sum(bool(one) for one in right))
     if n == 0:
         raise ValueError("right: got no question, expected at least one")
-    p, z2 = hits / n, _Z * _Z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Mean(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return Mean(hits / n, interval.low, interval.high, n)
 
 
 def paired_difference(
@@ -86,15 +84,14 @@ def paired_difference(
     Raises:
         ValueError: different numbers of answers, or none.
     """
-    gap = _answers("a", a) - _answers("b", b, len(a))  # (n,): 1, 0 or -1
-    n, only_a, only_b = len(gap), (gap == 1).double().mean(), (gap == -1).double().mean()
-    # Only how often 1 and -1 are drawn matters, so a resample is two binomial draws and not n of them.
-    generator, size = torch.Generator().manual_seed(seed), torch.ones(resamples, dtype=torch.float64)
-    plus = torch.binomial(n * size, only_a * size, generator=generator)
-    rest = (only_b / (1 - only_a)).clamp(0, 1) if only_a < 1 else only_b
-    minus = torch.binomial(n - plus, rest * size, generator=generator)
-    low, high = ((plus - minus) / n).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Mean(gap.mean().item(), low, high, n)
+    from scipy.stats import bootstrap
+
+    gap = (_answers("a", a) - _answers("b", b, len(a))).numpy()  # (n,): 1, 0 or -1
+    if (gap == gap[0]).all():
+        return Mean(gap[0].item(), gap[0].item(), gap[0].item(), len(gap))
+    found = bootstrap((gap,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed))
+    low, high = found.confidence_interval
+    return Mean(gap.mean().item(), float(low), float(high), len(gap))
 
 
 def mcnemar(a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor) -> float:
@@ -107,9 +104,11 @@ def mcnemar(a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor) -> float:
     """
     gap = _answers("a", a) - _answers("b", b, len(a))
     only_a, only_b = int((gap == 1).sum()), int((gap == -1).sum())
-    coins = only_a + only_b
-    tail = sum(math.comb(coins, k) for k in range(min(only_a, only_b) + 1)) / 2**coins
-    return min(1.0, 2 * tail)
+    if only_a + only_b == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue)
 
 
 def questions_needed(low: float, high: float, *, disagreement: float | None = None, power: float = 0.8) -> int:
@@ -130,9 +129,8 @@ def questions_needed(low: float, high: float, *, disagreement: float | None = No
     """
     if not 0 <= low < high <= 1:
         raise ValueError(f"low, high: got {low}, {high}, expected 0 <= low < high <= 1")
-    if not 0.5 <= power < 1:
-        raise ValueError(f"power: got {power}, expected at least 0.5 and less than 1")
-    gap, z = high - low, statistics.NormalDist().inv_cdf(power)
+    check.below(0.5, 1, power=power)
+    gap, (z_level, z_power) = high - low, map(statistics.NormalDist().inv_cdf, (0.975, power))
     if disagreement is None:
         mean = (low + high) / 2
         by_chance, by_truth = 2 * mean * (1 - mean), low * (1 - low) + high * (1 - high)
@@ -142,7 +140,7 @@ def questions_needed(low: float, high: float, *, disagreement: float | None = No
         if not gap - 1e-9 <= disagreement <= most + 1e-9:
             raise ValueError(f"disagreement: got {disagreement}, expected {gap:.3g} (the difference) to {most:.3g}")
         by_chance, by_truth = disagreement, max(0.0, disagreement - gap * gap)
-    return math.ceil(((_Z * math.sqrt(by_chance) + z * math.sqrt(by_truth)) / gap) ** 2)
+    return math.ceil(((z_level * math.sqrt(by_chance) + z_power * math.sqrt(by_truth)) / gap) ** 2)
 
 
 def _answers(name: str, right: Sequence[bool] | Tensor, n: int | None = None) -> Tensor:

@@ -5,9 +5,8 @@ says what float16 needs for that), and goes on from a checkpoint as if it had ne
 (:mod:`~dslib.performance.resume`). The hooks are what mixtures of experts need: ``loss`` may add balance terms to the
 loss of the next token, and ``after_step`` is where a selection bias is moved.
 
-Book: ``chapters/performance/training.ipynb`` takes it apart, with :mod:`~dslib.performance.loss_scaling`,
-:mod:`~dslib.performance.resume` and :mod:`~dslib.performance.pretraining`. Sources: AdamW (arXiv 1711.05101), cosine
-decay (arXiv 1608.03983), mixed precision (arXiv 1710.03740).
+Book: ``chapters/performance/training.ipynb`` takes it apart, with these two and :mod:`~dslib.performance.pretraining`.
+Sources: AdamW (arXiv 1711.05101), cosine decay (arXiv 1608.03983), mixed precision (arXiv 1710.03740).
 """
 
 import math
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dslib import check
 from dslib.data.text import random_batch
 from dslib.performance.loss_scaling import LossScaler
 from dslib.performance.resume import Checkpoint, fingerprint
@@ -69,7 +69,7 @@ def train(
     """
     if tokens.ndim != 1 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, expected int64, 1-D")
-    _at_least_one(batch_size=batch_size, length=length)
+    check.whole(1, batch_size=batch_size, length=length)
     generator = torch.Generator().manual_seed(seed)
     if options.get("checkpoint") is not None:
         made = {"batch_size": batch_size, "length": length, "seed": seed, "tokens": fingerprint(tokens)}
@@ -85,8 +85,8 @@ def fit(
     learning_rate: float = 3e-3, after_step: Callable[[nn.Module], None] | None = None, weight_decay: float = 0.1,
     warmup: float = 0.1, clip: float = 1.0, accumulate: int = 1, counts: Callable[..., int] | None = None,
     precision: str = "float32", scaler: LossScaler | None = None, on_step: Callable[[TrainingStep], None] | None = None,
-    progress: bool = False, checkpoint: str | Path | None = None, every: int = 100,
-    generator: torch.Generator | None = None, settings: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None, every: int = 100, generator: torch.Generator | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> list[float]:  # fmt: skip
     """Train ``model`` in place on batches of any kind.
 
@@ -108,8 +108,7 @@ def fit(
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``, in which autocast runs the matrix products. Weights,
             their gradients and the optimiser stay in float32.
         scaler: for ``"float16"``; a new :class:`~dslib.performance.loss_scaling.LossScaler` by default. It is changed.
-        on_step: called with a :class:`Step` after each.
-        progress: show a bar.
+        on_step: called with a :class:`TrainingStep` after each.
         checkpoint: file to write after every ``every`` steps and at the end. If it is there already, the run goes on
             from it, bit for bit as if it had not stopped (same machine, threads and torch).
         generator: what ``batch`` draws from, kept in the checkpoint.
@@ -124,8 +123,10 @@ def fit(
         FloatingPointError: the loss, or the norm of the gradients, is NaN or infinite, naming the step. The weights
             are those before that step. An overflow in float16 is no error unless no scale helps.
     """
-    _at_least_one(steps=steps, accumulate=accumulate, every=every)
-    _check({"learning_rate": learning_rate, "clip": clip}, weight_decay, warmup)
+    check.whole(1, steps=steps, accumulate=accumulate, every=every)
+    check.above(0, learning_rate=learning_rate, clip=clip)
+    check.at_least(0, weight_decay=weight_decay)
+    check.below(0, 1, warmup=warmup)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: got no parameter that requires a gradient, expected at least one")
@@ -145,11 +146,9 @@ def fit(
             checkpoint, made | (settings or {}), model=model, optimizer=optimizer, scaler=scaler, generator=generator
         )
         losses = kept.restore()
-    from tqdm.auto import tqdm  # here, so that the module needs torch alone
-
     model.train()
     try:
-        for step in tqdm(range(len(losses), steps), initial=len(losses), total=steps, disable=not progress):
+        for step in range(len(losses), steps):
             rate = learning_rate * _schedule(step, steps, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -215,8 +214,7 @@ def _backward(
 
 
 def _scaler(precision: str, scaler: LossScaler | None) -> LossScaler | None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
+    check.one_of(PRECISIONS, precision=precision)
     if precision == "float16":
         return scaler or LossScaler()
     if scaler is not None:
@@ -235,19 +233,3 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 
 def _name(function: Callable) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-
-def _at_least_one(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-
-
-def _check(positive: dict, weight_decay: float, warmup: float) -> None:
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: got {value}, expected a positive number")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay: got {weight_decay}, expected 0 or more")
-    if not 0 <= warmup < 1:
-        raise ValueError(f"warmup: got {warmup}, expected a share of the steps, at least 0 and below 1")

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dslib import check
 from dslib.data.encoders import EfficientNetLite, Normalisation
 from dslib.scenarios.images import MAX_PIXELS, ImageError, Source, open_image
 
@@ -47,7 +48,7 @@ class Recipe:
         shorter: (crop) the shorter side before the middle is cut out; None is ``size``.
         max_tiles: (tiles) at most so many beside the view of everything.
         min_side: (letterbox) the shorter side is not made thinner than this.
-        draft: let JPEGs be decoded at a reduced size: faster, other pixels (see :func:`~.decoding.open_image`).
+        draft: let JPEGs be decoded at a reduced size: faster, other pixels (see :func:`~.images.open_image`).
     """
 
     size: int = 224
@@ -62,17 +63,11 @@ class Recipe:
     draft: bool = False
 
     def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy: got {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        if self.resample not in ("bicubic", "bilinear"):
-            raise ValueError(f"resample: got {self.resample!r}, expected 'bicubic' or 'bilinear'")
-        for name in ("size", "max_tiles", "min_side", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.shorter is not None and self.shorter < self.size:
-            raise ValueError(
-                f"shorter: got {self.shorter}, expected at least size={self.size}, to have what to cut from"
-            )
+        check.one_of(STRATEGIES, strategy=self.strategy)
+        check.one_of(("bicubic", "bilinear"), resample=self.resample)
+        check.whole(1, size=self.size, max_tiles=self.max_tiles, min_side=self.min_side, max_pixels=self.max_pixels)
+        if self.shorter is not None:
+            check.whole(self.size, shorter=self.shorter)  # to have what to cut from
 
     @property
     def filling(self) -> tuple[int, int, int]:
@@ -103,15 +98,15 @@ class Views:
     original: tuple[int, int]
 
 
-def prepare(source: Source, recipe: Recipe, *, name: str | None = None) -> Views:
+def prepare(source: Source, recipe: Recipe) -> Views:
     """A picture from anywhere to normalised pixels.
 
     Raises:
-        ImageError: as :func:`~.decoding.open_image`.
+        ImageError: as :func:`~.images.open_image`.
     """
     size = (recipe.shorter or recipe.size,) * 2
     image = open_image(
-        source, background=recipe.background, max_pixels=recipe.max_pixels, name=name,
+        source, background=recipe.background, max_pixels=recipe.max_pixels,
         draft=size if recipe.draft and recipe.strategy != "tiles" else None,
     )  # fmt: skip
     pictures, grid = views(image, recipe)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dslib.architecture.fusion import ImageContext, VisionLanguageDecoder
-from dslib.performance.generation import generate
+from dslib.architecture.generation import generate
 
 
 @dataclass(frozen=True)

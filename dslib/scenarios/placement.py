@@ -9,6 +9,8 @@ EPLB for copies and placement.
 
 from collections.abc import Sequence
 
+from dslib import check
+
 
 def place_experts(load: Sequence[float], gpus: int, copies: int = 0) -> list[list[int]]:
     """Which experts each GPU holds, for a load that is known in advance.
@@ -30,8 +32,7 @@ def place_experts(load: Sequence[float], gpus: int, copies: int = 0) -> list[lis
         raise ValueError(
             f"gpus, copies: got {gpus} and {copies}, expected {len(load)} experts + copies to fill all GPUs"
         )
-    if min(load) < 0:
-        raise ValueError(f"load: got {min(load)}, expected 0 or more")
+    check.at_least(0, load=min(load))
     held = [1] * len(load)
     for _ in range(copies):
         held[max(range(len(load)), key=lambda expert: load[expert] / held[expert])] += 1

@@ -11,7 +11,7 @@ Plain Python; randomness through a seed. Chapter: ``chapters/performance/cost.ip
 import heapq
 import random
 
-from dslib.performance.prices import count, number
+from dslib import check
 
 
 def erlang_c(servers: int, utilisation: float) -> float:
@@ -21,32 +21,17 @@ def erlang_c(servers: int, utilisation: float) -> float:
         ValueError: fewer than one server, or a utilisation that is not above 0 and below 1 (from 1 on the queue grows
             without end).
     """
-    count("servers", servers)
-    rho = _below_one(utilisation)
+    _check(servers, utilisation)
     # Erlang B by its recurrence, which has no factorials to overflow; C follows from B.
-    blocked, load = 1.0, servers * rho
+    blocked, load = 1.0, servers * utilisation
     for taken in range(1, servers + 1):
         blocked = load * blocked / (taken + load * blocked)
-    return blocked / (1 - rho * (1 - blocked))
+    return blocked / (1 - utilisation * (1 - blocked))
 
 
 def mean_wait(servers: int, utilisation: float) -> float:
     """Mean time in line, as a multiple of the mean time a request then takes; arguments as in :func:`erlang_c`."""
     return erlang_c(servers, utilisation) / (servers * (1 - utilisation))
-
-
-def highest_utilisation(servers: int, wait: float) -> float:
-    """How busy ``servers`` places may be before the mean wait is ``wait`` times a request's own time (bisection)."""
-    number("wait", wait)
-    count("servers", servers)
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if mean_wait(servers, middle) < wait:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int = 0) -> tuple[float, float]:
@@ -58,10 +43,9 @@ def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int
     Raises:
         ValueError: as :func:`erlang_c`, and for fewer than 10 arrivals.
     """
-    count("servers", servers)
-    count("arrivals", arrivals, 10)
-    rate = servers * _below_one(utilisation)
-    dice = random.Random(seed)
+    _check(servers, utilisation)
+    check.whole(10, arrivals=arrivals)
+    rate, dice = servers * utilisation, random.Random(seed)
     free = [0.0] * servers  # when each place is next free, the soonest first
     now, waits = 0.0, []
     for _ in range(arrivals + arrivals // 9):
@@ -73,9 +57,7 @@ def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int
     return sum(wait > 0 for wait in counted) / len(counted), sum(counted) / len(counted)
 
 
-def _below_one(utilisation: float) -> float:
-    if not number("utilisation", utilisation) < 1:
-        raise ValueError(
-            f"utilisation: got {utilisation!r}, wanted a share above 0 and below 1: from 1 on, no wait ends"
-        )
-    return utilisation
+def _check(servers: int, utilisation: float) -> None:
+    check.whole(1, servers=servers)
+    check.above(0, utilisation=utilisation)
+    check.below(0, 1, utilisation=utilisation)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dslib import check
 from dslib.data.encoders import EfficientNetLite
 from dslib.data.pictures import EmojiSet
 
@@ -60,8 +61,8 @@ def image_features(
     Raises:
         ValueError: an unknown background, none, or no size.
     """
-    if unknown := [name for name in papers if name not in PAPERS]:
-        raise ValueError(f"papers: got {unknown[0]!r}, expected some of {', '.join(PAPERS)}")
+    for name in papers:
+        check.one_of(PAPERS, papers=name)
     if not papers or not sizes:
         raise ValueError(f"papers, sizes: got {papers!r}, {sizes!r}, expected at least one of each")
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (encoder.normalisation.mean, encoder.normalisation.std))
@@ -97,8 +98,7 @@ def align(images: Tensor, texts: Tensor, *, ridge: tuple[float, float] = (1.0, 0
         raise ValueError(
             f"images, texts: got {tuple(images.shape)}, {tuple(texts.shape)}, expected (V, N, D), (C, N, E)"
         )
-    if not 1 <= dimensions <= min(images.shape[2], texts.shape[2]):
-        raise ValueError(f"dimensions: got {dimensions}, expected 1 to {min(images.shape[2], texts.shape[2])}")
+    check.between(1, min(images.shape[2], texts.shape[2]), dimensions=dimensions)
     means = [side.mean((0, 1)) for side in (images, texts)]
     x, y = (side - mean for side, mean in zip((images, texts), means, strict=True))
     factors = [_factor(side.flatten(0, 1), extra) for side, extra in zip((x, y), ridge, strict=True)]

@@ -3,9 +3,9 @@
 An exercise asks for a small function. :func:`check` runs the reader's function on a few cases and compares it with the
 reference, and with the mistakes people are likely to make; whoever makes one of those gets a hint for just that one.
 
-One module a chapter (``decoder.py`` for ``chapters/architecture/decoder.ipynb``) holds a list ``EXERCISES``; it is
-imported only when one of its exercises is checked. ``tests/measured/test_exercises.py`` feeds every exercise its
-reference and its mistakes.
+One module a chapter (``decoder.py`` for ``chapters/architecture/decoder.ipynb``) holds the right answers, each under
+:func:`exercise`; it is imported only when one of its exercises is checked. ``tests/measured/test_exercises.py`` feeds
+every exercise its reference and its mistakes.
 """
 
 from __future__ import annotations
@@ -14,34 +14,38 @@ import copy
 import difflib
 import html
 import importlib
+import inspect
+import itertools
 import math
 import pkgutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SYMBOLS = {"passed": "✓", "mistake": "✗", "wrong": "✗", "error": "✗", "todo": "○"}
 WORDS = {"passed": "Correct", "mistake": "Not yet", "wrong": "Not yet", "error": "It raised", "todo": "Not done yet"}
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A plausible wrong answer and the hint for whoever gives it."""
-
-    fn: Callable[..., Any]
-    hint: str
-
-
-@dataclass(frozen=True)
 class Exercise:
     """One exercise.
+
+    Wrong answers that are known beforehand are text: what a reader would return, an expression in the arguments of the
+    reference and the names of its module, and indented below it the hint for whoever returns that::
+
+        2 * layers * heads * head_dim
+            You counted query heads. Only the key-value heads are kept.
 
     Attributes:
         name: ``"<chapter>/<exercise>"``, e.g. ``"decoder/kv-bytes"``.
         cases: arguments of each call: a mapping of keywords or a sequence of positional arguments. They are copied for
             every call, so an answer that writes into its arguments harms nobody.
         reference: the right answer.
-        mistakes: wrong answers that are known beforehand.
+        mistakes: the known wrong answers, as above.
         tolerance: how far a float may be off, relative to the reference (absolute where that is 0).
         hint: what to say about a wrong answer that is none of the known ones.
     """
@@ -49,9 +53,18 @@ class Exercise:
     name: str
     cases: Sequence[Mapping[str, Any] | Sequence[Any]]
     reference: Callable[..., Any]
-    mistakes: Sequence[Mistake] = ()
+    mistakes: str = ""
     tolerance: float = 1e-6
     hint: str = "Work the failing case through by hand and compare each step."
+
+    def wrong_answers(self) -> Iterator[tuple[Callable[..., Any], str]]:
+        """The known wrong answers as functions, each with its hint."""
+        arguments = ", ".join(inspect.signature(self.reference).parameters)
+        lines = textwrap.dedent(self.mistakes).strip().splitlines()
+        blocks = itertools.groupby(lines, key=lambda line: line.startswith(" "))
+        texts = [" ".join(line.strip() for line in block) for _, block in blocks]
+        for answer, hint in zip(texts[::2], texts[1::2], strict=True):
+            yield eval(f"lambda {arguments}: {answer}", self.reference.__globals__), hint
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Report:
     name: str
     status: str
     message: str
-    details: tuple[str, ...] = field(default=())
+    details: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -82,6 +95,28 @@ class Report:
             f'<div class="exercise-report exercise-{self.status}" style="border-left:4px solid;padding:.3em .8em">'
             f"<strong>{html.escape(self.headline)}</strong><br>{html.escape(self.message)}{lines}</div>"
         )
+
+
+def exercise(name: str, **rest: Any) -> Callable[[Callable], Callable]:
+    """Put above a right answer, makes it the reference of an :class:`Exercise`; ``rest`` are its other attributes."""
+
+    def mark(reference: Callable) -> Callable:
+        reference.exercise = Exercise(name, reference=reference, **rest)
+        return reference
+
+    return mark
+
+
+def named(names: str, *rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Cases as a table: the arguments' names, then a row of values for each case."""
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
+
+
+def normal(*shape: int, seed: int, **kind: Any) -> Tensor:
+    """Normally distributed numbers, the same every time; ``kind`` may give another dtype than float32."""
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kind)
 
 
 def check(name: str, fn: Callable[..., Any]) -> Report:
@@ -105,12 +140,12 @@ def check(name: str, fn: Callable[..., Any]) -> Report:
             return Report(name, "error", f"{type(error).__name__}: {error}", (f"case: {_arguments(case)}",))
         if len(answers) == 1 and (answers[0] is None or answers[0] is ...) and wanted[0] is not None:
             return _todo(name)
-    same = [_same(got, want, exercise.tolerance) for got, want in zip(answers, wanted, strict=True)]
+    same = _compare(answers, wanted, exercise.tolerance)
     if all(same):
         return Report(name, "passed", f"Agrees with the reference on every case ({len(same)}).")
-    for mistake in exercise.mistakes:
-        if _makes(mistake, exercise, answers):
-            return Report(name, "mistake", mistake.hint)
+    for wrong, hint in exercise.wrong_answers():
+        if _agrees(wrong, exercise, answers):
+            return Report(name, "mistake", hint)
     first = same.index(False)
     details = (
         f"case: {_arguments(exercise.cases[first])}",
@@ -143,8 +178,9 @@ def all_exercises() -> Iterator[Exercise]:
         yield from _of_chapter(chapter)
 
 
-def _of_chapter(chapter: str) -> Sequence[Exercise]:
-    return importlib.import_module(f"{__name__}.{chapter}").EXERCISES
+def _of_chapter(chapter: str) -> list[Exercise]:
+    module = importlib.import_module(f"{__name__}.{chapter}")
+    return [value.exercise for value in vars(module).values() if hasattr(value, "exercise")]
 
 
 def _todo(name: str) -> Report:
@@ -156,16 +192,17 @@ def _call(fn: Callable[..., Any], case: Mapping[str, Any] | Sequence[Any]) -> An
     return fn(**case) if isinstance(case, Mapping) else fn(*case)
 
 
-def _makes(mistake: Mistake, exercise: Exercise, answers: list[Any]) -> bool:
-    """Whether all answers are what this mistake gives. A mistake that cannot run on a case is not the one made."""
-    for case, answer in zip(exercise.cases, answers, strict=True):
-        try:
-            wrong = _call(mistake.fn, case)
-        except Exception:
-            return False
-        if not _same(answer, wrong, exercise.tolerance):
-            return False
-    return True
+def _agrees(wrong: Callable[..., Any], exercise: Exercise, answers: list[Any]) -> bool:
+    """Whether all answers are those of a known wrong one. One that cannot run on a case is not the one given."""
+    try:
+        results = [_call(wrong, case) for case in exercise.cases]
+    except Exception:
+        return False
+    return all(_compare(answers, results, exercise.tolerance))
+
+
+def _compare(got: Sequence[Any], want: Sequence[Any], tolerance: float) -> list[bool]:
+    return [_same(g, w, tolerance) for g, w in zip(got, want, strict=True)]
 
 
 def _same(got: Any, want: Any, tolerance: float, scale: float | None = None) -> bool:
@@ -191,17 +228,11 @@ def _same(got: Any, want: Any, tolerance: float, scale: float | None = None) -> 
             return got == want or (got != got and want != want)  # infinities of one sign, or two NaNs
         return abs(got - want) <= tolerance * (scale or abs(want) or 1.0)
     if isinstance(want, Mapping):
-        return (
-            isinstance(got, Mapping)
-            and got.keys() == want.keys()
-            and all(_same(got[key], want[key], tolerance) for key in want)
-        )
+        alike = isinstance(got, Mapping) and got.keys() == want.keys()
+        return alike and all(_same(got[key], want[key], tolerance) for key in want)
     if isinstance(want, (list, tuple)):
-        return (
-            isinstance(got, (list, tuple))
-            and len(got) == len(want)
-            and all(_same(g, w, tolerance) for g, w in zip(got, want, strict=True))
-        )
+        alike = isinstance(got, (list, tuple)) and len(got) == len(want)
+        return alike and all(_compare(got, want, tolerance))
     return bool(got == want)
 
 
@@ -223,10 +254,6 @@ def _arguments(case: Mapping[str, Any] | Sequence[Any]) -> str:
 
 def _show(value: Any) -> str:
     """A value short enough for one line."""
-    if _is_array(value):
-        text = f"shape {tuple(value.shape)}: {value.tolist()}"
-    elif hasattr(value, "item") and hasattr(value, "shape"):
-        text = repr(value.item())
-    else:
-        text = repr(value)
+    shape = f"shape {tuple(value.shape)}: " if _is_array(value) else ""
+    text = f"{shape}{_plain(value)!r}"
     return text if len(text) <= 120 else text[:117] + "..."

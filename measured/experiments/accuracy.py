@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dslib import fast
 from dslib.architecture.weights.pretrained import load_pretrained, load_smollm2
 from dslib.architecture.weights.twin import hf_twin
 from dslib.data import questions as data
@@ -29,7 +30,9 @@ DOMAINS = ("mathematics", "law", "medicine", "STEM", "humanities", "social scien
 
 @cache
 def _model(dtype: str):
-    return load_smollm2(dtype=getattr(torch, dtype))
+    model, tokenizer = load_smollm2(dtype=getattr(torch, dtype))
+    fast.prepare(model)
+    return model, tokenizer
 
 
 def answer_run(
@@ -125,12 +128,17 @@ def against_lm_eval(
     def kept(name: str, run) -> None:
         found[name] = run()
 
+    def same_kernel() -> None:
+        fast.prepare(model, quick_products=False)
+        score(model, tokenizer, asked, format_)
+        fast.prepare(model)
+
     ways = {
         "lm_eval": lambda: kept("lm_eval", lambda: theirs(asked, best)),
         "ours": lambda: kept("ours", lambda: score(model, tokenizer, asked, format_).log_likelihoods),
     }
     if dtype == "float32":  # in other formats there is nothing to choose
-        ways["ours_same_kernel"] = lambda: score(model, tokenizer, asked, format_, quick_products=False)
+        ways["ours_same_kernel"] = same_kernel
     times = compare(ways, rounds=rounds, warmup=0)
     ours, other = found["ours"], found["lm_eval"]
     return {
@@ -164,6 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
             name: data.load_questions(name) for name in options.sets
         }  # before the model: a bad file should show at once
         model, tokenizer = load_pretrained(options.model, **place) if options.model else load_smollm2(**place)
+        fast.prepare(model)
         for name, asked in chosen.items():
             examples = data.mmlu_examples() if name == "mmlu" else None
             scores = score(model, tokenizer, asked, PROMPTS[options.prompt], shots=options.shots, examples=examples,

@@ -90,16 +90,10 @@ def exit_runs(
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """Rank correlation of two 1-D tensors, ties at their mean rank; 0 if one of them does not vary."""
-    ranks = torch.stack([_ranks(x), _ranks(y)])
-    centred = ranks - ranks.mean(1, keepdim=True)
-    size = centred.norm(dim=1).prod()
-    return float(centred[0] @ centred[1] / size) if size > 0 else 0.0
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    counts = counts.double()
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+    varied = all(bool((part != part[0]).any()) for part in (x, y))
+    return float(spearmanr(x.numpy(), y.numpy()).statistic) if varied else 0.0
 
 
 def _deepest(depths: Tensor, size: int) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dslib.architecture.decoder import Decoder, build, preset
 from dslib.architecture.fusion import VisionLanguageDecoder
-from dslib.architecture.vision import TINY_SWIN, SwinStream
+from dslib.architecture.vision.swin import TINY_SWIN, SwinStream
 from dslib.data.pictures import LANGUAGES, load_emoji
 from dslib.data.scenes import NUMBERS, PLACES, SceneMaker, Stream, TextMaker, item_rng
 from dslib.data.text import Words

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dslib.architecture.decoder import Decoder, DecoderConfig, build, count_parameters, preset
+from dslib import fast
+from dslib.architecture.decoder import MODELS, Decoder, DecoderConfig, build, count_parameters, preset
 from dslib.architecture.fusion import FusionConfig, ImageContext, VisionLanguageDecoder
-from dslib.architecture.vision import SwinStream
-from dslib.fast.token_step import TokenStep
-from dslib.performance.generation import generate
+from dslib.architecture.generation import generate
+from dslib.architecture.vision.swin import SwinStream
 from measured.timing import compare, ratio
 
 # microsoft/swin-tiny-patch4-window7-224: 224 x 224 pixels become 49 features of size 768.
@@ -51,8 +51,8 @@ def look_cost(
     """
     text = build(preset(name, **({} if layers is None else {"num_hidden_layers": layers})), seed=seed).eval()
     cross = VisionLanguageDecoder.from_text(text, _NoStream(), cross_attention_every=every)
-    for block in cross.cross.values():
-        nn.init.constant_(block.gate.bias, 0.1)  # a gate that is shut costs as much, but let there be no doubt
+    for block in cross.seeing():
+        nn.init.constant_(block.cross.gate.bias, 0.1)  # a gate that is shut costs as much, but let there be no doubt
     projector = VisionLanguageDecoder.from_text(text, _NoStream(), fusion="projector")
     equal = build(_as_large(text.config, count_parameters(cross)), seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -97,17 +97,19 @@ def _cache_bytes(config: DecoderConfig) -> int:
 
 
 def _steps(model: Decoder, image: ImageContext | None, context: int, new_tokens: int):
-    """A function that writes ``new_tokens`` tokens behind a prompt, again and again from the same place."""
+    """A function that writes ``new_tokens`` tokens behind a prompt, prepared, again and again from the same place."""
+    fast.prepare(model)
     prefix, seen = (0, {}) if image is None else (image.prefix, {"image": image})
     cache = model.make_cache(max_length=prefix + context + new_tokens)
     with torch.inference_mode():
-        model.hidden_states(torch.zeros(1, context, dtype=torch.long), cache, **seen)
-    start, step = cache.length, TokenStep(model, image)
+        model(torch.zeros(1, context, dtype=torch.long), cache, **seen)
+    start = cache.length
 
+    @torch.inference_mode()
     def run() -> None:
         cache.truncate(start)
         for token in range(new_tokens):
-            step(token, cache)
+            model(torch.tensor([[token]]), cache, **seen)
 
     return run
 
@@ -127,6 +129,8 @@ def stream_cost(
     models = {
         fusion: VisionLanguageDecoder.from_text(text, stream, fusion=fusion).eval() for fusion in ("cross", "projector")
     }
+    for model in (text, *models.values()):
+        fast.prepare(model)
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(1, 3, 224, 224, generator=generator)
     prompt = torch.randint(text.config.vocab_size, (1, prompt_tokens), generator=generator)
@@ -157,7 +161,7 @@ def counted_flops(config: DecoderConfig, tokens: int, image_tokens: int = 0) -> 
         config: a :class:`FusionConfig` if there are image tokens.
     """
     with torch.device("meta"):
-        model = config.model(_NoStream()) if isinstance(config, FusionConfig) else config.model()
+        model = MODELS[type(config)](config, *([_NoStream()] if isinstance(config, FusionConfig) else []))
         image = model.image_context(torch.empty(1, image_tokens, FEATURES)) if image_tokens else None
         ids = torch.zeros(1, tokens, dtype=torch.long)
         return _counted(lambda: model(ids, **({} if image is None else {"image": image})))

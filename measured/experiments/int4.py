@@ -1,7 +1,7 @@
 """What four bits cost in quality: error of the weights, perplexity on a novel, and how long greedy output agrees.
 
 The weights are rounded and multiplied in float32, so that only their rounding counts. The kernels of
-:mod:`dslib.architecture.int4_layers` round activations to bfloat16 as well, which the tests show to be little.
+:mod:`dslib.architecture.int4.layers` round activations to bfloat16 as well, which the tests show to be little.
 
 A trap lies in the model. The only SmolLM2 that needs no network has been through four bits before: its file holds
 groups of 32 neighbours with 16 levels each. Whoever cuts the same groups again finds the old levels and loses next to
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dslib.architecture.decoder import Decoder, build, preset
-from dslib.architecture.int4 import METHODS, check_group_size
+from dslib.architecture.generation import generate
+from dslib.architecture.int4.levels import METHODS, check_group_size
 from dslib.architecture.weights.pretrained import load_smollm2
 from dslib.data.text import moby_dick, slices
-from dslib.performance.generation import generate
 from dslib.performance.perplexity import perplexity, perplexity_ratio, token_losses
 from dslib.performance.statistics import mean_interval
 from dslib.performance.training import train

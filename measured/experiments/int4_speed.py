@@ -3,7 +3,7 @@
 A layer that has just been used lies in the processor's cache, and in decoding it never does: all the other layers have
 been read since. So every way goes through several layers of its own, too many for a cache.
 
-Book: ``chapters/architecture/int4.ipynb``. ``python -m measured.bench int4`` prints the tables.
+Book: ``chapters/architecture/int4.ipynb``.
 """
 
 import copy
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dslib.architecture.int4_layers import Int4Linear, quantize_
+from dslib import fast
+from dslib.architecture.generation import generate
+from dslib.architecture.int4.layers import Int4Linear, quantize_
+from dslib.architecture.int4.levels import unpack
 from dslib.architecture.weights.pretrained import load_smollm2
 from dslib.architecture.weights.twin import hf_twin
 from dslib.fast import int4_rows
-from dslib.fast.int4_kernels import unpack
-from dslib.performance.generation import generate
 from dslib.performance.speed import weight_bytes
 from measured.probes import read_bandwidth
 from measured.timing import Timing, compare, measure
@@ -48,6 +49,7 @@ def int4_speed(
         weights. ``error``: of each 4-bit way against the same weights in float32, relative.
     """
     layer, x = _layer(in_features, out_features, rows, group_size, seed)
+    fast.prepare(layer)
     layers = {"float32": [layer.dequantize()], "bfloat16": [layer.dequantize(torch.bfloat16)], "ours": [layer]}
     sizes = {"float32": layers["float32"][0].nbytes, "bfloat16": layers["bfloat16"][0].nbytes}
     sizes["ours"] = layer.packed.nbytes + layer.scales.nbytes
@@ -60,15 +62,16 @@ def int4_speed(
         "ours": lambda: [layer(half) for layer in layers["ours"]],
         "ours, float32": lambda: [layer(x) for layer in layers["ours"]],
     }
-    exact = layer.reference(x)
+    exact = Int4Linear.forward(layer, x)
     error = {"ours": _distance(layer(x), exact)}
-    if rows <= int4_rows.FEW and (multiply := layer.int8_product()) is not None:
-        products = [some.int8_product() for some in layers["ours"]]
+    if rows <= int4_rows.FEW and int4_rows.why_not(layer.packed, group_size) is None:
+        products = [_int8_product(some) for some in layers["ours"]]
+        multiply = products[0]
         ways["ours, int8"] = lambda: [multiply(x) for multiply in products]
         error["ours, int8"] = _distance(multiply(x), exact)
-    if layer.why_slow(half) is None and x.device.type == "cpu":
+    if layer.forward.why_not() is None and x.device.type == "cpu":
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-        ways["torch int4"] = lambda: [kernel(half, a.packed, group_size, a.pairs()) for a in layers["ours"]]
+        ways["torch int4"] = lambda: [kernel(half, a.packed, group_size, a.forward.pairs()) for a in layers["ours"]]
     with torch.no_grad():
         seconds = compare(ways, rounds=rounds)
     found = {name: len(layers.get(name, layers["ours"])) for name in ways}
@@ -108,6 +111,8 @@ def decode_int4(new_tokens: int = 128, rounds: int = 3, group_size: int = 32) ->
         models[name] = quantize_(load_smollm2(dtype=torch.bfloat16)[0], group_size, skip=skip)
     half = load_smollm2(dtype=torch.bfloat16)[0]
     models["int4, int8 rows"] = quantize_(half, group_size, skip=("embed_tokens",), activations="int8")
+    for model in models.values():
+        fast.prepare(model)
     prompt = tokenizer(PROMPT).input_ids
     ways = {f"ours, {name}": functools.partial(generate, model, [prompt], new_tokens) for name, model in models.items()}
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
@@ -195,6 +200,14 @@ def _layer(in_features: int, out_features: int, rows: int, group_size: int, seed
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) * 0.02
     return Int4Linear.from_weight(weight, group_size), torch.randn(rows, in_features, generator=generator)
+
+
+def _int8_product(layer: Int4Linear):
+    """The prepared layer's product with rows in eight bits."""
+    layer.activations = "int8"
+    product = layer.forward.int8_product()
+    layer.activations = "bfloat16"
+    return product
 
 
 def _copies(size: int, rows: int) -> int:

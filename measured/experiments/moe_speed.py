@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dslib import fast
 from dslib.architecture.layers import SwiGLU
 from dslib.architecture.moe import MoE, Router
 from dslib.fast.linear import onednn, packed_product
@@ -107,10 +108,12 @@ def moe_speed(
 
         return call
 
+    fast.prepare(ours)
     ways: dict[str, Callable[[], Tensor]] = {"dense": step(dense, dense), "ours": step(ours, ours)}
     if not training and device.type == "cpu" and onednn():
         ways["dense, oneDNN"] = lambda: _dense_onednn(dense, x)
-    if not training and copy.experts.pack():
+    if not training and device.type == "cpu" and onednn():
+        fast.prepare(copy, pack_experts=True)
         ways["ours, packed"] = step(copy, copy)
     failed = {}
     with torch.set_grad_enabled(training), _precision(precision):

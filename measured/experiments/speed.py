@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dslib import fast
 from dslib.architecture import decoder, sparse_decoder
 from dslib.architecture.decoder import Decoder, build
 from dslib.architecture.fusion import FusionConfig, ImageContext
-from dslib.architecture.int4_layers import nbytes, quantize_
+from dslib.architecture.generation import generate
+from dslib.architecture.int4.layers import nbytes, quantize_
 from dslib.fast.cuda_graph import StaticDecoding
 from dslib.fast.int8 import quantize_int8_, quickest_way
-from dslib.performance.generation import generate
 from dslib.performance.speed import decode_work, prefill_work
 from measured.machine import as_device
 from measured.probes import copy_bandwidth, peak_memory, product_rate, read_bandwidth
@@ -76,6 +77,7 @@ def with_weights(model: Decoder, weights: str) -> Decoder:
         sizes = {layer.in_features for layer in model.layers.modules() if isinstance(layer, nn.Linear)}
         group = next(group for group in INT4_GROUPS if not any(size % group for size in sizes))
         quantize_(model, group_size=group, skip=("lm_head",))
+        fast.prepare(model)  # puts the kernels in place
     return model
 
 

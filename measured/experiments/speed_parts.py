@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from dslib.architecture.cache import start
 from dslib.architecture.decoder import Decoder, DecoderConfig, build
+from dslib.architecture.experts import Pairs
 from dslib.architecture.fusion import VisionLanguageDecoder
 from dslib.architecture.moe import MoE, Router
 from dslib.architecture.sparse_decoder import SparseConfig
-from dslib.fast.experts import Pairs
 from dslib.scenarios.pipeline import Request, serve
 from measured.machine import as_device
 from measured.timing import compare, ratio
@@ -62,7 +63,8 @@ def attention_speed(
 
         def one_token(model=model, attention=attention, cache=cache, x=x):
             cache.length = context  # the same token over and over
-            return attention(x, *reversed(model.prepare(x, cache, None)), cache, 0)
+            step = start(x, cache, None, model.config)
+            return attention(x, model.rope(step.positions, x.dtype), step, cache, 0)
 
         ways[kind] = one_token
     for kind, timing in compare(ways, rounds=rounds, device=device).items():
@@ -75,7 +77,7 @@ def without_cache(model: Decoder, prompt: list[int], new_tokens: int) -> list[in
     """Greedy decoding that keeps nothing: for every new token the whole text is read again."""
     ids = torch.tensor([prompt], device=model.embed_tokens.weight.device)
     for _ in range(new_tokens):
-        logits = model.lm_head(model.hidden_states(ids)[:, -1:])
+        logits = model(ids, logits_at=torch.tensor([[ids.shape[1] - 1]], device=ids.device))
         ids = torch.cat((ids, logits.argmax(-1)), dim=1)
     return ids[0, len(prompt) :].tolist()
 

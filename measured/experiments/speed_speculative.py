@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
+from dslib import fast
 from dslib.architecture.decoder import Decoder
-from dslib.architecture.int4_layers import quantize_
+from dslib.architecture.generation import generate
+from dslib.architecture.int4.layers import quantize_
 from dslib.architecture.weights.pretrained import load_smollm2
-from dslib.performance.generation import generate
 from dslib.performance.speculative import (
     Draft,
     ModelDraft,
     PromptLookup,
     expected_gain,
     feed,
-    one_token_step,
     speculate,
     with_layers,
 )
@@ -35,16 +35,18 @@ TEXTS = {
 
 
 def drafts(model: Decoder, max_length: int) -> dict[str, Draft]:
-    """Everything here that can guess for ``model``: the text so far, the model's own layers, its own 4-bit weights."""
+    """Everything here that can guess for ``model``: the text so far, the model's own layers, its own 4-bit weights.
+
+    All of them are prepared; layers are shared, so the model is as well.
+    """
     layers = model.config.num_hidden_layers
     coarse = quantize_(copy.deepcopy(model), group_size=32, skip=("embed_tokens",))
     half, most = list(range(layers // 2)), [*range(layers // 2), *range(layers // 2 + 3, layers)]
-    return {
-        "prompt lookup": PromptLookup(),
-        "first half of the layers": ModelDraft(with_layers(model, half), max_length),
-        "all layers but three": ModelDraft(with_layers(model, most), max_length),
-        "4-bit weights": ModelDraft(coarse, max_length),
-    }
+    few = {"first half of the layers": with_layers(model, half), "all layers but three": with_layers(model, most)}
+    smaller = few | {"4-bit weights": coarse}
+    for one in (*smaller.values(), model):
+        fast.prepare(one)
+    return {"prompt lookup": PromptLookup()} | {name: ModelDraft(one, max_length) for name, one in smaller.items()}
 
 
 def speculative_speed(
@@ -90,11 +92,11 @@ def speculative_speed(
 @torch.inference_mode()
 def _step_seconds(model: Decoder, tokens: int, context: int = 64) -> float:
     """Seconds to feed so many tokens after ``context`` others, in the way that decoding would."""
-    cache, one_token = model.make_cache("preallocated", max_length=context + tokens), one_token_step(model)
+    cache = model.make_cache("preallocated", max_length=context + tokens)
     model(torch.ones(1, context, dtype=torch.int64), cache)
 
     def step():
-        feed(model, one_token, [1] * tokens, cache)
+        feed(model, [1] * tokens, cache)
         cache.truncate(context)
 
     return measure(step, min_runs=10, max_runs=30, max_seconds=1.0).median

@@ -205,7 +205,7 @@ def test_extremes_of_the_statistics():
 
 def test_a_capacity_limit_shows_as_dropped():
     torch.manual_seed(0)
-    moe = MoE(16, 8, Router(16, 4, 2), capacity_factor=1.0)
+    moe = MoE(16, 8, balance.CapacityRouter(16, 4, 2, capacity_factor=1.0))
     moe(torch.randn(50, 16) + 2.0)
     stats = balance.load_statistics(moe.last_routing.indices, 4)
     assert stats.dropped > 0 and stats.counts.max() == 25 and stats.counts.sum() + stats.dropped == 100

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dslib.architecture.decoder import PRESETS, Decoder, DecoderConfig, build, count_parameters, preset
+from dslib.architecture.config import PRESETS
+from dslib.architecture.decoder import Decoder, DecoderConfig, build, count_parameters, preset
 
 SMALL = {
     "vocab_size": 50,

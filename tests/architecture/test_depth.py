@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dslib.architecture import decoder, depth, sparse_decoder
-from dslib.architecture.cache import no_cache_step
+from dslib.architecture.cache import Step
 from dslib.architecture.depth import ExitRule, MixtureOfDepths, early_exit
 
 LAYERS = 6
@@ -130,7 +130,7 @@ def test_skipped_layers_keep_what_the_propagated_state_gives(kind):
     cache = model.make_cache("preallocated", max_length=5)
     result = early_exit(model, tokens, ExitRule(0.0, 2), cache)
     assert (result.depths == 2).all() and result.layers_run == 2
-    step = no_cache_step(5, None, tokens.device)
+    step = Step(torch.arange(5).unsqueeze(0), causal=True)
     rope = model.rope(step.positions, torch.float32)
     x = model.embed_tokens(tokens)
     for index in range(2):
@@ -172,7 +172,7 @@ def test_the_loss_weights_each_exit_by_its_depth():
 @torch.no_grad()
 def test_mixture_of_depths_with_room_for_all_is_the_block_scaled():
     model, tokens = make(), ids()
-    step = no_cache_step(12, None, tokens.device)
+    step = Step(torch.arange(12).unsqueeze(0), causal=True)
     rope, x = model.rope(step.positions, torch.float32), model.embed_tokens(tokens)
     wrapped = MixtureOfDepths(model.layers[0], 32, capacity=1.0)
     plain = model.layers[0](x, rope, step, None, 0, tokens)
@@ -183,7 +183,7 @@ def test_mixture_of_depths_with_room_for_all_is_the_block_scaled():
 @torch.no_grad()
 def test_mixture_of_depths_leaves_the_others_as_they_are():
     model, tokens = make(), ids()
-    step = no_cache_step(12, None, tokens.device)
+    step = Step(torch.arange(12).unsqueeze(0), causal=True)
     rope, x = model.rope(step.positions, torch.float32), model.embed_tokens(tokens)
     wrapped = MixtureOfDepths(model.layers[0], 32, capacity=0.25)
     y = wrapped(x, rope, step, None, 0, tokens)
@@ -194,7 +194,9 @@ def test_mixture_of_depths_leaves_the_others_as_they_are():
     # The chosen attend to one another only, at their own positions: the block on those tokens alone says the same.
     row, where = 1, best[1]
     turns = tuple(part[0][where].unsqueeze(0) for part in rope)
-    alone = model.layers[0](x[row : row + 1, where], turns, no_cache_step(3, None, x.device), None, 0, None)
+    alone = model.layers[0](
+        x[row : row + 1, where], turns, Step(torch.arange(3).unsqueeze(0), causal=True), None, 0, None
+    )
     want = x[row, where] + (alone[0] - x[row, where]) * wrapped.router(x[row, where]).sigmoid()
     assert torch.allclose(y[row, where], want, atol=1e-4, rtol=1e-4)
 
@@ -238,7 +240,7 @@ def test_nobody_chosen_leaves_the_sequence_as_it_is():
     wrapped = MixtureOfDepths(model.layers[0], 32)
     wrapped.causal = True
     torch.nn.init.constant_(wrapped.predictor.bias, -1e9)
-    step = no_cache_step(12, None, tokens.device)
+    step = Step(torch.arange(12).unsqueeze(0), causal=True)
     x = model.embed_tokens(tokens)
     assert torch.equal(wrapped(x, model.rope(step.positions, torch.float32), step, None, 0, tokens), x)
 

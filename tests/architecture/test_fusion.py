@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from dslib.architecture.cross_attention import Gate, GatedCrossAttention
+from dslib import fast
 from dslib.architecture.decoder import DecoderConfig, build, count_parameters
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
-from dslib.architecture.vision import SwinStream
-from dslib.fast.token_step import TokenStep
-from dslib.performance.generation import generate, stream
+from dslib.architecture.generation import generate, stream
+from dslib.architecture.sparse_decoder import SparseConfig
+from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention
+from dslib.architecture.vision.swin import SwinStream
+from dslib.fast.lean_step import LeanStep
 
 SIZES = (40, 32, 48, 2, 4, 2)  # vocab, hidden, intermediate, layers, heads, kv heads
 N, C = 6, 24
@@ -83,15 +85,16 @@ def test_at_the_start_it_is_the_text_model_bit_for_bit(kind):
 def test_a_shut_gate_still_learns(kind):
     """The gate is zero at the start, its gradient is not; behind it, gradients come once it has moved."""
     model = model_of(std=0, **kind)
+    eyes = [block.cross for block in model.seeing()]
     model(ids_of(), image=model.encode_image(pixels())).square().mean().backward()
-    assert all(block.gate.bias.grad.abs() > 0 for block in model.cross.values())
-    assert all(block.q_proj.weight.grad.abs().max() == 0 for block in model.cross.values())
+    assert all(block.gate.bias.grad.abs() > 0 for block in eyes)
+    assert all(block.q_proj.weight.grad.abs().max() == 0 for block in eyes)
     with torch.no_grad():
-        for block in model.cross.values():
+        for block in eyes:
             block.gate.bias.add_(0.1)
     model(ids_of(), image=model.encode_image(pixels())).square().mean().backward()
     parts = ("q_proj", "kv_proj", "o_proj")
-    assert all(getattr(block, part).weight.grad.abs().max() > 0 for block in model.cross.values() for part in parts)
+    assert all(getattr(block, part).weight.grad.abs().max() > 0 for block in eyes for part in parts)
     assert model.vision.map.weight.grad.abs().max() > 0
 
 
@@ -126,7 +129,7 @@ def test_a_scalar_gate_is_one_number_and_a_token_gate_one_for_each_token():
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_block_is_the_formula_written_out(masked):
     model = model_of(gate="token", cross_intermediate_size=20)
-    block = model.cross["1"]
+    block = model.layers[1].cross
     x, features = torch.randn(2, 5, 32), torch.randn(2, N, C)
     mask = torch.tensor([[True, True, False, True, False, False], [True] * 6]) if masked else None
     with torch.no_grad():
@@ -167,7 +170,7 @@ def test_cached_equals_uncached(kind, cache_kind):
 def test_what_is_kept_of_a_picture(kind):
     model = model_of(**kind)
     image = model.encode_image(pixels(3))
-    each = N * 32 if model.config.fusion == "projector" else len(model.cross) * 2 * N * 2 * 8
+    each = N * 32 if model.config.fusion == "projector" else len(model.seeing()) * 2 * N * 2 * 8
     assert image.nbytes == 3 * each * 4
     assert image.batch_size == 3
 
@@ -238,11 +241,12 @@ def argmax_loop(model, prompt, new, images):
     "cache, window", [("growing", None), ("growing", 20), ("preallocated", None), ("preallocated", 20), ("rolling", 20)]
 )
 def test_generation_with_a_picture_equals_the_argmax_loop(kind, cache, window):
-    """growing takes the plain path, the others the lean one."""
+    """Plain, and prepared, where growing takes the plain path all the same."""
     model, image = model_of(**kind, sliding_window=window), pixels(1)
     wanted = argmax_loop(model, [1, 2, 3], 15, image)
-    assert len(set(wanted)) > 3
+    assert len(set(wanted)) > 2
     assert generate(model, [[1, 2, 3]], 15, cache=cache, image=model.encode_image(image))[0].tokens == wanted
+    assert not fast.prepare(model).plain
     assert list(stream(model, [1, 2, 3], 15, cache=cache, image=model.encode_image(image))) == wanted
 
 
@@ -262,22 +266,21 @@ def test_the_lean_step_computes_what_the_model_computes(kind, size, masked):
         caches = [model.make_cache(max_length=12) for _ in range(2)]
         for cache in caches:
             model(ids[:, :3], cache, image=image)
-        step = TokenStep(model, image)
-        lean = torch.cat([step(token, caches[0]) for token in ids[0, 3:].tolist()])
+        fast.prepare(model)
+        step = LeanStep(model)
+        lean = torch.cat([step(token, caches[0], image) for token in ids[0, 3:].tolist()])
+        fast.release(model)
         full = torch.cat([model(token, caches[1], image=image)[:, 0] for token in ids[:, 3:].split(1, dim=1)])
     assert full.std() > 0.1
     torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
 
 
 def test_the_lean_step_without_any_picture_is_the_text_model():
-    model, ids = model_of(), ids_of(batch=1)
+    model = model_of()
     with torch.no_grad():
         none = model.encode_image(pixels(1), torch.tensor([False]))
         caches = [model.make_cache(max_length=8) for _ in range(2)]
-        assert torch.equal(TokenStep(model, none)(3, caches[0]), TokenStep(model)(3, caches[1]))
-    with pytest.raises(ValueError, match="made for 2 sequences, expected one"):
-        TokenStep(model, model.encode_image(pixels(2)))
-    assert ids.shape == (1, 7)
+        assert torch.equal(LeanStep(model)(3, caches[0], none), LeanStep(model)(3, caches[1]))
 
 
 def test_bfloat16_generates_with_a_picture():
@@ -304,9 +307,11 @@ def test_a_text_model_gets_eyes_and_keeps_its_weights():
     text = build(DecoderConfig(*SIZES, tie_word_embeddings=True), seed=0, dtype=torch.bfloat16)
     model = VisionLanguageDecoder.from_text(text, Grid(), gate="token", cross_attention_every=2)
     assert model.embed_tokens is text.embed_tokens and model.lm_head.weight is text.embed_tokens.weight
-    assert list(model.cross) == ["0"] and model.cross["0"].q_proj.weight.dtype is torch.bfloat16
+    assert model.seeing() == [model.layers[0]] and model.layers[0].cross.q_proj.weight.dtype is torch.bfloat16
     names = set(text.state_dict())
-    assert {name.split(".")[0] for name in set(model.state_dict()) - names} == {"vision", "cross"}
+    assert {name.split(".q_")[0].split(".")[0] for name in set(model.state_dict()) - names} == {"vision", "layers"}
+    assert all("cross" in name or "vision" in name for name in set(model.state_dict()) - names)
+    assert names < set(model.state_dict())
     assert isinstance(model.config, FusionConfig) and model.config.image_hidden_size == C
 
 
@@ -318,6 +323,12 @@ def test_the_state_dict_comes_back():
         assert torch.equal(twin(ids, image=twin.encode_image(pixels())), model(ids, image=model.encode_image(pixels())))
 
 
+@pytest.mark.parametrize("text", [SparseConfig(*SIZES), FusionConfig(*SIZES)])
+def test_eyes_are_for_plain_decoders(text):
+    with pytest.raises(ValueError, match=r"text: got a \w+Decoder, expected a Decoder"):
+        VisionLanguageDecoder.from_text(build(text), Grid())
+
+
 # --- which words open the gate
 
 
@@ -327,14 +338,14 @@ def test_openings_are_what_the_gates_did():
     gates, shares = model.openings(ids, image)
     assert gates.shape == shares.shape == (2, 2, 7)
     with torch.no_grad():
-        x = model.embed(ids)
-        block = model.cross["0"]
+        x = model.embed_tokens(ids)
+        block = model.layers[0].cross
         passed = block(x, image.keys_values[0]) - x
         torch.testing.assert_close(gates[0], block.gate(block.input_layernorm(x)).squeeze(-1))
         torch.testing.assert_close(shares[0], passed.norm(dim=-1) / x.norm(dim=-1), atol=1e-4, rtol=1e-4)
     scalar = model_of(gate="scalar")
     gates, _ = scalar.openings(ids, scalar.encode_image(pixels()))
-    assert (gates == gates[:, :1, :1]).all() and not any(block._forward_hooks for block in scalar.cross.values())
+    assert (gates == gates[:, :1, :1]).all() and not any(block.cross._forward_hooks for block in scalar.seeing())
     projector = model_of(fusion="projector")
     with pytest.raises(ValueError, match="'projector', which has no gates"):
         projector.openings(ids, projector.encode_image(pixels()))
@@ -346,8 +357,8 @@ def test_openings_are_what_the_gates_did():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fusion": "add"}, "fusion: got 'add', expected 'cross' or 'projector'"),
-        ({"gate": "vector"}, "gate: got 'vector', expected 'scalar' or 'token'"),
+        ({"fusion": "add"}, "fusion: got 'add', expected one of 'cross', 'projector'"),
+        ({"gate": "vector"}, "gate: got 'vector', expected one of 'scalar', 'token'"),
         ({"image_hidden_size": 0}, "image_hidden_size: got 0, expected at least 1"),
         ({"cross_attention_every": 0}, "cross_attention_every: got 0"),
         ({"cross_intermediate_size": -1}, "cross_intermediate_size: got -1, expected at least 0"),

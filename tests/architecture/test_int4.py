@@ -1,6 +1,4 @@
-"""4-bit layers: the packed order, the fast ways against the reference, whole models, and what can go wrong."""
-
-import warnings
+"""4-bit layers: the packed order, whole models, and what can go wrong."""
 
 import pytest
 import torch
@@ -10,12 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dslib.architecture.decoder import DecoderConfig, build
-from dslib.architecture.int4 import half_quadratic, round_to_nearest
-from dslib.architecture.int4_layers import FEW_ROWS, Int4Experts, Int4Linear, nbytes, quantize_
+from dslib.architecture.experts import Experts
+from dslib.architecture.int4.layers import Int4Experts, Int4Linear, nbytes, quantize_
+from dslib.architecture.int4.levels import half_quadratic, pack, round_to_nearest, unpack
 from dslib.architecture.sparse_decoder import SparseConfig
-from dslib.fast import int4_kernels
-from dslib.fast.experts import Experts
-from dslib.fast.int4_kernels import pack, unpack
 
 KINDS = [("rtn", False), ("rtn", True), ("hqq", False)]
 
@@ -30,20 +26,6 @@ def test_packing_can_be_undone(shape):
     packed = pack(codes)
     assert packed.shape == (shape[0], shape[1] // 2)
     assert torch.equal(unpack(packed), codes)
-
-
-@pytest.mark.parametrize("method, symmetric", KINDS)
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_kernel_equals_the_reference(method, symmetric, group_size, bias):
-    layer = Int4Linear.from_linear(nn.Linear(256, 192, bias=bias), group_size, method, symmetric)
-    for shape in [(256,), (1, 256), (3, 5, 256), (200, 256)]:
-        x = random(*shape).bfloat16()
-        with torch.no_grad():
-            want = layer.reference(x.float())
-            # Unpacked for many rows, the weights are rounded to bfloat16 once more.
-            slack = 2**-6 if len(x) > FEW_ROWS and x.ndim == 2 else 2**-7
-            torch.testing.assert_close(layer(x).float(), want, rtol=slack, atol=slack * want.std().item())
 
 
 def test_a_decoder_and_its_experts_are_replaced():
@@ -65,7 +47,6 @@ def test_bytes_are_those_of_the_tensors():
     model = quantize_(build(DecoderConfig(64, 64, 96, 2, 4, 2), device="meta"), 32)
     rows = 2 * (64 * (128 + 64 + 192) + 96 * 64)
     assert nbytes(model) == rows // 2 + rows // 32 * 4 + 4 * (2 * 64 * 64 + 5 * 64)
-    assert int4_kernels.KERNEL_GROUPS == (32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("group_size, words", [(48, "divisor of in_features=64"), (0, "at least 2"), (3, "even")])
@@ -125,32 +106,6 @@ def test_other_arguments_that_cannot_be_used():
         Int4Linear.from_weight(random(64, 64))(random(2, 32))
     with pytest.raises(ValueError, match=r"codes: got shape \(3, 4\)"):
         pack(torch.zeros(3, 4, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_a_dtype_without_a_kernel_takes_the_reference_and_says_so_once(dtype):
-    int4_kernels.say_once.cache_clear()
-    layer, x = Int4Linear.from_weight(random(64, 64)), random(2, 64).to(dtype)
-    with pytest.warns(UserWarning, match=f"no fast path, the reference is used: {dtype}"):
-        y = layer(x)
-    assert y.dtype is dtype
-    assert torch.equal(y, layer.reference(x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(layer(x), y)  # a second warning would be raised
-
-
-def test_without_a_kernel_the_reference_answers(monkeypatch):
-    int4_kernels.say_once.cache_clear()
-    monkeypatch.setattr(int4_kernels, "cpu_kernel", lambda: False)
-    model = quantize_(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)))
-    x = random(3, 64)
-    with pytest.warns(UserWarning) as seen, torch.no_grad():
-        y = model(x)
-    assert [str(w.message) for w in seen] == [
-        "int4: no fast path, the reference is used: this CPU has no packed product that reads our order"
-    ]
-    assert torch.equal(y, model[1].reference(model[0].reference(x)))
 
 
 @pytest.mark.parametrize(
@@ -234,18 +189,3 @@ def test_hqq_is_no_worse_in_what_it_minimises(seed, group_size):
         ((method(groups).dequantize() - groups).abs() ** 0.7).sum() for method in (round_to_nearest, half_quadratic)
     ]
     assert loss[1] <= loss[0] * 1.001
-
-
-@torch.no_grad()
-def test_copies_for_kernels_are_made_anew_when_the_weights_change():
-    """A layer that was used, and is then given other weights, by loading or in place."""
-    one, two = (Int4Linear.from_weight(torch.randn(64, 64), 32, symmetric=True) for _ in range(2))
-    stale = one.pairs()
-    one.load_state_dict(two.state_dict())
-    assert torch.equal(one.pairs()[..., 0], two.scales[..., 0]) and not torch.equal(one.pairs(), stale)
-    one.scales.mul_(2)
-    assert torch.equal(one.pairs()[..., 0], one.scales[..., 0])
-    kept = one.pairs()
-    assert one.pairs() is kept, "and only then"
-    one.scales = two.scales.clone()
-    assert torch.equal(one.pairs()[..., 0], two.scales[..., 0])

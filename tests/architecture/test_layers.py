@@ -5,14 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from dslib.architecture.cache import Step, visible
-from dslib.architecture.layers import (
-    apply_rope,
-    attend,
-    causal_attention,
-    plain_attention,
-    rope_angles,
-    window_attention,
-)
+from dslib.architecture.layers import apply_rope, attend, causal_attention, plain_attention, rope_angles
+from dslib.architecture.window import window_attention
 
 
 def rotate_half_rope(x, positions, theta, scaling=1.0):

@@ -1,6 +1,7 @@
 """Routing rules against numbers worked out by hand, capacity, what a layer keeps, and what is refused."""
 
 import copy
+import functools
 import io
 import math
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dslib.architecture.balance import update_bias
+from dslib import fast
+from dslib.architecture.balance import CapacityRouter, limited, update_bias
 from dslib.architecture.moe import MoE, Router
 
 
@@ -27,9 +29,8 @@ def routed(logits, top_k=2, **rule):
 
 def layer(top_k=2, shared=0, capacity=None, experts=4, seed=0, **rule):
     torch.manual_seed(seed)
-    moe = MoE(
-        8, 12, Router(8, experts, top_k, norm_topk_prob=True, **rule), n_shared_experts=shared, capacity_factor=capacity
-    )
+    kind = Router if capacity is None else functools.partial(CapacityRouter, capacity_factor=capacity)
+    moe = MoE(8, 12, kind(8, experts, top_k, norm_topk_prob=True, **rule), n_shared_experts=shared)
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.5)
     return moe
@@ -121,13 +122,14 @@ def test_capacity_serves_first_choices_first_and_earlier_tokens_first():
     x = torch.zeros(4, 8)
     x[:2, 0], x[:2, 1], x[2:, 1], x[2:, 0] = 2.0, 1.0, 2.0, 1.0
     plain = moe.router(x)
-    routing = plain.limited(3)  # 4 assignments each: one second choice of each expert finds no room, the later one
+    routing = limited(plain, 3)  # 4 assignments each: one second choice of each expert finds no room, the later one
     assert routing.indices.tolist() == [[0, 1], [0, 4], [1, 0], [1, 4]]
-    assert routing.dropped.tolist() == [[False, False], [False, True], [False, False], [False, True]]
-    assert (routing.weights[routing.dropped] == 0).all()
-    assert torch.equal(routing.weights[~routing.dropped], plain.weights[~routing.dropped])
-    assert plain.limited(4).indices.tolist() == plain.indices.tolist()
-    assert plain.limited(0).dropped.all()
+    dropped = routing.indices == 4
+    assert dropped.tolist() == [[False, False], [False, True], [False, False], [False, True]]
+    assert (routing.weights[dropped] == 0).all()
+    assert torch.equal(routing.weights[~dropped], plain.weights[~dropped])
+    assert limited(plain, 4).indices.tolist() == plain.indices.tolist()
+    assert (limited(plain, 0).indices == 4).all()
 
 
 @pytest.mark.parametrize("shared", [0, 2])
@@ -135,7 +137,7 @@ def test_with_no_room_at_all_only_the_shared_experts_speak(shared):
     moe = layer(shared=shared, capacity=0.01).eval()
     x = tokens()
     y = moe(x)
-    assert moe.last_routing.dropped.all()
+    assert (moe.last_routing.indices == 4).all()
     assert torch.equal(y, moe.shared_experts(x) if shared else torch.zeros_like(x))
 
 
@@ -144,9 +146,10 @@ def test_a_dropped_pair_changes_nothing_but_its_own_token():
     x = tokens(16)
     y = moe(x)
     routing = moe.last_routing
-    assert 0 < routing.dropped.sum() < routing.dropped.numel()
-    moe.capacity_factor = None
-    free, untouched = moe(x), ~routing.dropped.any(1)
+    dropped = routing.indices == 4
+    assert 0 < dropped.sum() < dropped.numel()
+    moe.router.capacity_factor = 100.0
+    free, untouched = moe(x), ~dropped.any(1)
     assert torch.allclose(y[untouched], free[untouched], atol=1e-6)
     assert not torch.allclose(y[~untouched], free[~untouched], atol=1e-4)
 
@@ -205,7 +208,7 @@ def test_saved_and_copied_layers_are_the_same_layer(rule):
     other.load_state_dict(moe.state_dict())
     file = io.BytesIO()
     with torch.no_grad():
-        moe.experts.pack()
+        fast.prepare(moe)
         want = moe(x, ids)
         torch.save(moe, file)
         file.seek(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dslib.data import published_figures
+from dslib.data import files, published_figures
 from dslib.data.files import data_path
 from measured.claims import load_ledger
 
@@ -230,19 +230,20 @@ def test_unknown_figures_name_the_nearest():
     ("text", "message"),
     [
         ("models: [", r"published\.yml line \d: not valid YAML"),
-        ("", r"published\.yml: wanted 'models'"),
-        ("models: {m: {}}", r"published\.yml: wanted 'models' and entries with 'figures'"),
-        ("models: {m: {figures: {layers: 3}}}", r"published\.yml, m, figure 'layers': got 3, wanted value, source"),
+        ("", r"published\.yml: expected 'models'"),
+        ("models: {m: {}}", r"published\.yml: expected 'models' and entries with 'figures'"),
+        ("models: {m: {figures: {layers: 3}}}", r"published\.yml, m, figure 'layers': got 3, expected value, source"),
         (
             "models: {m: {figures: {layers: {value: 3, source: a, tier: good}}}}",
-            r"published\.yml, m, figure 'layers', field 'tier': got 'good', wanted one of primary",
+            r"published\.yml, m, figure 'layers', field 'tier': got 'good', expected one of 'primary'",
         ),
     ],
 )
 def test_a_faulty_file_says_where(tmp_path, monkeypatch, text, message):
     path = tmp_path / "published.yml"
     path.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(published_figures, "data_path", lambda name: path)
+    monkeypatch.setattr(files, "data_path", lambda name: path)
+    published_figures.entries.cache_clear()
     with pytest.raises(ValueError, match=message):
         published_figures.entries()
 

@@ -22,19 +22,25 @@ def test_slices_are_spread_and_do_not_overlap():
     assert cut[:, 0].tolist() == [0, 25, 50, 75] and (cut.diff(dim=1) == 1).all()
 
 
-@pytest.mark.parametrize(("length", "count", "what"), [(51, 2, "102"), (0, 1, "length"), (1, 0, "count")])
-def test_slices_that_cannot_be_cut(length, count, what):
-    with pytest.raises(ValueError, match=what):
-        text.slices(torch.arange(100), length, count)
-
-
 def test_random_batches_shift_by_one_and_repeat_with_the_seed():
     tokens = torch.arange(1000)
     x, y = text.random_batch(tokens, 16, 5, torch.Generator().manual_seed(3))
     again, _ = text.random_batch(tokens, 16, 5, torch.Generator().manual_seed(3))
     assert x.shape == (5, 16) and torch.equal(y, x + 1) and torch.equal(x, again)
-    with pytest.raises(ValueError, match="1000"):
-        text.random_batch(tokens, 1000, 1, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda tokens: text.slices(tokens, 51, 2), "count: 2 slices of 51 tokens need 102, the text has 100"),
+        (lambda tokens: text.slices(tokens, 0, 1), "length: got 0"),
+        (lambda tokens: text.slices(tokens, 1, 0), "count: got 0"),
+        (lambda tokens: text.random_batch(tokens, 100, 1, torch.Generator()), "length: got 100, .* text's 100 tokens"),
+    ],
+)
+def test_what_cannot_be_cut(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.arange(100))
 
 
 def test_words_cut_read_and_come_back():

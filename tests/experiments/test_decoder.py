@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dslib import fast
 from dslib.architecture import decoder
 from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
@@ -46,7 +47,7 @@ def test_comparison_of_decoding():
     result = decoder_runs.decode_comparison(model, [1, 2, 3], new_tokens=5, rounds=2)
     assert result["same_tokens"] is True
     assert result["times"] > 0 and result["times_same_kernel"] > 0 and result["ours"].n == 2
-    assert all(layer.mlp.down_proj.split_rows for layer in model.layers), "the switch is put back"
+    assert not fast.is_prepared(model), "the model is as it was"
 
 
 def test_comparison_of_windows():

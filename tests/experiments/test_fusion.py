@@ -8,9 +8,9 @@ import torch
 
 from dslib.architecture.decoder import preset
 from dslib.architecture.fusion import FusionConfig
+from dslib.architecture.generation import generate
 from dslib.data.scenes import item_rng
 from dslib.data.text import Words
-from dslib.performance.generation import generate
 from measured import record, recordings
 from measured.experiments import fusion, fusion_evaluation, fusion_speed
 from measured.experiments.fusion import IGNORED, VARIANTS, World, held_out
@@ -33,7 +33,7 @@ def loud(world, start):
     """A token-gate model whose gates are open and whose weights are loud, so that pictures change what it says."""
     model, _ = fusion.train_variant("token gate", world, *start, **FEW)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in sorted(model.named_parameters(), key=lambda named: "cross" in named[0]):
         if not name.startswith("vision"):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1)
     model.embed_tokens.weight.data[Words.END] *= 2  # so that it often comes to an end

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dslib.architecture.decoder import DecoderConfig, build
-from dslib.architecture.int4_layers import Int4Linear, quantize_
+from dslib.architecture.int4.layers import Int4Linear, quantize_
 from measured.experiments import int4
 from measured.experiments.int4 import BLOCKS, layer_quality, round_, rounded, same_start, smollm2_quality
 

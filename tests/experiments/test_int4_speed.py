@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dslib.fast import int4_rows
-from dslib.fast.int4_kernels import cpu_kernel
+from dslib.fast.int4 import cpu_kernel
 from measured.experiments import int4_speed
 
 

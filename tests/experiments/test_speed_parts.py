@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dslib.architecture import decoder
-from dslib.performance.generation import generate
+from dslib.architecture.generation import generate
 from dslib.scenarios import pipeline, placement
 from measured.experiments import speed, speed_parts
 

@@ -7,8 +7,8 @@ import torch
 
 from dslib.architecture import decoder, sparse_decoder
 from dslib.architecture.fusion import FusionConfig
+from dslib.architecture.generation import generate
 from dslib.fast.cuda_graph import StaticDecoding
-from dslib.performance.generation import generate
 
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 CONFIGS = {

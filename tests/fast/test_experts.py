@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dslib.fast.experts import Experts, Pairs, way_to_run
-from dslib.fast.experts import one_by_one as plain_loop
-from dslib.fast.linear import FEW_WEIGHTS, onednn, packed, packed_product, product
+from dslib import fast
+from dslib.architecture.experts import Experts, can_group
+from dslib.architecture.experts import one_by_one as plain_loop
+from dslib.fast import linear
+from dslib.fast.linear import FEW_WEIGHTS, pack, packed_product, product
 
 E, K, H, I = 6, 2, 16, 24  # noqa: E741
 WAYS = ("grouped", "padded", "loop")
@@ -57,10 +59,14 @@ def test_all_ways_equal_one_token_at_a_time(way, case, count):
     layer = experts()
     x, indices, weights = problem(case, count)
     want = one_by_one(layer, x, indices, weights)
-    assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
     assert torch.allclose(plain_loop(layer, x, indices, weights), want, atol=1e-5)
-    if layer.pack():
+    if way != "loop":
         assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
+    fast.prepare(layer)
+    assert torch.allclose(layer(x, indices, weights, way), want, atol=1e-5)
+    if way is None:
+        fast.prepare(layer, pack_experts=True)
+        assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", [*WAYS, None])
@@ -68,6 +74,7 @@ def test_all_ways_equal_one_token_at_a_time(way, case, count):
 @torch.no_grad()
 def test_bfloat16(way, count):
     layer = experts().to(torch.bfloat16)
+    fast.prepare(layer)
     x, indices, weights = problem("some", count)
     x = x.to(torch.bfloat16)
     want = one_by_one(layer.float(), x.float(), indices, weights)
@@ -102,7 +109,7 @@ def test_sizes_that_the_grouped_product_refuses():
     assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
     with torch.enable_grad():
         assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
-        assert way_to_run(layer, x, Pairs(indices, E)) == "padded"
+    assert not can_group(layer, x)
 
 
 @torch.no_grad()
@@ -119,79 +126,95 @@ def test_no_tokens():
     assert out.shape == (0, H)
 
 
-@pytest.mark.skipif(not onednn(), reason="no packed layout on this CPU")
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.down_proj.data.mul_(2),
-        lambda layer: layer.down_proj.mul_(2),
-        lambda layer: layer.load_state_dict(experts(seed=9).state_dict()),
-        lambda layer: setattr(layer, "gate_up_proj", torch.nn.Parameter(layer.gate_up_proj.detach() * 2)),
-        lambda layer: layer.to(torch.bfloat16),
-    ],
-    ids=["data", "in place", "loaded", "replaced", "cast"],
-)
+def fused_step(layer):
+    """The fused optimiser writes without a trace."""
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+
+
+def in_inference_mode(layer):
+    with torch.inference_mode():
+        layer.down_proj[1].mul_(2)
+
+
+CHANGES = {
+    "data": lambda layer: layer.down_proj.data.mul_(2),
+    "new data": lambda layer: setattr(layer.down_proj, "data", layer.down_proj * 2),
+    "in place": lambda layer: layer.down_proj.mul_(2),
+    "inference mode": in_inference_mode,
+    "fused optimiser": fused_step,
+    "loaded": lambda layer: layer.load_state_dict(experts(seed=9).state_dict()),
+    "replaced": lambda layer: setattr(layer, "gate_up_proj", torch.nn.Parameter(layer.gate_up_proj.detach() * 2)),
+    "cast": lambda layer: layer.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("count", [1, 20])
 @torch.no_grad()
-def test_packed_weights_never_outlive_a_change(change):
-    layer, (x, indices, weights) = experts(), problem("some", 20)
-    layer.pack()
-    before = layer(x, indices, weights)
+def test_no_change_goes_unseen(change, count):
+    layer = experts()
+    x, indices, weights = problem("some", count)
+    fast.prepare(layer)
+    layer(x, indices, weights)
     change(layer)
     x = x.to(layer.down_proj.dtype)
     want = one_by_one(layer, x, indices, weights)
-    assert not torch.allclose(want.float(), before, atol=1e-3) or layer.down_proj.dtype is torch.bfloat16
-    tolerance = 1e-5 if want.dtype is torch.float32 else 0.1
-    assert torch.allclose(layer(x, indices, weights), want, atol=tolerance)
+    assert torch.allclose(layer(x, indices, weights), want, atol=1e-5 if want.dtype is torch.float32 else 0.1)
 
 
+@pytest.mark.parametrize("expert", [-1, E + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_an_optimiser_step_is_a_change():
-    layer, (x, indices, weights) = experts(), problem("some", 20)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    layer.pack()
-    layer(x, indices, weights)
-    with torch.enable_grad():
-        layer(x, indices, weights).sum().backward()
-    optimizer.step()
-    assert torch.allclose(layer(x, indices, weights), one_by_one(layer, x, indices, weights), atol=1e-4)
+def test_an_expert_that_is_not_there_is_refused_for_one_token_too(expert, dtype):
+    layer = experts().to(dtype)
+    call = torch.zeros(1, H, dtype=dtype), torch.tensor([[0, 1, expert]]), torch.ones(1, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="indices: expected 0 to 6"):
+            layer(*call)
+        fast.prepare(layer)
 
 
-@pytest.mark.parametrize("trained", ["train()", "a pass with gradients"])
-def test_training_lets_the_packed_copy_go(monkeypatch, trained):
-    """The fused optimiser raises no version. The copy is a real one here, also where the CPU has no packed layout."""
-    monkeypatch.setattr("dslib.fast.experts.packed", lambda matrix: matrix.detach().clone())
-    monkeypatch.setattr("dslib.fast.experts.packed_product", F.linear)
-    layer, (x, indices, weights) = experts(), problem("some", 20)
-    assert layer.eval().pack()
-    with torch.no_grad():
-        before = layer(x, indices, weights, "loop")
-    if trained == "train()":
-        layer.train()
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-    version = layer.down_proj._version
-    if trained == "train()":
-        for parameter in layer.parameters():
-            parameter.grad = torch.randn_like(parameter)
-    else:
-        layer(x, indices, weights).square().sum().backward()
-    optimizer.step()
-    assert layer.down_proj._version == version, "the optimiser says what it wrote: this test is no longer needed"
-    with torch.no_grad():
-        now = layer.eval()(x, indices, weights, "loop")
-        assert torch.allclose(now, one_by_one(layer, x, indices, weights), atol=1e-5)
-    assert not torch.allclose(now, before, atol=1e-2)
+@pytest.fixture
+def packable(monkeypatch):
+    """Weights can be packed here, also where it would not pay."""
+    monkeypatch.setattr(linear, "onednn", lambda: True)
 
 
+@pytest.mark.usefixtures("packable")
 @torch.no_grad()
-def test_packing_is_used_in_inference_only_and_can_be_undone():
+def test_packed_weights_are_in_one_place_and_come_back():
     layer, (x, indices, weights) = experts(), problem("some", 20)
-    want = layer(x, indices, weights)
-    if layer.pack():
-        with torch.enable_grad():
-            assert layer(x, indices, weights).requires_grad
-        assert torch.allclose(copy.deepcopy(layer)(x, indices, weights), want, atol=1e-6)
-    layer.unpack()
-    assert layer._packed is None and torch.equal(layer(x, indices, weights), want)
+    before, want = copy.deepcopy(layer.state_dict()), layer(x, indices, weights)
+    known = [id(parameter) for parameter in layer.parameters()]
+    report = fast.prepare(layer, pack_experts=True)
+    assert report.fast[0][2].endswith("packed")
+    assert sum(parameter.numel() for parameter in layer.parameters()) == 0
+    assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
+    assert torch.allclose(layer(x[:1], indices[:1], weights[:1]), want[:1], atol=1e-5)
+    fast.prepare(layer)  # without packing
+    assert all(torch.equal(layer.state_dict()[name], kept) for name, kept in before.items())
+    assert [id(parameter) for parameter in layer.parameters()] == known  # an optimiser would still know them
+    assert torch.allclose(layer(x, indices, weights), want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("packable")
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda layer: layer.state_dict(), "cannot be saved so; expected fast.release"),
+        (lambda layer: copy.deepcopy(layer), "cannot be copied so; expected fast.release"),
+        (lambda layer: layer(*problem("some", 3)), "gradients True; these experts are packed"),
+        (lambda layer: layer(problem("some", 3)[0].bfloat16(), *problem("some", 3)[1:]), "x: got torch.bfloat16"),
+    ],
+    ids=["save", "copy", "train", "other dtype"],
+)
+def test_what_packed_experts_refuse(call, words):
+    layer = experts()
+    fast.prepare(layer, pack_experts=True)
+    with pytest.raises(ValueError, match=words):
+        call(layer)
 
 
 class Largest(TorchDispatchMode):
@@ -216,6 +239,7 @@ def test_nothing_as_large_as_tokens_times_experts_times_hidden_is_made(way, trai
         pytest.skip("the loop records no gradients")
     count, many, hidden = 256, 32, 64
     layer = experts(hidden, 32, many)
+    fast.prepare(layer)
     x = torch.randn(count, hidden, requires_grad=training)
     indices, weights = torch.rand(count, many).topk(K).indices, torch.rand(count, K)
     with Largest() as largest, torch.set_grad_enabled(training):
@@ -269,7 +293,7 @@ def test_the_products_are_products(rows, shape, precision):
         torch.set_float32_matmul_precision(precision)
         tolerance = 1e-4 * math.sqrt(shape[1]) * (1 if precision == "highest" else 400)
         assert torch.allclose(product(x, weight), want, atol=tolerance)
-        if (made := packed(weight)) is not None:
+        if (made := pack(weight)) is not None:
             assert torch.allclose(packed_product(x, made), want, atol=tolerance)
     finally:
         torch.set_float32_matmul_precision(before)

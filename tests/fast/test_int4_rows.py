@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
-from dslib.architecture.decoder import DecoderConfig, build
-from dslib.architecture.int4_layers import Int4Linear, quantize_
+from dslib import fast
+from dslib.architecture.decoder import Decoder, DecoderConfig, build
+from dslib.architecture.int4.layers import Int4Linear, quantize_
 from dslib.architecture.sparse_decoder import SparseConfig
-from dslib.fast import int4_kernels, int4_rows
-from dslib.fast.token_step import TokenStep
+from dslib.fast import int4_rows
+from dslib.fast.lean_step import LeanStep
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,11 @@ def layer_and_rows(group_size=32, symmetric=False, count=3, out=192):
     return layer, random(count, 768, seed=1)
 
 
+def pairs(layer):
+    """Scales and zeros as the kernel reads them."""
+    return torch.cat((layer.scales, torch.zeros_like(layer.scales)), -1) if layer.symmetric else layer.scales
+
+
 def distance(got, want):
     return ((got - want).norm() / want.norm()).item()
 
@@ -41,7 +47,7 @@ def test_the_compiled_product_equals_the_same_steps_in_torch(multiply, group_siz
     layer, rows = layer_and_rows(group_size, symmetric)
     rows[1] *= 1e3  # each row and group has a scale of its own
     rows[2, 256:512] = 0
-    args = (layer.packed, layer.pairs(), group_size)
+    args = (layer.packed, pairs(layer), group_size)
     torch.set_num_threads(threads)
     try:
         for some in (rows, rows[:1], rows[:0]):
@@ -59,27 +65,28 @@ def test_the_compiled_product_equals_the_same_steps_in_torch(multiply, group_siz
 
 def test_rounding_the_row_costs_less_than_a_hundredth():
     layer, rows = layer_and_rows()
-    rounded = int4_rows.plain(rows, layer.packed, layer.pairs(), 32)
-    assert 1e-3 < distance(rounded, layer.reference(rows)) < 1e-2
+    rounded = int4_rows.plain(rows, layer.packed, pairs(layer), 32)
+    assert 1e-3 < distance(rounded, layer(rows)) < 1e-2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_visible(multiply, value):
     layer, rows = layer_and_rows()
     rows[1, 5] = value
-    y = multiply(rows, layer.packed, layer.pairs(), 32)
+    y = multiply(rows, layer.packed, pairs(layer), 32)
     assert y[1].isnan().all()
-    assert torch.equal(y[::2], multiply(rows[::2].contiguous(), layer.packed, layer.pairs(), 32))
+    assert torch.equal(y[::2], multiply(rows[::2].contiguous(), layer.packed, pairs(layer), 32))
 
 
 def test_a_layer_rounds_a_few_rows_and_no_more(multiply):
     layer, rows = layer_and_rows(count=int4_rows.FEW + 1)
+    fast.prepare(layer)
     exact = layer(rows)
     layer.activations = "int8"
     with torch.no_grad():
         assert torch.equal(layer(rows), exact)
         few = layer(rows[:-1].view(2, 2, -1))
-        assert torch.equal(few.view(4, -1), multiply(rows[:-1], layer.packed, layer.pairs(), 32))
+        assert torch.equal(few.view(4, -1), multiply(rows[:-1], layer.packed, pairs(layer), 32))
         assert torch.equal(layer(rows.t().contiguous().t()[:1]), few[0, :1])  # not contiguous
     needs_gradient = rows[:1].clone().requires_grad_()
     layer(needs_gradient).sum().backward()
@@ -89,19 +96,21 @@ def test_a_layer_rounds_a_few_rows_and_no_more(multiply):
 def test_a_bias_is_added(multiply):
     layer = Int4Linear.from_weight(random(64, 64), bias=random(64))
     layer.activations = "int8"
+    fast.prepare(layer)
     x = random(1, 64)
     with torch.no_grad():
-        assert torch.equal(layer(x), multiply(x, layer.packed, layer.pairs(), 32) + layer.bias)
+        assert torch.equal(layer(x), multiply(x, layer.packed, pairs(layer), 32) + layer.bias)
 
 
 def test_a_decoder_takes_its_steps_with_them(multiply):
     model = build(DecoderConfig(64, 64, 96, 2, 4, 2), seed=0).eval()
     quantize_(model, skip=("embed_tokens",), activations="int8")
-    step = TokenStep(model)
+    fast.prepare(model)
+    step = LeanStep(model)
     caches = [model.make_cache(max_length=8) for _ in range(2)]
     with torch.no_grad():
         for token in (3, 5, 7):
-            want = model(torch.tensor([[token]]), caches[0])[:, 0]
+            want = Decoder.forward(model, torch.tensor([[token]]), caches[0])[:, 0]
             assert want.std() > 0.1
             # A sum in another order can move an input across the border of two codes.
             assert distance(step(token, caches[1]), want) < 0.01
@@ -124,7 +133,6 @@ def test_shapes_without_a_product_are_named():
 @pytest.fixture
 def nothing_remembered():
     """Whether there is a product is found out anew in this test, and again after it, however it ends."""
-    int4_kernels.say_once.cache_clear()
     int4_rows.compiled.cache_clear()
     yield
     int4_rows.compiled.cache_clear()
@@ -132,7 +140,7 @@ def nothing_remembered():
 
 @pytest.mark.usefixtures("nothing_remembered")
 @pytest.mark.parametrize("hindrance", ["no compiler", "no AVX-512"])
-def test_where_there_is_none_activations_stay_in_bfloat16_and_it_is_said_once(monkeypatch, tmp_path, hindrance):
+def test_where_there_is_none_activations_stay_in_bfloat16(monkeypatch, tmp_path, recwarn, hindrance):
     layer, rows = layer_and_rows(out=192)
     want = {"no compiler": "cannot be compiled", "no AVX-512": "has no AVX-512"}[hindrance]
     if hindrance == "no compiler":
@@ -141,15 +149,14 @@ def test_where_there_is_none_activations_stay_in_bfloat16_and_it_is_said_once(mo
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         monkeypatch.setenv("CXX", str(tmp_path / "missing"))
     else:
-        if not int4_kernels.cpu_kernel():
-            pytest.skip("this CPU has no packed product at all: every row takes the reference, which is said elsewhere")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert want in int4_rows.why_not(layer.packed, 32)
+    fast.prepare(layer)
     exact = layer(rows)
     layer.activations = "int8"
-    with pytest.warns(UserWarning, match="int4: activations stay in bfloat16: .*" + want) as seen, torch.no_grad():
+    with torch.no_grad():
         assert torch.equal(layer(rows), exact)
-        layer(rows)
-    assert len(seen) == 1
+    assert not recwarn.list
 
 
 @pytest.mark.usefixtures("nothing_remembered")
@@ -166,7 +173,7 @@ def test_it_may_be_compiled_and_then_found_again(multiply, monkeypatch, tmp_path
 
 def test_the_compiled_product_checks_what_it_is_given(multiply):
     layer, rows = layer_and_rows()
-    good = {"x": rows, "packed": layer.packed, "pairs": layer.pairs(), "group": 32}
+    good = {"x": rows, "packed": layer.packed, "pairs": pairs(layer), "group": 32}
     for change, words in (
         ({"x": rows.double()}, "x: got Double"),
         ({"x": rows[:, :700].contiguous()}, "packed: got"),
@@ -174,7 +181,7 @@ def test_the_compiled_product_checks_what_it_is_given(multiply):
         ({"group": 48}, r"pairs: got \[24, 192, 2\]"),
         ({"group": 50}, "group: got 50"),
         ({"group": 0}, "group: got 0"),
-        ({"pairs": layer.pairs().float()}, "pairs: got"),
+        ({"pairs": pairs(layer).float()}, "pairs: got"),
         ({"x": rows.t()}, "contiguous"),
     ):
         with pytest.raises(RuntimeError, match=words):

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from dslib import fast
 from dslib.architecture.decoder import DecoderConfig, build
-from dslib.architecture.int4_layers import Int4Linear, quantize_
-from dslib.fast.int4_kernels import cpu_kernel
-from dslib.fast.linear import set_split_rows
-from dslib.fast.token_step import TokenStep
+from dslib.architecture.int4.layers import Int4Linear, quantize_
+from dslib.fast.int4 import cpu_kernel
+from dslib.fast.lean_step import LeanStep
+from dslib.fast.token_step import why_not
 
 SIZES = {
     # vocab, hidden, intermediate, layers, heads, kv heads, head_dim; cut in 4, in 2, or not at all
@@ -34,8 +35,11 @@ def both(model, kind, prompt=5, steps=20):
     if prompt:
         for cache in caches:
             model(ids[:, :prompt], cache)
-    step = TokenStep(model)
+    fast.prepare(model)
+    assert why_not(model) is None
+    step = LeanStep(model)
     lean = torch.cat([step(token, caches[0]) for token in ids[0, prompt:].tolist()])
+    fast.release(model)
     full = torch.cat([model(token, caches[1])[:, 0] for token in ids[:, prompt:].split(1, dim=1)])
     assert caches[0].length == caches[1].length == prompt + steps
     return lean, full, model(ids)[0, prompt:]
@@ -76,48 +80,58 @@ def test_rolling_cache_with_sinks():
     torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
 
 
-def test_a_gap_between_sinks_and_window_is_refused():
-    with pytest.raises(ValueError, match="sinks and window leave a gap"):
-        both(noisy(SIZES["chunks of 4"], sliding_window=4, attention_sinks=2), "preallocated")
-
-
 @pytest.mark.parametrize("size, chunks", [("chunks of 4", 4), ("chunks of 2", 2), ("no chunks", 1)])
 def test_cuts_the_weights_only_where_it_divides_and_only_for_float32(size, chunks):
-    model = noisy(SIZES[size])
-    assert TokenStep(model).chunks == chunks
-    assert TokenStep(noisy(SIZES[size], torch.bfloat16)).chunks == 1
-    set_split_rows(model, False)
-    assert TokenStep(model).chunks == 1
+    for dtype, quick_products, wanted in (
+        (torch.float32, True, chunks),
+        (torch.float32, False, 1),
+        (torch.bfloat16, True, 1),
+    ):
+        model = noisy(SIZES[size], dtype)
+        fast.prepare(model, quick_products=quick_products)
+        assert LeanStep(model).chunks == wanted
 
 
 def test_keeps_views_of_the_weights_not_copies():
     model = noisy(SIZES["chunks of 4"], tie_word_embeddings=True)
-    step = TokenStep(model)
+    step = LeanStep(model)
     assert step.head.data_ptr() == model.embed_tokens.weight.data_ptr()
     assert step.layers[1][1].data_ptr() == model.layers[1].self_attn.qkv_proj.weight.data_ptr()
 
 
-def test_a_full_cache_says_so():
+CALLS = {  # what the lean step is not for: the model answers, or says what is wrong
+    "a full cache": (lambda m: m(ONE, filled(m, 1)), "max_length=1 positions: 1 new tokens after 1 do not fit"),
+    "below the vocabulary": (lambda m: m(-ONE, m.make_cache(max_length=4)), "index out of range"),
+    "above the vocabulary": (lambda m: m(64 * ONE, m.make_cache(max_length=4)), "index out of range"),
+    "a cache for two": (lambda m: m(ONE, m.make_cache(batch_size=2, max_length=4)), "made for 2 sequences"),
+    "another window": (lambda m: m(ONE, m.with_window(3).make_cache(max_length=4)), "made for window=3"),
+    "no token": (lambda m: m(ONE[:, :0], m.make_cache(max_length=4)), "input_ids: got shape"),
+    "no integer": (lambda m: m(ONE.float(), m.make_cache(max_length=4)), "input_ids: got dtype torch.float32"),
+}
+ONE = torch.tensor([[1]])
+
+
+def filled(model, length):
+    cache = model.make_cache(max_length=length)
+    model(ONE.expand(1, length), cache)
+    return cache
+
+
+@pytest.mark.parametrize("call, words", CALLS.values(), ids=CALLS)
+@torch.no_grad()
+def test_wrong_calls_have_the_errors_of_the_model(call, words):
     model = noisy(SIZES["chunks of 4"])
-    step, cache = TokenStep(model), model.make_cache(max_length=1)
-    step(3, cache)
-    with pytest.raises(ValueError, match=r"max_length=1 positions: 1 new tokens after 1 do not fit"):
-        step(3, cache)
+    with pytest.raises((ValueError, IndexError), match=words) as plain:
+        call(model)
+    fast.prepare(model)
+    with pytest.raises(type(plain.value), match=words):
+        call(model)
 
 
-def test_is_for_the_cpu():
-    with pytest.raises(ValueError, match="model: on device meta, expected cpu"):
-        TokenStep(build(DecoderConfig(*SIZES["chunks of 4"]), device="meta"))
-
-
-def test_what_a_step_refuses():
-    model = noisy(SIZES["chunks of 4"])
-    step = TokenStep(model)
-    for token in (-1, model.config.vocab_size):
-        with pytest.raises(IndexError, match=f"got {token}"):
-            step(token, model.make_cache(max_length=4))
-    with pytest.raises(ValueError, match="made for 2 sequences"):
-        step(0, model.make_cache(batch_size=2, max_length=4))
+def test_elsewhere_than_on_a_cpu_the_modules_run():
+    model = build(DecoderConfig(*SIZES["chunks of 4"]), device="meta")
+    assert why_not(model) == "is on meta"
+    assert fast.prepare(model).plain[0] == ("", "Decoder", "is on meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,7 +153,6 @@ def test_weights_of_four_bits(dtype, skip, symmetric):
             plain.bias = None if module.bias is None else nn.Parameter(module.bias.float())
     want = uncached(exact)
     if cpu_kernel():
-        assert TokenStep.fits(model)
         lean, full, _ = both(model, "preallocated")
         errors = [(got.float() - want).norm() / want.norm() for got in (lean, full)]
         assert errors[0] < 1.5 * errors[1] + 1e-3
@@ -154,4 +167,5 @@ def uncached(model, prompt=5, steps=20):
 
 def test_four_bits_without_a_kernel_take_the_decoder():
     model = quantize_(noisy((128, 64, 96, 2, 4, 2, None)), 16)  # no kernel knows groups of 16
-    assert not TokenStep.fits(model)
+    fast.prepare(model)
+    assert "groups of 16 have no kernel" in why_not(model)

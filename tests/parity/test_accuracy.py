@@ -75,7 +75,8 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(smollm2, questi
 @pytest.mark.parametrize("window", [None, 16])
 def test_a_random_model_with_and_without_a_window_equals_one_continuation_at_a_time(window):
     """Not against lm-eval but against the plainest way: each continuation alone behind its context."""
-    from dslib.fast.scoring import Row, log_likelihoods
+    from dslib.fast.scoring import Row
+    from dslib.performance.accuracy import log_likelihoods
 
     model = build(preset("tiny", sliding_window=window), seed=0).eval()
     generator = torch.Generator().manual_seed(0)

@@ -20,11 +20,11 @@ from transformers.models.janus.modeling_janus import JanusVisionAlignerMLP
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
-from dslib.architecture.cross_attention import GatedCrossAttention
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
-from dslib.architecture.vision import TINY_SWIN, SwinStream
+from dslib.architecture.generation import generate
+from dslib.architecture.vision.cross_attention import GatedCrossAttention
+from dslib.architecture.vision.swin import TINY_SWIN, SwinStream
 from dslib.architecture.weights.checkpoint import decoder_from_hf
-from dslib.performance.generation import generate
 
 HIDDEN, INNER, HEADS, C, N = 32, 48, 4, 24, 6
 
@@ -229,7 +229,7 @@ def test_efficientnet_is_an_image_stream():
     config = FusionConfig(40, HIDDEN, INNER, 2, HEADS, 2, image_hidden_size=stream.hidden_size)
     model = VisionLanguageDecoder(config, stream).train()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    assert "vision" not in trained and "cross" in trained
+    assert "vision" not in trained and all(p.requires_grad for block in model.seeing() for p in block.parameters())
     image = model.encode_image(torch.randn(1, 3, 224, 224))
     assert image.keys_values[0][0].shape == (1, 2, 49, 8)
     assert not model.vision.training

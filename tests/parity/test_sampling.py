@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dslib.performance.generation import Sampling
+from dslib.architecture.generation import Sampling
 
 
 @pytest.fixture

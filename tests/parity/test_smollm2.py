@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dslib.architecture.decoder import preset
+from dslib.architecture.generation import generate
 from dslib.architecture.weights.config import config_from_hf
 from dslib.architecture.weights.pretrained import SMOLLM2_PACKAGE, load_folder, smollm2_folder
 from dslib.data.files import cache_root
-from dslib.performance.generation import generate
 
 PROMPTS = [
     "The capital of France is",

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from dslib.architecture.decoder import build
+from dslib.architecture.generation import generate
 from dslib.architecture.moe import MoE
 from dslib.architecture.sparse_decoder import SparseDecoder
 from dslib.architecture.weights.checkpoint import decoder_from_hf, load_hf_state_dict, to_hf_state_dict
 from dslib.architecture.weights.config import config_from_hf
-from dslib.performance.generation import generate
 
 VOCAB = 70
 SHAPE = {

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
+from dslib import fast
 from dslib.architecture import decoder, sparse_decoder
 from dslib.data.questions import Question
-from dslib.fast.scoring import Row, log_likelihoods
+from dslib.fast.scoring import Row
 from dslib.performance import accuracy as accuracy_lib
-from dslib.performance.accuracy import PROMPTS, Prompt, Scores, read_letter, score, write_letters
+from dslib.performance.accuracy import PROMPTS, Prompt, Scores, log_likelihoods, read_letter, score, write_letters
 from measured.experiments import accuracy
 
 ONE = Question("Which is a prime?", ("4", "6", "7", "9 or 11"), 2, "number_theory")
@@ -94,14 +95,14 @@ def test_scores_are_log_probabilities_of_the_replies(model):
     assert scores.sizes["tokens"].tolist()[0] == [2, 2, 2, 8]  # the space is scored too
 
 
-def test_batches_shots_and_quick_products_change_nothing(model):
+def test_batches_shots_and_preparing_change_nothing(model):
     asked = [ONE, TWO, Question("Zero?", ("0", "1", "2", "3"), 0, "number_theory")]
     whole = score(model, Characters(), asked, shots=2)
-    for options in ({"batch_tokens": 1}, {"quick_products": False}, {"examples": asked}):
-        again = score(model, Characters(), asked, shots=2, **options)
-        assert torch.allclose(again.log_likelihoods, whole.log_likelihoods, atol=1e-4)
-    forwards = {id(layer) for layer in model.modules() if "forward" in vars(layer)}
-    assert not forwards  # nothing is left behind in the model
+    for prepared in (False, True):
+        for options in ({"batch_tokens": 1}, {"examples": asked}):
+            again = score(model, Characters(), asked, shots=2, **options)
+            assert torch.allclose(again.log_likelihoods, whole.log_likelihoods, atol=1e-4)
+        fast.release(model) if prepared else fast.prepare(model)
     # Exactly what the prompt with these examples scores by itself.
     alone = PROMPTS["mmlu"].text(asked[2], asked[:2])
     ends = [list(f" {letter}".encode()) for letter in "ABCD"]
@@ -122,6 +123,18 @@ def test_a_model_with_experts(changes):
         logs = model(torch.tensor([[*rows[0].context, 4, 5]])).log_softmax(-1)[0, -3:]
     wanted = logs.gather(1, torch.tensor([[4], [5], [6]])).sum().item()
     assert got[0, 2].item() == pytest.approx(wanted, abs=2e-4)
+
+
+ONE_END, TWO_ENDS = Row([1], [[1]]), Row([1], [[1], [2]])
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("rows", [[Row([], [[1]])], [Row([1], [[]])], [TWO_ENDS, ONE_END], [ONE_END, TWO_ENDS]])
+def test_rows_that_would_be_mixed_up_are_refused(model, rows, prepared):
+    (fast.prepare if prepared else fast.release)(model)
+    with pytest.raises(ValueError, match=r"rows: number \d has \d tokens and continuations of"):
+        log_likelihoods(model, rows)
+    fast.release(model)
 
 
 def test_bad_input_is_named(model):

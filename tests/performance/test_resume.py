@@ -34,7 +34,7 @@ class Dropped(nn.Module):
         self.inner, self.dropout = decoder.build(decoder.preset("tiny", **SHAPE), seed=0), nn.Dropout(0.2)
 
     def forward(self, ids):
-        return self.inner.lm_head(self.dropout(self.inner.hidden_states(ids)))
+        return self.dropout(self.inner(ids))
 
 
 def model():

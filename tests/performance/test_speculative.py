@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dslib.architecture import decoder, sparse_decoder
+from dslib.architecture.generation import Sampling, generate
 from dslib.performance import speculative
-from dslib.performance.generation import Sampling, generate
 from dslib.performance.speculative import ModelDraft, PromptLookup, accept, speculate, with_layers
 
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}

@@ -5,7 +5,7 @@ import torch
 
 from dslib.architecture import decoder, sparse_decoder
 from dslib.architecture.fusion import FusionConfig
-from dslib.architecture.int4_layers import quantize_
+from dslib.architecture.int4.layers import quantize_
 from dslib.performance import speed
 from dslib.roofline import CODER_1_3B
 
@@ -36,7 +36,8 @@ def test_a_picture_costs_the_text_its_keys_and_values_only():
     config = FusionConfig(256, 128, 352, 4, 4, 2, tie_word_embeddings=True, cross_attention_every=2)
     model = decoder.build(config, seed=0)
     text = speed.weight_bytes(decoder.build(decoder.preset("tiny"), device="meta"))
-    cross = sum(p.nbytes for name, p in model.cross.named_parameters() if "kv_proj" not in name)
+    named = [pair for block in model.seeing() for pair in block.cross.named_parameters()]
+    cross = sum(p.nbytes for name, p in named if "kv_proj" not in name)
     assert speed.weight_bytes(model) == text + cross
     with torch.no_grad():
         image = model.encode_image(torch.randn(3, 3, 64, 64))
@@ -77,7 +78,7 @@ def test_operations_against_torchs_own_counter():
     model = decoder.build(decoder.preset("tiny"), seed=0)
     ids = torch.zeros(2, 20, dtype=torch.long)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.lm_head(model.hidden_states(ids)[:, -1:])
+        model(ids, logits_at=torch.full((2, 1), 19))
     # Spelt out, attention multiplies the full square; a causal kernel does half of it and half the diagonal.
     hidden = 2 * 2 * 4 * model.config.multiplications_per_pair * (20 * 20 - 210)
     assert speed.prefill_work(model, 20, 2).flops == counter.get_total_flops() - hidden

@@ -140,6 +140,12 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_the_weights(valu
         ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
         ({"warmup": 1.0}, "warmup: got 1.0"),
         ({"model": nn.Identity()}, "model: got no parameter"),
+        ({"accumulate": 3}, "accumulate: got 3, expected a divisor of the batch's 4 rows"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"every": 0}, "every: got 0, expected at least 1"),
+        ({"precision": "int8"}, "precision: got 'int8', expected one of 'float32', 'bfloat16', 'float16'"),
+        ({"precision": torch.float16}, "precision: got torch.float16"),
+        ({"scaler": LossScaler()}, "scaler: got one for precision 'float32'"),
         ({"loss": lambda m, x, y: m(x).mean(-1)}, r"loss: got a tensor of shape \(4, 8\)"),
     ],
 )
@@ -306,27 +312,3 @@ def test_each_step_is_told():
     assert [step.loss for step in seen] == losses
     assert seen[0].learning_rate == pytest.approx(1e-2) and seen[-1].learning_rate == pytest.approx(1e-3)
     assert all(step.gradient_norm > 0 and step.scale == 1.0 and not step.skipped for step in seen)
-
-
-def test_the_bar_is_shown_on_demand_only(capsys):
-    train(tiny(), TOKENS, steps=2, **SHORT)
-    assert capsys.readouterr().err == ""
-    train(tiny(), TOKENS, steps=2, progress=True, **SHORT)
-    assert "2/2" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"accumulate": 3}, "accumulate: got 3, expected a divisor of the batch's 4 rows"),
-        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
-        ({"every": 0}, "every: got 0, expected at least 1"),
-        ({"precision": "int8"}, "precision: got 'int8', expected one of 'float32', 'bfloat16', 'float16'"),
-        ({"precision": torch.float16}, "precision: got torch.float16"),
-        ({"scaler": LossScaler()}, "scaler: got one for precision 'float32'"),
-    ],
-)
-def test_bad_options_are_named(change, message):
-    call = {"model": tiny(), "tokens": TOKENS, "steps": 2, **SHORT} | change
-    with pytest.raises(ValueError, match=message):
-        train(**call)

@@ -161,11 +161,11 @@ def test_shorter_side():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"strategy": "squash"}, "strategy: got 'squash', expected one of crop"),
+        ({"strategy": "squash"}, "strategy: got 'squash', expected one of 'crop'"),
         ({"resample": "nearest"}, "resample"),
         ({"size": 0}, "size: got 0"),
         ({"max_tiles": 0}, "max_tiles"),
-        ({"shorter": 100}, "shorter: got 100, expected at least size=224"),
+        ({"shorter": 100}, "shorter: got 100, expected at least 224"),
     ],
 )
 def test_bad_recipes_are_refused(arguments, message):

@@ -75,8 +75,6 @@ def test_ranks_by_definition_and_ties_do_not_help():
     assert ranks(queries, gallery).tolist() == [int(w) for w in wanted]
     same = torch.ones(4, 2) / 2**0.5
     assert ranks(same, same).tolist() == [3, 3, 3, 3]  # a model that says the same of everything finds nothing
-    with pytest.raises(ValueError, match="gallery: got shape"):
-        ranks(queries, gallery[:4])
 
 
 def test_a_hub_is_held_back():
@@ -96,19 +94,6 @@ def test_search_returns_the_best_first():
     assert [number for number, _ in got] == [1, 2, 0, 3] and got[0][1] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize(
-    "images, texts, options, message",
-    [
-        ((4, 5), (1, 4, 3), {}, "expected"),
-        ((1, 4, 5), (1, 3, 3), {}, "expected"),
-        ((1, 4, 5), (1, 4, 3), {"dimensions": 4}, "dimensions: got 4, expected 1 to 3"),
-    ],
-)
-def test_bad_shapes_are_refused(images, texts, options, message):
-    with pytest.raises(ValueError, match=message):
-        align(torch.randn(images), torch.randn(texts), **options)
-
-
 class Eyes:
     """Stands in for the encoder: mean colours, and the size it was shown."""
 
@@ -125,9 +110,27 @@ def test_features_have_a_view_for_each_background_and_a_part_for_each_size_and_b
     assert features.shape == (2, 10, 2 * (2 + 2 + 3))
     torch.testing.assert_close(features[..., :2].norm(dim=-1), torch.ones(2, 10))
     assert not torch.allclose(features[0, :, -3:], features[1, :, -3:])
-    for bad in ({"papers": ("green",)}, {"papers": ()}, {"sizes": ()}):
-        with pytest.raises(ValueError, match="papers"):
-            image_features(Eyes(), emoji, **bad)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: align(random(4, 5), random(1, 4, 3)), "images, texts: got .*expected"),
+        (lambda: align(random(1, 4, 5), random(1, 3, 3)), "images, texts: got .*expected"),
+        (lambda: align(random(1, 4, 5), random(1, 4, 3), dimensions=4), "dimensions: got 4, expected 1 to 3"),
+        (lambda: ranks(random(5, 3), random(4, 3)), "gallery: got shape"),
+        (
+            lambda: image_features(Eyes(), load_emoji(), papers=("green",)),
+            "papers: got 'green', expected one of 'white'",
+        ),
+        (lambda: image_features(Eyes(), load_emoji(), papers=()), "papers, sizes: got"),
+        (lambda: image_features(Eyes(), load_emoji(), sizes=()), "papers, sizes: got"),
+        (lambda: parts(random(1, 1, 1792), ["128"]), "names: got '128'"),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_folds_share_no_identity_and_hold_everything_out_once():
@@ -143,8 +146,6 @@ def test_parts_are_cut_by_name():
     features = torch.arange(2 * 1792).float().view(1, 1, -1)
     assert parts(features, ["96 last"])[0, 0, 0] == 1792 + 512
     assert parts(features, ["64 blocks", "64 last", "96 blocks", "96 last"]).equal(features)
-    with pytest.raises(ValueError, match="names: got '128'"):
-        parts(features, ["128"])
 
 
 def test_character_features_tell_texts_apart():

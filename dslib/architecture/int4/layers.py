@@ -7,39 +7,28 @@ point, both in bfloat16; a weight keeps a code q from 0 to 15::
     w = (q - 8) * scale + zero
 
 so ``zero`` is the weight that code 8 stands for. This is what torch's packed kernels compute, and the format is theirs:
-the codes lie two to a byte, in the order of :mod:`dslib.fast.int4_kernels`. How scales and zeros
-are chosen is the business of :mod:`dslib.architecture.int4`.
+the codes lie two to a byte, see :func:`~dslib.architecture.int4.levels.pack`. How scales and zeros are chosen is the
+business of :mod:`dslib.architecture.int4.levels`, too.
 
-Three ways to multiply, and :class:`Int4Linear` picks one:
-
-* a few rows, on a device with a kernel: codes are unpacked in registers, next to the multiplication;
-* many rows on a CPU: a slice of the matrix is unpacked to bfloat16, multiplied, and forgotten;
-* anything else: :meth:`Int4Linear.dequantize`, then ``F.linear``. This is the reference that the others must equal.
-
-The first two compute with bfloat16 activations and round the result to bfloat16, whatever the dtype of the input. For
-up to four rows on a CPU, ``activations="int8"`` chooses :mod:`dslib.fast.int4_rows`: faster, less exact.
+:class:`Int4Linear` unpacks all weights and multiplies. That saves memory and no time: :mod:`dslib.fast.int4` has the
+kernels that unpack next to the multiplication, and ``fast.prepare(model)`` puts them in place.
 
 Book: ``chapters/architecture/int4.ipynb``. Sources: ZeroQuant (arXiv 2206.01861, section 4.1) for groups.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.decoder import DecoderConfig
-from dslib.architecture.int4 import METHODS, check_group_size
-from dslib.fast import int4_rows
-from dslib.fast.exact import stamp
-from dslib.fast.experts import Experts, Pairs
-from dslib.fast.int4_kernels import KERNEL_GROUPS, cuda_tiles, many_rows, no_kernel, pack, say_once, unpack
+from dslib.architecture.config import DecoderConfig
+from dslib.architecture.experts import Experts, Pairs
+from dslib.architecture.int4.levels import METHODS, check_group_size, pack, unpack
+from dslib.check import one_of
 
 ACTIVATIONS = ("bfloat16", "int8")
-
-# More rows than these are multiplied by unpacked weights: unpacking takes as long as that many rows in the kernel.
-FEW_ROWS, FEW_ROWS_ON_CUDA = 48, 32
 
 
 class Int4Linear(nn.Module):
@@ -50,10 +39,8 @@ class Int4Linear(nn.Module):
         scales: bfloat16 (groups, out, 2), scale and zero of each group; (groups, out, 1) if symmetric.
         bias: (out,), or absent.
 
-    Where a kernel is used, activations are rounded to bfloat16 before and after, so a float32 input gives a float32
-    output of bfloat16 accuracy: a relative error of about 0.3 %, next to about 10 % that four bits cost. With
-    ``activations = "int8"``, an attribute that may be set at any time, up to four rows are rounded to eight bits on a
-    CPU that has a product for them: 0.6 %, and faster.
+    Attributes:
+        activations: ``"bfloat16"``, or ``"int8"`` where a prepared layer may round a few rows to eight bits.
 
     Args:
         in_features, out_features: even numbers. group_size: weights that share a scale; divides ``in_features``.
@@ -79,10 +66,6 @@ class Int4Linear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         # Holds nothing. It follows the model through .to(), and so knows what dtype the weights would have.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        # On a GPU, whose kernel wants another order: a second copy of the codes, made at the first use.
-        self.register_buffer("tiles", None, persistent=False)
-        self._pairs: Tensor | None = None  # symmetric scales with the zeros that the kernel wants to see
-        self._made_from: dict[str, tuple] = {}  # what the two copies were made from, to see when that changes
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 32, method: str = "rtn", symmetric: bool = False):
@@ -96,13 +79,12 @@ class Int4Linear(nn.Module):
         """(out, in) weights, any float dtype -> a layer. On the meta device, shapes only.
 
         Args:
-            method: ``"rtn"``, round to nearest, or ``"hqq"``, see :mod:`dslib.architecture.int4`.
+            method: ``"rtn"``, round to nearest, or ``"hqq"``, see :mod:`dslib.architecture.int4.levels`.
 
         Raises:
             ValueError: a group size that does not divide, an unknown method, weights that are not finite.
         """
-        if method not in METHODS:
-            raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+        one_of(METHODS, method=method)
         rows, columns = weight.shape
         options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         layer = cls(columns, rows, group_size, symmetric, **options)
@@ -133,86 +115,19 @@ class Int4Linear(nn.Module):
         """As :meth:`dequantize`, in the model's dtype, for code that reads a layer's weights. Made anew each time."""
         return self.dequantize(self.like.dtype)
 
-    def why_slow(self, x: Tensor) -> str | None:
-        """Why ``x`` has to take the reference path; None if there is a fast one."""
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return f"{x.dtype} has no kernel, expected torch.bfloat16 or torch.float32"
-        if self.group_size not in KERNEL_GROUPS:
-            return f"groups of {self.group_size} have no kernel, expected one of {KERNEL_GROUPS}"
-        return no_kernel(x.device, self.out_features, self.in_features)
-
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the dtype of ``x``.
+        """(..., in_features) -> (..., out_features), in the dtype of ``x``: unpack all, multiply.
 
         Raises:
             ValueError: a last dimension other than ``in_features``.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {self.in_features})")
-        gradients = torch.is_grad_enabled() and x.requires_grad
-        if gradients or x.numel() == 0 or x.device.type == "meta":
-            return self.reference(x)
-        if (reason := self.why_slow(x)) is not None:
-            say_once(f"no fast path, the reference is used: {reason}")
-            return self.reference(x)
-        rows = x.reshape(-1, self.in_features)
-        multiply = self.int8_product() if self.activations == "int8" and len(rows) <= int4_rows.FEW else None
-        y = multiply(rows.contiguous()) if multiply is not None else self.product(rows.bfloat16()).to(x.dtype)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
-
-    def product(self, rows: Tensor) -> Tensor:
-        """``x Wᵀ`` on the fast path: bfloat16 (N, in) -> (N, out), without the bias."""
-        if rows.device.type == "cpu":
-            if len(rows) > FEW_ROWS:
-                return many_rows(rows, self.packed, self.scales, self.group_size)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.pairs())
-        if len(rows) > FEW_ROWS_ON_CUDA:
-            return F.linear(rows, self.dequantize(torch.bfloat16))
-        if self._changed("tiles", self.packed) or self.tiles is None:
-            self.tiles = cuda_tiles(unpack(self.packed))
-        return torch.ops.aten._weight_int4pack_mm(rows, self.tiles, self.group_size, self.pairs())
-
-    def int8_product(self) -> Callable[[Tensor], Tensor] | None:
-        """The product for a few rows in eight bits, (N, in) -> (N, out) in their dtype; None where there is none."""
-        if (reason := int4_rows.why_not(self.packed, self.group_size)) is not None:
-            say_once(f"activations stay in bfloat16: {reason}")
-            return None
-        multiply, args = int4_rows.compiled(), (self.packed, self.pairs(), self.group_size)
-        return lambda rows: multiply(rows, *args)
-
-    def row_product(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """One row of ``dtype`` times W as in :meth:`forward`, on a CPU, with all looked up: for loops that count
-        microseconds."""
-        if self.activations == "int8" and (multiply := self.int8_product()) is not None:
-            return multiply
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        args = (self.packed, self.group_size, self.pairs())
-        if dtype is torch.bfloat16:
-            return lambda row: multiply(row, *args)
-        return lambda row: multiply(row.bfloat16(), *args).to(dtype)
-
-    def reference(self, x: Tensor) -> Tensor:
-        """What :meth:`forward` must equal: unpack all, multiply. Works anywhere, in any dtype, with gradients."""
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def pairs(self) -> Tensor:
-        """Scales and zeros as the kernel reads them, (groups, out, 2)."""
-        if not self.symmetric:
-            return self.scales
-        if self._changed("pairs", self.scales) or self._pairs is None:
-            self._pairs = F.pad(self.scales, (0, 1))
-        return self._pairs
-
-    def _changed(self, copy: str, source: Tensor) -> bool:
-        """Whether ``source`` is another than when this was last asked for a copy of it."""
-        if torch.compiler.is_compiling():
-            return False  # addresses cannot be traced; a compiled step is made for the weights as they are
-        before, self._made_from[copy] = self._made_from.get(copy), stamp(source)
-        return before != self._made_from[copy]
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, but scales stay in bfloat16, which is what the kernel reads and codes were made for."""
-        scales, self.tiles, self._pairs = self.scales, None, None
+        scales = self.scales
         super()._apply(fn, recurse)
         self.scales = scales.to(self.scales.device)
         return self
@@ -223,7 +138,7 @@ class Int4Linear(nn.Module):
 
 
 class Int4Experts(nn.Module):
-    """The experts of a mixture with 4-bit weights: called as :class:`~dslib.fast.experts.Experts`.
+    """The experts of a mixture with 4-bit weights: called as :class:`~dslib.architecture.experts.Experts`.
 
     Every expert's two matrices are layers of their own, ``gate_up_proj.0`` and so on, as each has its own groups.
     Tokens are sorted by expert, as there, and experts run one after the other.
@@ -271,14 +186,13 @@ def quantize_(model: nn.Module, group_size: int = 32, method: str = "rtn", symme
 
     Args:
         skip: names of modules to leave alone, with all that is in them: full names, or last parts of a name.
-        activations: ``"bfloat16"``, or ``"int8"`` for the faster and less exact product of a few rows on a CPU.
+        activations: ``"int8"`` lets prepared layers take the faster and less exact product of a few rows on a CPU.
 
     Raises:
         ValueError: as :meth:`Int4Linear.from_weight`, naming the layer; unknown activations. The model is then
             unchanged.
     """
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations: got {activations!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    one_of(ACTIVATIONS, activations=activations)
     made = {}
     for name, module in model.named_modules():
         parts = name.split(".")

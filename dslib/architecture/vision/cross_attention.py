@@ -9,12 +9,14 @@ Book: ``chapters/architecture/fusion.ipynb``. Source: Flamingo (arXiv 2204.14198
 IDEFICS and Llama 3.2 Vision, to which ``tests/parity/test_fusion.py`` compares them.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.layers import RMSNorm, SwiGLU
-from dslib.fast.linear import Linear
+from dslib.architecture.cache import KVCache, Step
+from dslib.architecture.layers import Block, RMSNorm, SwiGLU
 
 
 class Gate(nn.Module):
@@ -53,9 +55,9 @@ class GatedCrossAttention(nn.Module):
         size, self.head_dim = config.hidden_size, config.head_dim
         self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.input_layernorm = RMSNorm(size, config.rms_norm_eps)
-        self.q_proj = Linear(size, self.query_heads * self.head_dim, bias=False)
-        self.kv_proj = Linear(config.image_hidden_size, 2 * self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = Linear(self.query_heads * self.head_dim, size, bias=False)
+        self.q_proj = nn.Linear(size, self.query_heads * self.head_dim, bias=False)
+        self.kv_proj = nn.Linear(config.image_hidden_size, 2 * self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.query_heads * self.head_dim, size, bias=False)
         self.gate = Gate(config.gate, size)
         self.mlp = None
         if config.cross_intermediate_size:
@@ -98,6 +100,56 @@ class GatedCrossAttention(nn.Module):
             q, *keys_values, attn_mask=mask, enable_gqa=self.query_heads != self.kv_heads
         )
         return self.o_proj(y.transpose(1, 2).flatten(2)), self.gate(h)
+
+
+@dataclass(frozen=True)
+class ImageContext:
+    """What a model has seen: computed once by ``encode_image``, and used for every token.
+
+    Attributes:
+        keys_values: for cross-attention, keys and values of every block, each (B, Hk, N, D).
+        tokens: for the projector, (B, N, hidden_size).
+        mask: bool (B, N), True for real features; None if all are.
+    """
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.tokens if self.tokens is not None else self.keys_values[0][0])
+
+    @property
+    def prefix(self) -> int:
+        """Positions that the picture takes in the text model's own sequence: N for a projector, 0 otherwise."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept, counted from the tensors."""
+        kept = [t for pair in self.keys_values for t in pair] + ([] if self.tokens is None else [self.tokens])
+        return sum(t.numel() * t.element_size() for t in kept)
+
+
+@dataclass
+class SeeingStep(Step):
+    """A step that knows what the model has seen."""
+
+    image: ImageContext | None = None
+
+
+class SeeingBlock(Block):
+    """A block of the text model that first looks at the picture, if there is one: ``cross``, the ``number``-th such."""
+
+    cross: GatedCrossAttention
+    number: int
+
+    def forward(self, x: Tensor, rope, step: Step, cache: KVCache | None, layer: int, input_ids: Tensor | None = None):
+        image = getattr(step, "image", None)
+        if image is not None and image.keys_values:
+            x = self.cross(x, image.keys_values[self.number], image.mask)
+        return super().forward(x, rope, step, cache, layer, input_ids)
 
 
 def initialise_by_width(module: nn.Module) -> None:

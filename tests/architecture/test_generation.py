@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dslib.architecture.decoder import DecoderConfig, build
-from dslib.performance.generation import Generation, Sampling, generate, stream
+from dslib.architecture.generation import Generation, Sampling, generate, stream
 
 VOCAB = 40
 KINDS = ("growing", "preallocated", "rolling")
@@ -114,8 +114,8 @@ def test_stops_computing_when_all_have_ended(monkeypatch):
     model = noisy()
     text = argmax_loop(model, PROMPTS[0], 1)
     passes = []
-    real = model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda *args: passes.append(1) or real(*args))
+    real = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args: passes.append(1) or real(*args))
     generate(model, [PROMPTS[0], PROMPTS[0]], 50, eos_token_id=text[0])
     assert len(passes) == 1
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext
-from dslib.fast.token_step import TokenStep
 
 
 @dataclass(frozen=True)
@@ -152,12 +151,8 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, image,
     # Not `with inference_mode()` around the loop: a generator would leave the mode on in its caller between two tokens.
     with torch.inference_mode():
         cache = model.make_cache(kind, batch_size=len(sequences), max_length=prefix + longest + max_new_tokens)
-        hidden = model.hidden_states(ids, cache, positions, **seen)  # (B, T, C)
-        rows = torch.arange(len(sequences), device=device)
-        logits = model.lm_head(hidden[rows, last].unsqueeze(1))  # only the last real token of each prompt is needed
-    # One sequence on a CPU has a leaner way to the same numbers (sinks need a mask, which it does not do).
-    lean = len(sequences) == 1 and device.type == "cpu" and kind != "growing" and not model.config.attention_sinks
-    one_token = TokenStep(model, image) if lean and TokenStep.fits(model) else None
+        # Of each prompt, only what follows its last real token is wanted: (B, 1, vocab_size).
+        logits = model(ids, cache, positions, last.unsqueeze(1), **seen)
     alive = set(range(len(sequences)))
     for count in range(1, max_new_tokens + 1):
         with torch.inference_mode():
@@ -171,9 +166,6 @@ def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, image,
                     alive.discard(index)
         if not alive or count == max_new_tokens:
             return
-        if one_token is not None:
-            logits = one_token(values[0], cache).unsqueeze(1)
-            continue
         with torch.inference_mode():
             # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
             where = (last + count).unsqueeze(1) if ragged else None

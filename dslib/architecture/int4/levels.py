@@ -1,11 +1,11 @@
-"""How codes, scales and zeros are chosen: round to nearest, and something better.
+"""How codes, scales and zeros are chosen: round to nearest, and something better; and two codes to a byte.
 
 All methods work on groups of weights, (..., group_size), each group by itself, and return what
-:mod:`dslib.architecture.int4_layers` stores: codes 0 to 15, and a scale and a zero so that
+:mod:`dslib.architecture.int4.layers` stores: codes 0 to 15, and a scale and a zero so that
 ``w = (q - 8) * scale + zero``.
 
 Book: ``chapters/architecture/int4.ipynb``. Of that chapter are also, in reading order:
-:mod:`~dslib.architecture.int4_layers`, :mod:`dslib.fast.int4_kernels` (two codes to a byte) and
+:mod:`~dslib.architecture.int4.layers`, :mod:`dslib.fast.int4` and
 :mod:`dslib.fast.int4_rows`. Sources: ZeroQuant (arXiv 2206.01861) for rounding group by group, HQQ
 (mobiusml.github.io/hqq_blog) for the half-quadratic search.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 LEVELS = 16
 CENTRE = 8  # the code whose weight is the group's zero
+BLOCK = 64  # rows whose codes lie together
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,40 @@ def half_quadratic(groups: Tensor, symmetric: bool = False, steps: int = 20, p: 
         zeros = (steps_from_zero - excused - levels).mean(-1, keepdim=True)
         strictness *= 1.01
     return encode(groups, start.scales, torch.where(start.scales != 0, zeros * scales, start.zeros))
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes (out, in), 0 to 15 -> uint8 (out, in / 2), two to a byte; both sizes even.
+
+    The rows come in blocks of 64, a last block may be shorter. Within a block, column after column: a byte holds the
+    code of row i in its low half and that of row i + 32 (half a block on) in its high half. So one load brings the same
+    column of 64 rows, which is what a vector unit wants.
+
+    Raises:
+        ValueError: an odd number of rows (two share a byte) or columns.
+    """
+    rows, columns = codes.shape
+    if rows % 2 or columns % 2:
+        raise ValueError(f"codes: got shape {(rows, columns)}, expected two even numbers")
+    codes, full = codes.to(torch.uint8), rows - rows % BLOCK
+    parts = []
+    for part, size in ((codes[:full], BLOCK), (codes[full:], rows - full)):
+        if len(part):
+            low, high = part.view(-1, 2, size // 2, columns).unbind(1)
+            parts.append((low | (high << 4)).transpose(1, 2).reshape(-1))
+    return torch.cat(parts).view(rows, columns // 2)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """What :func:`pack` was given: (out, in / 2) -> uint8 (out, in)."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    full = rows - rows % BLOCK
+    parts = []
+    for part, size in ((packed[:full], BLOCK), (packed[full:], rows - full)):
+        if len(part):
+            both = part.reshape(-1, columns, size // 2).transpose(1, 2)  # (blocks, size / 2, in)
+            parts.append(torch.cat((both & 15, both >> 4), dim=1).reshape(-1, columns))
+    return torch.cat(parts)
 
 
 METHODS = {"rtn": round_to_nearest, "hqq": half_quadratic}

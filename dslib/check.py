@@ -1,0 +1,61 @@
+"""Ranges of arguments, checked in one wording: what was given, and what is expected."""
+
+import math
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def at_least(least: float, /, **values: Any) -> None:
+    """Raise a ValueError that names the first value below ``least`` (NaN, infinity and what is no number are, too)."""
+    for name, value in values.items():
+        if not _is_number(value) or not least <= value < math.inf:
+            raise ValueError(f"{name}: got {value!r}, expected at least {least}")
+
+
+def above(limit: float, /, **values: Any) -> None:
+    """As :func:`at_least`, for values that may not be ``limit`` itself."""
+    for name, value in values.items():
+        if not _is_number(value) or not limit < value < math.inf:
+            raise ValueError(f"{name}: got {value!r}, expected a number above {limit}")
+
+
+def whole(least: int, /, **values: Any) -> None:
+    """As :func:`at_least`, for whole numbers."""
+    for name, value in values.items():
+        if not hasattr(value, "__index__") or isinstance(value, bool):
+            raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def between(low: float, high: float, /, **values: Any) -> None:
+    """Raise a ValueError that names the first value outside ``low`` to ``high``, ends included."""
+    for name, value in values.items():
+        if not _is_number(value) or not low <= value <= high:
+            raise ValueError(f"{name}: got {value!r}, expected {low} to {high}")
+
+
+def below(low: float, high: float, /, **values: Any) -> None:
+    """As :func:`between`, for values that may not be ``high`` itself."""
+    for name, value in values.items():
+        if not _is_number(value) or not low <= value < high:
+            raise ValueError(f"{name}: got {value!r}, expected at least {low} and below {high}")
+
+
+def one_of(choices: Collection, /, **values: Any) -> None:
+    """Raise a ValueError that names the first value that is none of ``choices``."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def unknown(name: str, value: Any, known: Iterable[str], expected: str) -> ValueError:
+    """The error for a name that is not among ``known``: says what is ``expected``, and the three nearest of them."""
+    by_lower = {one.lower(): one for one in sorted(known)}
+    near = get_close_matches(str(value).lower(), by_lower, n=3, cutoff=0.3) or list(by_lower)[:8]
+    return ValueError(f"{name}: got {value!r}, expected {expected}, such as {', '.join(by_lower[one] for one in near)}")
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, bool)

@@ -1,0 +1,127 @@
+"""The one way to a fast path: :func:`prepare` puts it in place, :func:`describe` says what runs how, :func:`release`.
+
+Without it, every model runs as its chapter shows it: module by module. A prepared model computes the same, up to
+rounding (see :mod:`dslib.fast.int4` for how much that is with four bits), by the same call ``model(...)``, so that
+generating, speculating and scoring are all quicker and none of them has to know. Whatever is changed afterwards has its
+effect: a shortcut looks, and stands aside.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dslib.architecture.published import MultiHeadLatentAttention
+from dslib.fast.experts import QuickExperts
+from dslib.fast.int4 import QuickInt4
+from dslib.fast.linear import QuickLinear
+from dslib.fast.shortcut import Shortcut, shortcut_of
+from dslib.fast.token_step import MODELS, TokenStep
+
+
+class QuickLatent(Shortcut):
+    """Latent attention in the form that multiplies less: naive for a prompt, absorbed for a new token."""
+
+    kind, what = MultiHeadLatentAttention, "absorbed where that multiplies less"
+
+    def __init__(self, module: MultiHeadLatentAttention):
+        super().__init__(module)
+        self.before, module.form = module.form, "auto"
+
+    def __getstate__(self) -> dict:
+        return {"stands_for": self.stands_for, "before": self.before}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def __call__(self, *args, **kwargs):
+        return self.plain(*args, **kwargs)  # the form is an attribute; whether it may be absorbed is asked there
+
+    def let_go(self) -> None:
+        self.stands_for.form = self.before
+
+
+SHORTCUTS: dict[type[nn.Module], type[Shortcut]] = {
+    shortcut.kind: shortcut for shortcut in (QuickLinear, QuickExperts, QuickInt4, QuickLatent)
+} | dict.fromkeys(MODELS, TokenStep)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which modules of a model run fast, and why others do not.
+
+    Attributes:
+        fast: (name, class, what is done) of each. plain: (name, class, why not) of each that could be, or has one that
+            stands aside.
+    """
+
+    fast: tuple[tuple[str, str, str], ...]
+    plain: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for title, rows in (("fast", self.fast), ("plain", self.plain)):
+            kinds: dict[tuple[str, str], list[str]] = {}
+            for name, kind, text in rows:
+                kinds.setdefault((kind, text), []).append(name or "the model")
+            for (kind, text), names in kinds.items():
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                lines.append(f"{title:5}  {len(names):4} x {kind}: {text} ({names[0]}{more})")
+        return "\n".join(lines) or "nothing here has a faster way"
+
+
+def prepare(model: nn.Module, *, quick_products: bool = True, pack_experts: bool = False) -> Report:
+    """Let everything in ``model`` that has a faster way run by it, in place. May be called again after changes.
+
+    Nothing is copied that could go stale. Training works as before: shortcuts stand aside where gradients are recorded.
+
+    Args:
+        quick_products: False leaves ``nn.Linear`` to torch, to see what the rest brings.
+        pack_experts: move the weights of experts into oneDNN's order, where the processor has one (AVX-512). Until
+            :func:`release` they can be neither read, saved, moved nor trained.
+
+    Raises:
+        ValueError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    release(model)
+    for module in model.modules():
+        shortcut = SHORTCUTS.get(type(module))
+        if shortcut is QuickLinear and not quick_products:
+            continue
+        if shortcut is not None and "forward" not in vars(module):
+            module.forward = shortcut(module)
+            if pack_experts and isinstance(module.forward, QuickExperts):
+                module.forward.pack()
+    return describe(model)
+
+
+def describe(model: nn.Module) -> Report:
+    """Which modules of ``model`` run fast as things stand, and why others do not; ``print`` it."""
+    fast, plain = [], []
+    for name, module in model.named_modules():
+        shortcut, kind = shortcut_of(module), type(module).__name__
+        if shortcut is not None:
+            reason = shortcut.why_not()
+            (fast if reason is None else plain).append((name, kind, reason or shortcut.what))
+        elif type(module) in SHORTCUTS:
+            plain.append((name, kind, "has a forward of its own" if "forward" in vars(module) else "is not prepared"))
+        elif known := [known for known in SHORTCUTS if isinstance(module, known)]:
+            plain.append((name, kind, f"is not exactly a {known[0].__name__}"))
+    return Report(tuple(fast), tuple(plain))
+
+
+def release(model: nn.Module) -> None:
+    """Take every shortcut out of ``model`` again."""
+    for module in model.modules():
+        shortcut = shortcut_of(module)
+        hidden = vars(module).get("packed_by")  # under a forward that was set afterwards
+        if (held := shortcut or hidden) is not None:
+            held.let_go()
+        if shortcut is not None:
+            del module.forward
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether :func:`prepare` was called for this model."""
+    return shortcut_of(model) is not None
