@@ -64,16 +64,18 @@ class QuickInt4(Shortcut):
             return self.plain(x)
         rows = x.reshape(-1, layer.in_features).contiguous()
         multiply = self.int8_product() if len(rows) <= int4_rows.FEW else None
-        y = (multiply(rows) if multiply is not None else self.product(rows.bfloat16())).to(x.dtype)
+        if multiply is None:
+            multiply, rows = self.product, rows.to(internal(x.device, x.dtype))
+        y = multiply(rows).to(x.dtype)
         return (y if layer.bias is None else y + layer.bias.to(x.dtype)).view(*x.shape[:-1], -1)
 
     def product(self, rows: Tensor) -> Tensor:
-        """``x Wᵀ``: bfloat16 (N, in) -> (N, out), without the bias."""
+        """``x Wᵀ``: (N, in) in the :func:`internal` format -> (N, out), without the bias."""
         layer = self.stands_for
         if rows.device.type == "cpu":
             if len(rows) > FEW_ROWS:
                 return many_rows(rows, layer.packed, layer.scales, layer.group_size)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, layer.packed, layer.group_size, self.pairs())
+            return few_rows()(rows, layer.packed, layer.group_size, self.pairs())
         if len(rows) > FEW_ROWS_ON_CUDA:
             return F.linear(rows, layer.dequantize(torch.bfloat16))
         return torch.ops.aten._weight_int4pack_mm(rows, self.tiles(), layer.group_size, self.pairs())
@@ -83,16 +85,15 @@ class QuickInt4(Shortcut):
         layer = self.stands_for
         if layer.activations != "int8" or int4_rows.why_not(layer.packed, layer.group_size) is not None:
             return None
-        multiply, args = int4_rows.compiled(), (layer.packed, self.pairs(), layer.group_size)
+        multiply, args = int4_rows.rounded_product(), (layer.packed, self.pairs(), layer.group_size)
         return lambda rows: multiply(rows, *args)
 
     def row_product(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """One row of ``dtype`` times W on a CPU, with all looked up: for loops that count microseconds."""
         if (found := self.int8_product()) is not None:
             return found
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        args = (self.stands_for.packed, self.stands_for.group_size, self.pairs())
-        if dtype is torch.bfloat16:
+        multiply, args = few_rows(), (self.stands_for.packed, self.stands_for.group_size, self.pairs())
+        if dtype is torch.bfloat16 or not cpu_kernel():
             return lambda row: multiply(row, *args)
         return lambda row: multiply(row.bfloat16(), *args).to(dtype)
 
@@ -130,35 +131,48 @@ class QuickInt4(Shortcut):
             self.stands_for.scales = self.stands_for.scales.contiguous()
 
 
+def internal(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in: torch's in bfloat16, our own in the format of the input."""
+    return torch.bfloat16 if device.type != "cpu" or cpu_kernel() else dtype
+
+
+def few_rows() -> Callable[[Tensor, Tensor, int, Tensor], Tensor]:
+    """The product of a few rows on this CPU: ``(rows, packed, group_size, pairs)`` -> rows Wᵀ."""
+    if cpu_kernel():
+        return torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    multiply = int4_rows.product()
+    return lambda rows, packed, group_size, pairs: multiply(rows, packed, pairs, group_size)
+
+
 def many_rows(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """``x Wᵀ`` by unpacking W to bfloat16, some columns of the result at a time, so that it never is there as a whole.
+    """``x Wᵀ`` by unpacking W to the format of x, some columns of the result at a time, never as a whole.
 
     The zero of a group is added once for all its weights: ``sum x (c s + z) = sum x (c s) + z sum x``. So W gets one
     more input for each group, which holds the zeros, and x the sums over its groups.
 
     Args:
-        x: bfloat16 (N, in). packed: from :func:`pack`, its rows a multiple of 64.
+        x: bfloat16 or float32 (N, in). packed: from :func:`pack`, its rows a multiple of 64.
         scales: bfloat16 (groups, out, 1 or 2), scales and perhaps zeros.
 
     Returns:
-        bfloat16 (N, out).
+        (N, out), in the format of x.
     """
     if scales.shape[-1] == 2:
         x = torch.cat((x, x.view(len(x), -1, group_size).sum(-1)), dim=1)  # (N, in + groups)
     out = x.new_empty(len(x), len(packed))
     for start in range(0, len(packed), OUT_AT_ONCE):
         part = slice(start, start + OUT_AT_ONCE)
-        torch.mm(x, _columns(packed[part], scales[:, part], group_size), out=out[:, part])
+        torch.mm(x, _columns(packed[part], scales[:, part], group_size, x.dtype), out=out[:, part])
     return out
 
 
-def _columns(packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """(out, in / 2) -> W transposed in bfloat16, (in, out), followed by the zeros if there are any, (groups, out).
+def _columns(packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """(out, in / 2) -> W transposed in ``dtype``, (in, out), followed by the zeros if there are any, (groups, out).
 
     In this orientation 32 codes that lie together stay together: the order of :func:`pack` costs nothing to undo.
     """
     rows, columns, groups = len(packed), 2 * packed.shape[1], len(scales)
-    out = torch.empty(columns + (groups if scales.shape[-1] == 2 else 0), rows, dtype=torch.bfloat16)
+    out = torch.empty(columns + (groups if scales.shape[-1] == 2 else 0), rows, dtype=dtype)
     codes = packed.view(-1, columns, BLOCK // 2)  # (blocks, in, 32)
     halves = out[:columns].view(columns, -1, 2, BLOCK // 2)  # (in, blocks, 2, 32)
     halves[:, :, 0].copy_((codes & 15).view(torch.int8).sub_(8).transpose(0, 1))
@@ -195,9 +209,9 @@ def cuda_tiles(codes: Tensor) -> Tensor:
 def no_kernel(device: torch.device, rows: int, columns: int) -> str | None:
     """Why there is no packed product for such a matrix on this device; None if there is one."""
     if device.type == "cpu":
-        if not cpu_kernel():
-            return "this CPU has no packed product that reads our order"
-        return f"{rows} rows have no kernel, expected a multiple of {BLOCK}" if rows % BLOCK else None
+        if rows % BLOCK:
+            return f"{rows} rows have no kernel, expected a multiple of {BLOCK}"
+        return None if cpu_kernel() else int4_rows.compiled()
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "this GPU has no packed product, expected compute capability 8.0 or newer"

@@ -1,22 +1,104 @@
-// One row, or a few, times a matrix of 4-bit weights, with the row rounded to eight bits. Compiled by int4_rows.py.
+// One row, or a few, times a matrix of 4-bit weights. Compiled by int4_rows.py.
 //
-// Why this is fast: vpdpbusd multiplies 64 unsigned bytes by 64 signed ones and adds the products in fours, so codes and
-// activations meet as they are, and floats come in only once for each group. What is left is reading the weights.
+// int4_product multiplies the row as it is: a code becomes a float in a register. int4_rows rounds the row to eight bits
+// first, so that codes and activations meet as integers and floats come in only once for each group: vpdpbusd multiplies
+// 64 unsigned bytes by 64 signed ones and adds the products in fours (AVX-512), vpmaddubsw 32 by 32 in twos (AVX2). What
+// is left is reading the weights.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <immintrin.h>
 #include <torch/library.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#else
+#define X86 0
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 namespace {
 
 constexpr int64_t kBlock = 64;  // rows of W that lie together, see int4.py
+constexpr int64_t kHalf = kBlock / 2;
 constexpr int64_t kAtOnce = 4;  // columns that one vpdpbusd adds up
+
+float scale_of(int32_t pair) {  // two bfloat16 to 32 bits, the scale below; a bfloat16 is the upper half of a float
+  const uint32_t bits = static_cast<uint32_t>(pair) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+float zero_of(int32_t pair) {
+  const uint32_t bits = static_cast<uint32_t>(pair) & 0xffff0000u;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A row x as it is, and its sums over the groups.
+struct Floats {
+  std::vector<float> values, sums;
+};
+
+// y = x Wᵀ for one row and a block of 64 rows of W, in loops that any compiler turns into vectors.
+void product_block(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Floats& row, int64_t group,
+                   float* y) {
+  float total[kBlock] = {};
+  const float* x = row.values.data();
+  for (size_t g = 0; g < row.sums.size(); ++g, pairs += stride) {
+    float sum[kBlock] = {};
+    for (int64_t i = 0; i < group; ++i, ++x, codes += kHalf) {
+      for (int64_t n = 0; n < kHalf; ++n) {
+        sum[n] += *x * static_cast<float>(codes[n] & 15);
+        sum[n + kHalf] += *x * static_cast<float>(codes[n] >> 4);
+      }
+    }
+    for (int64_t n = 0; n < kBlock; ++n) {  // a weight is (code - 8) * scale + zero
+      total[n] += scale_of(pairs[n]) * (sum[n] - 8 * row.sums[g]) + zero_of(pairs[n]) * row.sums[g];
+    }
+  }
+  std::copy(total, total + kBlock, y);
+}
+
+#if X86
+// The same with eight floats to a register, and all 64 sums of a group in registers.
+__attribute__((target("avx2,fma")))
+void product_block_avx2(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Floats& row, int64_t group,
+                        float* y) {
+  const __m256i low = _mm256_set1_epi32(15), upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  __m256 total[8];
+  for (auto& part : total) part = _mm256_setzero_ps();
+  const float* x = row.values.data();
+  for (size_t g = 0; g < row.sums.size(); ++g, pairs += stride) {
+    const __m256 start = _mm256_set1_ps(-8 * row.sums[g]);
+    __m256 sum[8];
+    for (auto& part : sum) part = start;
+    for (int64_t i = 0; i < group; ++i, ++x, codes += kHalf) {
+      const __m256 input = _mm256_set1_ps(*x);
+      for (int part = 0; part < 4; ++part) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * part));
+        const __m256i both = _mm256_cvtepu8_epi32(eight);
+        sum[part] = _mm256_fmadd_ps(input, _mm256_cvtepi32_ps(_mm256_and_si256(both, low)), sum[part]);
+        sum[part + 4] = _mm256_fmadd_ps(input, _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4)), sum[part + 4]);
+      }
+    }
+    const __m256 shift = _mm256_set1_ps(row.sums[g]);
+    for (int part = 0; part < 8; ++part) {
+      const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 8 * part));
+      const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+      const __m256 zero = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));
+      total[part] = _mm256_fmadd_ps(zero, shift, _mm256_fmadd_ps(scale, sum[part], total[part]));
+    }
+  }
+  for (int part = 0; part < 8; ++part) _mm256_storeu_ps(y + 8 * part, total[part]);
+}
+#endif
 
 // Two loads bring four columns of a block. Bytes in this order bring the four codes of a row together: rows 0 to 15, and
 // 16 to 31. (In the upper half of each byte, rows 32 to 47 and 48 to 63.)
@@ -64,6 +146,7 @@ void round_row(const scalar_t* x, int64_t group, Rounded& row) {
   }
 }
 
+#if X86
 // y = x Wᵀ for one row and a block of 64 rows of W. A byte of `codes` holds rows i and i + 32 of one column.
 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vnni")))
 void multiply_block(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Rounded& row, int64_t group,
@@ -102,34 +185,119 @@ void multiply_block(const uint8_t* codes, const int32_t* pairs, int64_t stride, 
   }
 }
 
-template <typename scalar_t>
-at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
-  const int64_t rows = x.size(0), columns = x.size(1), out = packed.size(0), groups = columns / group;
-  at::Tensor y = at::empty({rows, out}, x.options());
-  std::vector<Rounded> rounded(rows);
-  for (int64_t n = 0; n < rows; ++n) {
-    rounded[n].codes.resize(columns);
-    rounded[n].scales.resize(groups);
-    rounded[n].sums.resize(groups);
-    rounded[n].code_sums.resize(groups);
-    round_row(x.const_data_ptr<scalar_t>() + n * columns, group, rounded[n]);
+// The same with 32 bytes to a register. Sums of products fit 16 bits for sixteen columns (15 * 127 * 16 < 2^15).
+__attribute__((target("avx2,fma")))
+void multiply_block_avx2(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Rounded& row, int64_t group,
+                         float* y) {
+  const __m256i low = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  __m256 total[8];
+  for (auto& part : total) part = _mm256_setzero_ps();
+  const int8_t* x = row.codes.data();
+  for (size_t g = 0; g < row.scales.size(); ++g, pairs += stride) {
+    const __m256i start = _mm256_set1_epi32(-8 * row.code_sums[g]);
+    __m256i sum[8];
+    for (auto& part : sum) part = start;
+    for (int64_t first = 0; first < group; first += 16) {
+      __m256i few[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+      for (int64_t i = first; i < std::min(first + 16, group); i += 2, x += 2, codes += kBlock) {
+        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + kHalf));
+        int16_t two;
+        std::memcpy(&two, x, sizeof two);
+        const __m256i inputs = _mm256_set1_epi16(two);
+        const __m256i a_low = _mm256_and_si256(a, low), a_high = _mm256_and_si256(_mm256_srli_epi16(a, 4), low);
+        const __m256i b_low = _mm256_and_si256(b, low), b_high = _mm256_and_si256(_mm256_srli_epi16(b, 4), low);
+        few[0] = _mm256_add_epi16(few[0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(a_low, b_low), inputs));
+        few[1] = _mm256_add_epi16(few[1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(a_low, b_low), inputs));
+        few[2] = _mm256_add_epi16(few[2], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(a_high, b_high), inputs));
+        few[3] = _mm256_add_epi16(few[3], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(a_high, b_high), inputs));
+      }
+      for (int part = 0; part < 4; ++part) {  // unpacking took rows 0 to 7 and 16 to 23 together, 8 to 15 and 24 to 31
+        const int at = part / 2 * 4 + part % 2;
+        sum[at] = _mm256_add_epi32(sum[at], _mm256_cvtepi16_epi32(_mm256_castsi256_si128(few[part])));
+        sum[at + 2] = _mm256_add_epi32(sum[at + 2], _mm256_cvtepi16_epi32(_mm256_extracti128_si256(few[part], 1)));
+      }
+    }
+    const __m256 step = _mm256_set1_ps(row.scales[g]), shift = _mm256_set1_ps(row.sums[g]);
+    for (int part = 0; part < 8; ++part) {
+      const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 8 * part));
+      const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+      const __m256 zero = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));
+      total[part] = _mm256_fmadd_ps(zero, shift, total[part]);
+      total[part] = _mm256_fmadd_ps(_mm256_mul_ps(scale, step), _mm256_cvtepi32_ps(sum[part]), total[part]);
+    }
   }
+  for (int part = 0; part < 8; ++part) _mm256_storeu_ps(y + 8 * part, total[part]);
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool supported() { return has_avx512() || has_avx2(); }
+#else
+bool supported() { return false; }
+#endif
+
+// Every row of x times every block of W, blocks spread over the threads. `block` multiplies one row by one block.
+template <typename scalar_t, typename Row, typename Block>
+at::Tensor all_blocks(const std::vector<Row>& rows, const at::Tensor& x, const at::Tensor& packed,
+                      const at::Tensor& pairs, int64_t group, Block block) {
+  const int64_t columns = x.size(1), out = packed.size(0);
+  at::Tensor y = at::empty({x.size(0), out}, x.options());
   const uint8_t* codes = packed.const_data_ptr<uint8_t>();
   const int32_t* scales = reinterpret_cast<const int32_t*>(pairs.const_data_ptr());
   scalar_t* result = y.mutable_data_ptr<scalar_t>();
   at::parallel_for(0, out / kBlock, 1, [&](int64_t begin, int64_t end) {
     float sums[kBlock];
-    for (int64_t block = begin; block < end; ++block) {
-      for (int64_t n = 0; n < rows; ++n) {
-        multiply_block(codes + block * kBlock * columns / 2, scales + block * kBlock, out, rounded[n], group, sums);
-        std::copy(sums, sums + kBlock, result + n * out + block * kBlock);
+    for (int64_t b = begin; b < end; ++b) {
+      for (size_t n = 0; n < rows.size(); ++n) {
+        block(codes + b * kHalf * columns, scales + b * kBlock, out, rows[n], group, sums);
+        std::copy(sums, sums + kBlock, result + n * out + b * kBlock);
       }
     }
   });
   return y;
 }
 
-at::Tensor int4_rows(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
+template <typename scalar_t>
+at::Tensor product(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group,
+                   bool portable) {
+  std::vector<Floats> rows(x.size(0));
+  const scalar_t* from = x.const_data_ptr<scalar_t>();
+  for (auto& row : rows) {
+    row.values.assign(from, from + x.size(1));
+    from += x.size(1);
+    for (int64_t at = 0; at < x.size(1); at += group) {
+      row.sums.push_back(std::accumulate(row.values.begin() + at, row.values.begin() + at + group, 0.0f));
+    }
+  }
+#if X86
+  if (has_avx2() && !portable) return all_blocks<scalar_t>(rows, x, packed, pairs, group, product_block_avx2);
+#endif
+  return all_blocks<scalar_t>(rows, x, packed, pairs, group, product_block);
+}
+
+template <typename scalar_t>
+at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
+#if X86
+  const int64_t columns = x.size(1), groups = columns / group;
+  std::vector<Rounded> rounded(x.size(0));
+  for (size_t n = 0; n < rounded.size(); ++n) {
+    rounded[n].codes.resize(columns);
+    rounded[n].scales.resize(groups);
+    rounded[n].sums.resize(groups);
+    rounded[n].code_sums.resize(groups);
+    round_row(x.const_data_ptr<scalar_t>() + n * columns, group, rounded[n]);
+  }
+  return all_blocks<scalar_t>(rounded, x, packed, pairs, group, has_avx512() ? multiply_block : multiply_block_avx2);
+#else
+  TORCH_CHECK(false, "int4_rows: this processor has no product for rows in eight bits");
+#endif
+}
+
+void check(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && packed.is_contiguous() && pairs.is_contiguous(),
               "int4_rows: expected contiguous tensors, x of two dimensions");
   TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == at::kByte && packed.size(0) % kBlock == 0 &&
@@ -144,22 +312,31 @@ at::Tensor int4_rows(const at::Tensor& x, const at::Tensor& packed, const at::Te
               x.size(1) / group, ", ", packed.size(0), ", 2)");
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "int4_rows: x: got ",
               x.scalar_type(), ", expected float32 or bfloat16");
-  return x.scalar_type() == at::kFloat ? multiply<float>(x, packed, pairs, group)
-                                       : multiply<at::BFloat16>(x, packed, pairs, group);
 }
 
-bool supported() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&
-         __builtin_cpu_supports("avx512vnni");
+// `portable`: by the loops that run on any processor, for tests on one that has better.
+at::Tensor int4_product(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group,
+                        bool portable) {
+  check(x, packed, pairs, group);
+  return x.scalar_type() == at::kFloat ? product<float>(x, packed, pairs, group, portable)
+                                       : product<at::BFloat16>(x, packed, pairs, group, portable);
+}
+
+at::Tensor int4_rows(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
+  check(x, packed, pairs, group);
+  return x.scalar_type() == at::kFloat ? multiply<float>(x, packed, pairs, group)
+                                       : multiply<at::BFloat16>(x, packed, pairs, group);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(dslib, library) {
+  library.def("int4_product(Tensor x, Tensor packed, Tensor pairs, int group, bool portable=False) -> Tensor");
   library.def("int4_rows(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor");
   library.def("int4_rows_supported() -> bool", &supported);
 }
 
 TORCH_LIBRARY_IMPL(dslib, CPU, library) {
+  library.impl("int4_product", &int4_product);
   library.impl("int4_rows", &int4_rows);
 }

@@ -1,13 +1,15 @@
-"""One row, or a few, times 4-bit weights, with the row rounded to eight bits: for reading weights at full speed.
+"""One row, or a few, times 4-bit weights: products that torch does not have, compiled at the first use.
 
-torch's packed product turns every code into a float, and that work, not the memory, sets its pace. If a row is integers
-too, codes and inputs can be multiplied as they are, 64 at once, and what remains is to read the weights. ONNX Runtime
-calls this "accuracy level 4". The price is an error of about 0.6 %, next to about 8 % that the four bits cost and
-0.25 % of activations in bfloat16.
+*The row as it is.* torch's packed product reads our order of codes on CPUs with AVX-512 only. Elsewhere
+``int4_product`` does the work: a code becomes a float in a register, next to the multiplication, in float32.
 
-torch has no such product for our order of codes, so ``int4_rows.cpp`` is one. It is
-compiled at the first use, which takes about fifteen seconds and needs a C++ compiler, and kept in torch's cache folder.
-:func:`plain` is the same arithmetic in torch, and what the tests hold it against.
+*The row in eight bits.* Turning every code into a float takes longer than reading it. If a row is integers too, codes
+and inputs can be multiplied as they are, and what remains is to read the weights. ONNX Runtime calls this "accuracy
+level 4". The price is an error of about 0.6 %, next to about 8 % that the four bits cost and 0.25 % of activations in
+bfloat16.
+
+Both are in ``int4_rows.cpp``. Compiling takes about twenty seconds and needs a C++ compiler; the result is kept in
+torch's cache folder. :func:`plain` is the arithmetic of the second in torch, and what the tests hold it against.
 
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 """
@@ -53,20 +55,27 @@ def plain(rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tenso
 
 
 def why_not(packed: Tensor, group_size: int) -> str | None:
-    """Why the compiled product cannot take these weights; None if it can. The first call may compile it."""
+    """Why rows in eight bits cannot be multiplied by these weights; None if they can. The first call may compile."""
+    reason = why_no_product(packed, group_size)
+    if reason is None and not torch.ops.dslib.int4_rows_supported():
+        return (
+            "this CPU has neither AVX-512 with VNNI nor AVX2, which the product for rows in eight bits is written for"
+        )
+    return reason
+
+
+def why_no_product(packed: Tensor, group_size: int) -> str | None:
+    """Why a row as it is cannot be multiplied by these weights; None if it can. The first call may compile."""
     if packed.device.type != "cpu":
-        return f"device {packed.device.type!r} has no product for rows in eight bits, expected 'cpu'"
+        return f"device {packed.device.type!r} has no product of ours, expected 'cpu'"
     if len(packed) % BLOCK or group_size % 4:
         return f"{len(packed)} rows in groups of {group_size}, expected multiples of {BLOCK} and 4"
-    found = compiled()
-    return found if isinstance(found, str) else None
+    return compiled()
 
 
 @cache
-def compiled() -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | str:
-    """The product of :func:`plain` as machine code, or why there is none."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "this CPU has no AVX-512, which the product for rows in eight bits is written for"
+def compiled() -> str | None:
+    """Compile and load the products, if that was not done before; why that is not possible, or None."""
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([torch.__version__, *FLAGS]).encode()).hexdigest()[:16]
     library = Path(torch.hub.get_dir()) / f"dslib-int4-rows-{key}.so"
     try:
@@ -74,9 +83,17 @@ def compiled() -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | str:
             _compile(library)
         torch.ops.load_library(library)
     except (ImportError, OSError, RuntimeError) as error:
-        return f"the product for rows in eight bits cannot be compiled: {str(error).strip().splitlines()[0]}"
-    if not torch.ops.dslib.int4_rows_supported():
-        return "this CPU lacks VBMI or VNNI, which the product for rows in eight bits is written for"
+        return f"our 4-bit products cannot be compiled: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """``product()(rows, packed, pairs, group_size)``: rows as they are, for where :func:`why_no_product` is None."""
+    return torch.ops.dslib.int4_product.default
+
+
+def rounded_product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """The same with rows in eight bits, for where :func:`why_not` is None."""
     return torch.ops.dslib.int4_rows.default
 
 

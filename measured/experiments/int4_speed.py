@@ -24,6 +24,7 @@ from dslib.architecture.int4.levels import unpack
 from dslib.architecture.weights.pretrained import load_smollm2
 from dslib.architecture.weights.twin import hf_twin
 from dslib.fast import int4_rows
+from dslib.fast.int4 import cpu_kernel
 from dslib.performance.speed import weight_bytes
 from measured.probes import read_bandwidth
 from measured.timing import Timing, compare, measure
@@ -69,7 +70,7 @@ def int4_speed(
         multiply = products[0]
         ways["ours, int8"] = lambda: [multiply(x) for multiply in products]
         error["ours, int8"] = _distance(multiply(x), exact)
-    if layer.forward.why_not() is None and x.device.type == "cpu":
+    if cpu_kernel() and x.device.type == "cpu":
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
         ways["torch int4"] = lambda: [kernel(half, a.packed, group_size, a.forward.pairs()) for a in layers["ours"]]
     with torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 from dslib import fast
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import Int4Linear, quantize_
-from dslib.fast import int4
+from dslib.fast import int4, int4_rows
 from dslib.fast.int4 import FEW_ROWS
 from dslib.fast.shortcut import shortcut_of
 
@@ -18,6 +18,14 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(params=[True, False], ids=["as here", "without torch's kernel"])
+def kernels(request, monkeypatch):
+    """With the kernels of this processor, and with those of one that has no packed product in torch."""
+    if not request.param:
+        monkeypatch.setattr(int4, "cpu_kernel", lambda: False)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("method, symmetric", KINDS)
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
@@ -54,11 +62,10 @@ def test_what_has_no_kernel_says_so_and_runs_plain(group_size, device):
 
 def test_without_a_kernel_the_report_says_so_and_nothing_warns(monkeypatch, recwarn):
     monkeypatch.setattr(int4, "cpu_kernel", lambda: False)
+    monkeypatch.setattr(int4_rows, "compiled", lambda: "no compiler here")
     model = quantize_(build(DecoderConfig(64, 64, 96, 2, 4, 2), seed=0).eval())
     report = fast.prepare(model)
-    assert {why for _, kind, why in report.plain if kind == "Int4Linear"} == {
-        "this CPU has no packed product that reads our order"
-    }
+    assert {why for _, kind, why in report.plain if kind == "Int4Linear"} == {"no compiler here"}
     with torch.no_grad():
         ids = torch.arange(5).view(1, -1)
         got = model(ids)

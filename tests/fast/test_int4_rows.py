@@ -16,10 +16,10 @@ from dslib.fast.lean_step import LeanStep
 
 @pytest.fixture(scope="module")
 def multiply():
-    found = int4_rows.compiled()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    reason = int4_rows.why_not(torch.empty(64, 16, dtype=torch.uint8), 32)
+    if reason is not None:
+        pytest.skip(reason)
+    return int4_rows.rounded_product()
 
 
 def random(*shape, seed=0):
@@ -61,6 +61,23 @@ def test_the_compiled_product_equals_the_same_steps_in_torch(multiply, group_siz
             assert torch.equal(half, multiply(some.bfloat16().float(), *args).bfloat16())
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [4, 12, 32, 64, 128, 256, 768])
+def test_a_row_as_it_is_gives_the_exact_product(multiply, group_size, symmetric, portable):
+    layer, rows = layer_and_rows(group_size, symmetric)
+    rows[1] *= 1e3
+    product, args = int4_rows.product(), (layer.packed, pairs(layer), group_size, portable)
+    for some in (rows, rows[:1], rows[:0]):
+        want = Int4Linear.forward(layer, some)
+        torch.testing.assert_close(
+            product(some, *args), want, rtol=1e-4, atol=1e-5 * (some.abs().max().item() if len(some) else 1)
+        )
+        half = product(some.bfloat16(), *args)
+        assert half.dtype is torch.bfloat16
+        assert torch.equal(half, product(some.bfloat16().float(), *args).bfloat16())
 
 
 def test_rounding_the_row_costs_less_than_a_hundredth():
@@ -139,18 +156,11 @@ def nothing_remembered():
 
 
 @pytest.mark.usefixtures("nothing_remembered")
-@pytest.mark.parametrize("hindrance", ["no compiler", "no AVX-512"])
-def test_where_there_is_none_activations_stay_in_bfloat16(monkeypatch, tmp_path, recwarn, hindrance):
+def test_without_a_compiler_activations_are_not_rounded(monkeypatch, tmp_path, recwarn):
     layer, rows = layer_and_rows(out=192)
-    want = {"no compiler": "cannot be compiled", "no AVX-512": "has no AVX-512"}[hindrance]
-    if hindrance == "no compiler":
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            pytest.skip("this CPU has no AVX-512")
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        monkeypatch.setenv("CXX", str(tmp_path / "missing"))
-    else:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert want in int4_rows.why_not(layer.packed, 32)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert "cannot be compiled" in int4_rows.why_not(layer.packed, 32)
     fast.prepare(layer)
     exact = layer(rows)
     layer.activations = "int8"
@@ -165,7 +175,7 @@ def test_it_may_be_compiled_and_then_found_again(multiply, monkeypatch, tmp_path
     own, since an operator can be registered once only."""
     ask = "from dslib.fast import int4_rows; a = int4_rows.compiled(); int4_rows.compiled.cache_clear(); "
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    run = [sys.executable, "-c", ask + "assert a is int4_rows.compiled(), a"]
+    run = [sys.executable, "-c", ask + "assert a is int4_rows.compiled() is None, a"]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [path.suffix for path in (tmp_path / "hub").iterdir()] == [".so"]
