@@ -52,7 +52,7 @@ record-key: venv ## print what `python -m measured.record gpu` needs on a machin
 	@$(PY) -m measured.record --key
 
 lint: venv ## check style and formatting of code and notebooks
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check && $(PY) -m tools.lines
 
 clean: ## remove the built book and caches (keeps .venv)
 	@rm -rf _build dist .pytest_cache .ruff_cache

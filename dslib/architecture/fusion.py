@@ -9,8 +9,7 @@
 Both sit behind one interface: ``image = model.encode_image(pixels)`` once, then ``model(input_ids, cache,
 image=image)``. Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
 
-Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision` and
-:mod:`~dslib.architecture.vision.cross_attention`. Sources: Flamingo (arXiv
+Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision`. Sources: Flamingo (arXiv
 2204.14198, section 2.2), LLaVA-1.5 (arXiv 2310.03744) for the two-layer projector.
 """
 

@@ -129,17 +129,10 @@ class Scores:
 
 
 def score(
-    model: Decoder,
-    tokenizer,
-    questions: Sequence[Question],
-    prompt: Prompt = PROMPTS["mmlu"],
-    *,
-    shots: int = 0,
-    examples: Sequence[Question] | None = None,
-    with_prior: bool = False,
-    batch_tokens: int = 512,
+    model: Decoder, tokenizer, questions: Sequence[Question], prompt: Prompt = PROMPTS["mmlu"], *, shots: int = 0,
+    examples: Sequence[Question] | None = None, with_prior: bool = False, batch_tokens: int = 512,
     progress: bool = False,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Score the four choices of every question.
 
     Args:
@@ -181,7 +174,7 @@ def log_likelihoods(
     """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
 
     By whole passes over a context and a continuation, whatever the model is; :mod:`dslib.fast.scoring` where the model
-    is prepared for it.
+    is prepared for it. In bfloat16 only that one has logits in float32; whole passes have those of the model.
 
     Args:
         groups, batch_tokens: only used there.

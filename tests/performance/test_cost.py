@@ -217,7 +217,7 @@ def traffic(**change):
     ],
 )
 def test_numbers_out_of_range_are_named(name, call, value):
-    with pytest.raises(ValueError, match=rf"^{name}: got {value!r}, expected (a number above 0|at least 1|a whole number)"):
+    with pytest.raises(ValueError, match=rf"^{name}: got {value!r}, expected (a number above 0|at least 1|a whole)"):
         call(value)
 
 
