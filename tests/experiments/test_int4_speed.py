@@ -7,6 +7,8 @@ from dslib.fast import int4_rows
 from dslib.fast.int4 import cpu_kernel
 from measured.experiments import int4_speed
 
+pytestmark = pytest.mark.processor
+
 
 @pytest.mark.parametrize("rows", [1, 100])
 def test_every_way_is_timed_and_ours_is_right(rows, monkeypatch):

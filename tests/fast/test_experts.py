@@ -14,6 +14,8 @@ from dslib.architecture.experts import one_by_one as plain_loop
 from dslib.fast import linear
 from dslib.fast.linear import FEW_WEIGHTS, pack, packed_product, product
 
+pytestmark = pytest.mark.processor
+
 E, K, H, I = 6, 2, 16, 24  # noqa: E741
 WAYS = ("grouped", "padded", "loop")
 CASES = {

@@ -11,6 +11,8 @@ from dslib.fast import int4, int4_rows
 from dslib.fast.int4 import FEW_ROWS
 from dslib.fast.shortcut import shortcut_of
 
+pytestmark = pytest.mark.processor
+
 KINDS = [("rtn", False), ("rtn", True), ("hqq", False)]
 
 

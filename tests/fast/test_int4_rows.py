@@ -13,6 +13,8 @@ from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.fast import int4_rows
 from dslib.fast.lean_step import LeanStep
 
+pytestmark = pytest.mark.processor
+
 
 @pytest.fixture(scope="module")
 def multiply():

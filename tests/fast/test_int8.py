@@ -8,6 +8,8 @@ from dslib.architecture import decoder
 from dslib.fast import int8
 from dslib.fast.int8 import Int8Linear, quantize_int8_
 
+pytestmark = pytest.mark.processor
+
 
 def layer(dtype=torch.float32):
     torch.manual_seed(0)

@@ -9,6 +9,8 @@ from dslib import fast
 from dslib.fast import linear
 from dslib.fast.linear import one_row_linear
 
+pytestmark = pytest.mark.processor
+
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24)])
 @pytest.mark.parametrize("rows", [1, 3, 6, 7, 8, 250])

@@ -7,9 +7,10 @@ from torch import nn
 from dslib import fast
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import Int4Linear, quantize_
-from dslib.fast.int4 import cpu_kernel
 from dslib.fast.lean_step import LeanStep
 from dslib.fast.token_step import why_not
+
+pytestmark = pytest.mark.processor
 
 SIZES = {
     # vocab, hidden, intermediate, layers, heads, kv heads, head_dim; cut in 4, in 2, or not at all
@@ -152,7 +153,8 @@ def test_weights_of_four_bits(dtype, skip, symmetric):
             plain.weight = nn.Parameter(module.dequantize())
             plain.bias = None if module.bias is None else nn.Parameter(module.bias.float())
     want = uncached(exact)
-    if cpu_kernel():
+    fast.prepare(model)
+    if why_not(model) is None:  # there is a kernel
         lean, full, _ = both(model, "preallocated")
         errors = [(got.float() - want).norm() / want.norm() for got in (lean, full)]
         assert errors[0] < 1.5 * errors[1] + 1e-3

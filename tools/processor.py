@@ -1,0 +1,57 @@
+"""What the libraries under torch really use of this processor, and how to play a lesser one.
+
+torch's own kernels, oneDNN and MKL each choose their instructions for themselves, so each has to be told. Products of
+our own (`dslib/fast/int4_rows.cpp`) ask the processor and cannot be told. `python -m tools.processor` prints all that.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+# From the better to the lesser; nothing plays a better one.
+LEVELS = {
+    "AVX512": {},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}
+ASK = """
+import torch
+print("torch:", torch.backends.cpu.get_cpu_capability())
+x = torch.ones(64, 64)
+x @ x, torch.nn.functional.conv2d(x[None, None], x[None, None])
+"""
+
+
+def environment(level: str) -> dict[str, str]:
+    """The environment in which the libraries behave like a processor of this level."""
+    return {name: value for name, value in os.environ.items() if name not in LEVELS["AVX2"]} | LEVELS[level]
+
+
+def used(env: dict[str, str]) -> dict[str, str]:
+    """Library -> what it says it uses, asked in a process of its own."""
+    loud = env | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
+    run = subprocess.run([sys.executable, "-c", ASK], env=loud, capture_output=True, text=True, check=True)
+    patterns = {
+        "torch": r"^torch: (.*)$",
+        "oneDNN": r"info,cpu,isa:(.*)$",
+        "MKL": r"^MKL_VERBOSE oneMKL .* for (.*), Lnx",
+    }
+    found = {name: re.search(pattern, run.stdout, re.MULTILINE) for name, pattern in patterns.items()}
+    return {name: match[1].strip() if match else "not there" for name, match in found.items()}
+
+
+def lesser() -> list[str]:
+    """Levels below this processor's, which can be played here."""
+    levels = list(LEVELS)
+    here = used(dict(os.environ))["torch"]
+    return levels[levels.index(here) + 1 :] if here in levels else []
+
+
+def main() -> None:
+    for level, env in [("here", dict(os.environ)), *((f"as {one}", environment(one)) for one in lesser())]:
+        print(f"{level:11}", "; ".join(f"{library} {what}" for library, what in used(env).items()))
+
+
+if __name__ == "__main__":
+    main()
