@@ -1,13 +1,13 @@
-"""Log-likelihoods of several continuations of one context, and nothing computed twice.
+"""Log-likelihoods of several continuations of one context: by whole passes, or with nothing computed twice.
 
-What all contexts begin with, such as a header or examples, runs once and leaves its keys and values. A row of the batch
-holds the rest of a context and, behind it, its continuations side by side; a mask lets each see the context and itself.
-Continuations of one token, such as letters, add nothing to it. The output layer, and the last feed-forward network,
-run only where a token is scored. Rows of similar length share a batch.
+:func:`whole_passes` runs context and continuation through the model, whatever the model is. The shared way gives the
+same for a fraction of the work. What all contexts begin with, such as a header or examples, runs once and leaves its
+keys and values. A row of the batch holds the rest of a context and, behind it, its continuations side by side; a mask
+lets each see the context and itself. Continuations of one token, such as letters, add nothing to it. The output layer,
+and the last feed-forward network, run only where a token is scored. Rows of similar length share a batch.
 
 That is a shortcut past the model's ``forward``, so it is for models that :func:`dslib.fast.prepare` has prepared and in
-which nothing was changed, see :func:`why_not`. :func:`dslib.performance.accuracy.log_likelihoods` takes it there, and
-whole passes elsewhere.
+which nothing was changed, see :func:`why_not`.
 
 The output layer runs in float32 whatever the model's format, unless it was quantised or changed. Two letters often lie
 closer together than bfloat16 can tell apart, and a tie would go to the first.
@@ -54,6 +54,19 @@ class Row:
 
 
 @torch.inference_mode()
+def whole_passes(model: Decoder, rows: Sequence[Row], progress: bool = False) -> Tensor:
+    """What :func:`log_likelihoods` gives: float32 (rows, continuations), from logits in the model's own format."""
+    device, out = model.embed_tokens.weight.device, torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32)
+    for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
+        for size in {len(end) for end in row.ends}:  # those of equal length share a batch, so that nothing is padded
+            same = [number for number, end in enumerate(row.ends) if len(end) == size]
+            ids = torch.tensor([row.context + row.ends[number] for number in same], device=device)  # (B, T)
+            logs = model(ids[:, :-1]).float().log_softmax(-1)[:, -size:]  # (B, size, vocab_size)
+            out[index, same] = logs.gather(2, ids[:, -size:, None]).sum((1, 2)).cpu()
+    return out
+
+
+@torch.inference_mode()
 def log_likelihoods(
     model: Decoder,
     rows: Sequence[Row],
@@ -64,18 +77,21 @@ def log_likelihoods(
 ) -> Tensor:
     """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
 
+    The shared way for a prepared model, whole passes for any other.
+
     Args:
         groups: a label for each row; what the rows of a group have in common at the start runs once. None is one group.
         batch_tokens: tokens of a batch, padding included; a longer row is a batch of its own.
 
     Raises:
-        ValueError: rows that :func:`check_rows` refuses; a model that :func:`why_not` has something against.
+        ValueError: no row, continuations that differ in number, a context or a continuation without a token, a row
+            longer than ``max_position_embeddings`` (unless the model has a window).
     """
     check_rows(model, rows)
-    if (reason := why_not(model)) is not None:
-        raise ValueError(f"model: {reason}, expected one that fast.prepare has prepared and nobody has changed")
+    if why_not(model) is not None:
+        return whole_passes(model, rows, progress)
     groups = [0] * len(rows) if groups is None else groups
-    out = torch.empty(len(rows), len(rows[0].ends))
+    out = torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32)
     head = _float_head(model)
     with tqdm(total=len(rows), desc="questions", disable=not progress) as bar:
         for group in dict.fromkeys(groups):
@@ -174,7 +190,7 @@ def _score_batch(model: Decoder, head: Callable[[Tensor], Tensor], rows: list[Ro
     states = _states_at(model, ids.to(device), positions.to(device), branch.to(device), prefix, places)
     logits = head(model.norm(states))  # (places, vocab_size)
     picked = logits[back, torch.tensor(what, device=device)] - logits.logsumexp(-1)[back]
-    sums = torch.zeros(len(rows) * len(rows[0].ends), device=device)
+    sums = torch.zeros(len(rows) * len(rows[0].ends), dtype=torch.float32, device=device)
     return sums.index_add_(0, torch.tensor(whose, device=device), picked).view(len(rows), -1).cpu()
 
 

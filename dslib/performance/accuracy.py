@@ -15,13 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.generation import generate
 from dslib.data.questions import LETTERS, Question
-from dslib.fast import scoring
-from dslib.fast.scoring import Row, check_rows
+from dslib.fast.scoring import Row, log_likelihoods
 
 NORMALISATIONS = ("none", "tokens", "characters", "bytes", "prior")
 
@@ -164,35 +162,6 @@ def score(
         prior = log_likelihoods(model, alone, **options)
     groups = [one.subject for one in questions] if shots else None  # the examples before a question are its subject's
     return Scores(questions, log_likelihoods(model, rows, groups=groups, **options), sizes, prior)
-
-
-@torch.inference_mode()
-def log_likelihoods(
-    model: Decoder, rows: Sequence[Row], *, groups: Sequence | None = None, batch_tokens: int = 512,
-    progress: bool = False,
-) -> Tensor:  # fmt: skip
-    """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
-
-    By whole passes over a context and a continuation, whatever the model is; :mod:`dslib.fast.scoring` where the model
-    is prepared for it. In bfloat16 only that one has logits in float32; whole passes have those of the model.
-
-    Args:
-        groups, batch_tokens: only used there.
-
-    Raises:
-        ValueError: no row, or one longer than ``max_position_embeddings`` (unless the model has a window).
-    """
-    if scoring.why_not(model) is None:
-        return scoring.log_likelihoods(model, rows, groups=groups, batch_tokens=batch_tokens, progress=progress)
-    check_rows(model, rows)
-    device, out = model.embed_tokens.weight.device, torch.empty(len(rows), len(rows[0].ends))
-    for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
-        for size in {len(end) for end in row.ends}:  # those of equal length share a batch, so that nothing is padded
-            same = [number for number, end in enumerate(row.ends) if len(end) == size]
-            ids = torch.tensor([row.context + row.ends[number] for number in same], device=device)  # (B, T)
-            logs = model(ids[:, :-1]).float().log_softmax(-1)[:, -size:]  # (B, size, vocab_size)
-            out[index, same] = logs.gather(2, ids[:, -size:, None]).sum((1, 2)).cpu()
-    return out
 
 
 def _examples(one: Question, pool: tuple[Question, ...], shots: int) -> list[Question]:

@@ -197,3 +197,18 @@ def test_runs_are_plain_data(monkeypatch, model):
     hits = accuracy.right(run, "tokens")
     assert hits == [given == key for given, key in zip(run["answers"]["tokens"], "DC", strict=True)]
     assert accuracy.written_run(max_new_tokens=2)["answers"].keys() == {"written"}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_another_default_dtype_changes_nothing(model, prepared):
+    (fast.prepare if prepared else fast.release)(model)
+    rows = [Row([5, 6, 7], [[1, 2], [3]]), Row([5, 6], [[4], [1]])]
+    wanted, before = log_likelihoods(model, rows), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = log_likelihoods(model, rows)
+    finally:
+        torch.set_default_dtype(before)
+        fast.release(model)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
