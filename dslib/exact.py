@@ -21,6 +21,13 @@ def hooks(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks) + replaced
 
 
+def own_method(module: nn.Module) -> str | None:
+    """The name of a method, other than ``forward``, that was set on this one module; None if there is none."""
+    return next(
+        (name for name in vars(module) if name != "forward" and callable(getattr(type(module), name, None))), None
+    )
+
+
 def unlike(module: nn.Module, kinds: Collection[type], bias: bool = True) -> str | None:
     """How ``module`` differs from an unchanged one of ``kinds``; None if it does not.
 
@@ -31,8 +38,8 @@ def unlike(module: nn.Module, kinds: Collection[type], bias: bool = True) -> str
         return f"is a {type(module).__name__}"
     if hooks(module):
         return "has hooks or a forward of its own"
-    if own := [name for name in vars(module) if name != "forward" and callable(getattr(type(module), name, None))]:
-        return f"has a {own[0]} of its own"
+    if (own := own_method(module)) is not None:
+        return f"has a {own} of its own"
     # A parameter of another class than Parameter (a tensor subclass) may multiply in another way.
     if any(type(value) is not nn.Parameter for value in module._parameters.values() if value is not None):
         return "has parameters of another class"

@@ -244,8 +244,3 @@ def dtype_name(dtype: Any) -> str:
     name = "float8" if name.startswith("float8_") else name
     check.one_of(NUMBER_BYTES, dtype=name)
     return name
-
-
-def positive(name: str, value: float) -> None:
-    """Raise a ``ValueError`` that names a value which is not above 0."""
-    check.above(0, **{name: value})

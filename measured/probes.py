@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dslib.roofline import Roof, dtype_name, positive
+from dslib.check import above
+from dslib.roofline import Roof, dtype_name
 from measured.machine import as_device, describe
 from measured.timing import Stopwatch, Timing, measure
 
@@ -136,7 +137,7 @@ def _best(fn: Callable[[], Any], device: torch.device, max_seconds: float, threa
     best = float("inf")
     try:
         for count in counts:
-            positive("threads", count)
+            above(0, threads=count)
             torch.set_num_threads(count)
             timing = measure(
                 fn,
@@ -161,7 +162,7 @@ def _filled(size: int, device: torch.device) -> torch.Tensor:
     """
     import torch
 
-    positive("size", size)
+    above(0, size=size)
     return torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
 
 

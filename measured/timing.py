@@ -21,8 +21,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dslib.check import whole
-from dslib.roofline import positive
+from dslib.check import above, whole
 from measured.machine import synchronize
 
 if TYPE_CHECKING:
@@ -127,8 +126,8 @@ def measure(
     whole(1, min_runs=min_runs)
     whole(min_runs, max_runs=max_runs)
     whole(0, warmup=warmup)
-    positive("max_seconds", max_seconds)
-    positive("target_spread", target_spread)
+    above(0, max_seconds=max_seconds)
+    above(0, target_spread=target_spread)
     with _quiet():
         calls = _warm(fn, device, warmup)
         readings: list[float] = []
@@ -165,7 +164,7 @@ def compare(
         _check_callable(f"functions[{name!r}]", fn)
     whole(1, rounds=rounds)
     whole(0, warmup=warmup)
-    positive("target_spread", target_spread)
+    above(0, target_spread=target_spread)
     with _quiet():
         calls = {name: _warm(fn, device, warmup) for name, fn in functions.items()}
         readings: dict[str, list[float]] = {name: [] for name in functions}

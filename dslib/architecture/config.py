@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from dslib.check import whole
+from dslib.check import one_of, whole
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def preset(name: str, **changes) -> DecoderConfig:
 
 def choose(presets: dict[str, DecoderConfig], name: str, changes: dict) -> DecoderConfig:
     """:func:`preset` for any table of configurations; a ValueError names an unknown preset or field."""
-    if name not in presets:
-        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(map(repr, presets))}")
+    one_of(presets, preset=name)
     fields = {field.name for field in dataclasses.fields(presets[name])}
     if unknown := sorted(set(changes) - fields):
         raise ValueError(f"preset {name!r}: unknown field {unknown[0]!r}, expected one of {', '.join(sorted(fields))}")

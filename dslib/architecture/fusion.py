@@ -42,10 +42,10 @@ class FusionConfig(DecoderConfig):
         image_hidden_size: C, size of the image stream's features.
         gate: ``"scalar"``, one learned number a block (Flamingo), or ``"token"``, computed from each token's state
             (the "dynamic weights" of the article).
-        cross_attention_every: a block stands before the first of every so many layers. cross_intermediate_size: inner
-            size of the block's own gated feed-forward network; 0 for none (Flamingo has it). swin: config of the image
-            stream, see :class:`~dslib.architecture.vision.swin.SwinStream`; None is the tiny one. Not used when an
-            image stream is handed over.
+        cross_attention_every: a block stands before the first of every so many layers.
+        cross_intermediate_size: inner size of the block's own gated feed-forward network; 0 for none (Flamingo has it).
+        swin: config of the image stream, see :class:`~dslib.architecture.vision.swin.SwinStream`; None is the tiny one.
+            Not used when an image stream is handed over.
     """
 
     fusion: str = "cross"
@@ -201,9 +201,7 @@ class VisionLanguageDecoder(Decoder):
         """
         if image is None:
             return super().forward(input_ids, cache, positions, logits_at)
-        if image.prefix and (
-            cache is None or cache.length == 0
-        ):  # the picture's own tokens have no logits that anybody wants
+        if image.enters(cache):  # nobody wants the logits of the picture's own tokens
             text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
             logits_at = (text if logits_at is None else logits_at) + image.prefix
         return super().forward(input_ids, cache, positions, logits_at, image=image)
@@ -220,7 +218,7 @@ class VisionLanguageDecoder(Decoder):
         check_ids(input_ids)
         x = self.embed_tokens(input_ids)
         positions = None if positions is None else positions + image.prefix
-        if image.prefix and (cache is None or cache.length == 0):
+        if image.enters(cache):
             x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
             if positions is not None:
                 before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)

@@ -3,15 +3,16 @@
 :class:`~dslib.architecture.int4.layers.Int4Linear` unpacks a matrix to multiply by it. :class:`QuickInt4` stands in
 for it where there is a kernel:
 
-* a few rows: torch's packed product (a CPU with AVX-512, a GPU from compute capability 8.0). One load of its brings
-  codes that lie in different rows, so that no sums across a register are needed; our codes are stored in that order;
-* many rows on a CPU: a slice of the matrix is unpacked to bfloat16, multiplied, and forgotten;
-* up to four rows on a CPU, if the layer's ``activations`` are ``"int8"``: :mod:`dslib.fast.int4_rows`, faster, less
+* a few rows: torch's packed product on a CPU with AVX-512 or a GPU from compute capability 8.0, ours of
+  :mod:`dslib.fast.int4_rows` on other CPUs. One load brings codes that lie in different rows, so that no sums across a
+  register are needed; our codes are stored in that order;
+* many rows on a CPU: a slice of the matrix is unpacked, multiplied, and forgotten;
+* up to four rows on a CPU, if the layer's ``activations`` are ``"int8"``: rows rounded to eight bits, faster and less
   exact.
 
-The first two compute with bfloat16 activations and round the result to bfloat16, whatever the dtype of the input: a
-relative error of about 0.3 %, next to about 8 % that four bits cost; rows in eight bits cost 0.6 %. Dtype and shape are
-the same on every way, and gradients flow through the plain one.
+Where torch's product is used, activations and result are rounded to bfloat16, whatever the dtype of the input: a
+relative error of about 0.3 %, next to about 8 % that four bits cost. Ours computes in float32; rows in eight bits cost
+0.6 %. Dtype and shape are the same on every way, and gradients flow through the plain one.
 
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 """

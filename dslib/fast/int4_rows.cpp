@@ -67,11 +67,21 @@ void product_block(const uint8_t* codes, const int32_t* pairs, int64_t stride, c
 }
 
 #if X86
+// Scales and zeros of eight rows.
+struct Eight {
+  __m256 scale, zero;
+};
+__attribute__((target("avx2,fma"), always_inline)) inline Eight eight_pairs(const int32_t* pairs) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+  const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(_mm256_and_si256(both, upper))};
+}
+
 // The same with eight floats to a register, and all 64 sums of a group in registers.
 __attribute__((target("avx2,fma")))
 void product_block_avx2(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Floats& row, int64_t group,
                         float* y) {
-  const __m256i low = _mm256_set1_epi32(15), upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  const __m256i low = _mm256_set1_epi32(15);
   __m256 total[8];
   for (auto& part : total) part = _mm256_setzero_ps();
   const float* x = row.values.data();
@@ -90,9 +100,7 @@ void product_block_avx2(const uint8_t* codes, const int32_t* pairs, int64_t stri
     }
     const __m256 shift = _mm256_set1_ps(row.sums[g]);
     for (int part = 0; part < 8; ++part) {
-      const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 8 * part));
-      const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-      const __m256 zero = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));
+      const auto [scale, zero] = eight_pairs(pairs + 8 * part);
       total[part] = _mm256_fmadd_ps(zero, shift, _mm256_fmadd_ps(scale, sum[part], total[part]));
     }
   }
@@ -189,7 +197,7 @@ void multiply_block(const uint8_t* codes, const int32_t* pairs, int64_t stride, 
 __attribute__((target("avx2,fma")))
 void multiply_block_avx2(const uint8_t* codes, const int32_t* pairs, int64_t stride, const Rounded& row, int64_t group,
                          float* y) {
-  const __m256i low = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  const __m256i low = _mm256_set1_epi8(15);
   __m256 total[8];
   for (auto& part : total) part = _mm256_setzero_ps();
   const int8_t* x = row.codes.data();
@@ -220,9 +228,7 @@ void multiply_block_avx2(const uint8_t* codes, const int32_t* pairs, int64_t str
     }
     const __m256 step = _mm256_set1_ps(row.scales[g]), shift = _mm256_set1_ps(row.sums[g]);
     for (int part = 0; part < 8; ++part) {
-      const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 8 * part));
-      const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-      const __m256 zero = _mm256_castsi256_ps(_mm256_and_si256(pair, upper));
+      const auto [scale, zero] = eight_pairs(pairs + 8 * part);
       total[part] = _mm256_fmadd_ps(zero, shift, total[part]);
       total[part] = _mm256_fmadd_ps(_mm256_mul_ps(scale, step), _mm256_cvtepi32_ps(sum[part]), total[part]);
     }

@@ -39,8 +39,10 @@ FLAGS = ["-O3", "-fopenmp"]
 def plain(rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     """What the compiled product computes, step by step: ``rows Wᵀ`` with rows rounded to eight bits in each group.
 
-    Args: rows: (N, in), float32 or bfloat16. packed: uint8 (out, in / 2), see
-    :func:`~dslib.architecture.int4.levels.pack`. pairs: bfloat16 (groups, out, 2), scale and zero of each group.
+    Args:
+        rows: (N, in), float32 or bfloat16.
+        packed: uint8 (out, in / 2), see :func:`~dslib.architecture.int4.levels.pack`.
+        pairs: bfloat16 (groups, out, 2), scale and zero of each group.
 
     Returns:
         (N, out) in the dtype of ``rows``. The zeros are multiplied by sums of the rows before rounding.
@@ -56,21 +58,16 @@ def plain(rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tenso
 
 def why_not(packed: Tensor, group_size: int) -> str | None:
     """Why rows in eight bits cannot be multiplied by these weights; None if they can. The first call may compile."""
-    reason = why_no_product(packed, group_size)
+    if packed.device.type != "cpu":
+        return f"device {packed.device.type!r} has no product of ours, expected 'cpu'"
+    if len(packed) % BLOCK or group_size % 4:
+        return f"{len(packed)} rows in groups of {group_size}, expected multiples of {BLOCK} and 4"
+    reason = compiled()
     if reason is None and not torch.ops.dslib.int4_rows_supported():
         return (
             "this CPU has neither AVX-512 with VNNI nor AVX2, which the product for rows in eight bits is written for"
         )
     return reason
-
-
-def why_no_product(packed: Tensor, group_size: int) -> str | None:
-    """Why a row as it is cannot be multiplied by these weights; None if it can. The first call may compile."""
-    if packed.device.type != "cpu":
-        return f"device {packed.device.type!r} has no product of ours, expected 'cpu'"
-    if len(packed) % BLOCK or group_size % 4:
-        return f"{len(packed)} rows in groups of {group_size}, expected multiples of {BLOCK} and 4"
-    return compiled()
 
 
 @cache
@@ -88,7 +85,7 @@ def compiled() -> str | None:
 
 
 def product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """``product()(rows, packed, pairs, group_size)``: rows as they are, for where :func:`why_no_product` is None."""
+    """``product()(rows, packed, pairs, group_size)``: rows as they are, for where :func:`compiled` is None."""
     return torch.ops.dslib.int4_product.default
 
 

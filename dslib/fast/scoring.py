@@ -31,7 +31,7 @@ from dslib.architecture.layers import Block
 from dslib.architecture.moe import MoE, Router
 from dslib.architecture.published import MultiHeadLatentAttention
 from dslib.architecture.sparse_decoder import SparseBlock
-from dslib.exact import exactly, first_unlike, hooks
+from dslib.exact import exactly, first_unlike, unlike
 from dslib.fast.int8 import Int8Linear
 from dslib.fast.prepared import is_prepared
 from dslib.fast.token_step import ELSEWHERE, KINDS, MODELS
@@ -110,9 +110,7 @@ def why_not(model: nn.Module) -> str | None:
     """Why a model's continuations cannot share a pass; None if they can. Every module has to be one that we know."""
     if not is_prepared(model):
         return "is not prepared"
-    if type(model) not in MODELS or hooks(model):
-        return f"is a {type(model).__name__} that was changed"
-    return first_unlike(model, SCORED, skip=ELSEWHERE)
+    return unlike(model, MODELS) or first_unlike(model, SCORED, skip=ELSEWHERE)
 
 
 def check_rows(model: Decoder, rows: Sequence[Row]) -> None:

@@ -21,7 +21,7 @@ from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU
 from dslib.architecture.sparse_decoder import SparseBlock, SparseDecoder
 from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention, ImageContext, SeeingBlock
 from dslib.architecture.window import RollingCache
-from dslib.exact import first_unlike
+from dslib.exact import first_unlike, own_method
 from dslib.fast.int4 import QuickInt4
 from dslib.fast.lean_step import LeanStep
 from dslib.fast.shortcut import Shortcut, Snapshot, shortcut_of, watched
@@ -44,9 +44,6 @@ class TokenStep(Shortcut):
         self._snapshot: Snapshot | None = None
         self._step: LeanStep | None = None
         self._reason: str | None = None
-
-    def stands(self) -> bool:
-        return type(self.stands_for) in MODELS
 
     def __call__(
         self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
@@ -73,7 +70,7 @@ class TokenStep(Shortcut):
             and (cache.buffer.dtype, cache.buffer.device.type) == (model.embed_tokens.weight.dtype, "cpu")
             and (image is None or (
                 type(model) is VisionLanguageDecoder and image.batch_size == 1
-                and (image.tokens is None) == (config.fusion == "cross") and (image.tokens is None or cache.length > 0)
+                and (image.tokens is None) == (config.fusion == "cross") and not image.enters(cache)
             ))
         )  # fmt: skip
 
@@ -103,8 +100,8 @@ def why_not(model: Decoder) -> str | None:
         return "has parameters of several dtypes or devices"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"is in {weight.dtype}"
-    if own := [name for name in vars(model) if name != "forward" and callable(getattr(type(model), name, None))]:
-        return f"has a {own[0]} of its own"
+    if (own := own_method(model)) is not None:
+        return f"has a {own} of its own"
     if (reason := first_unlike(model, KINDS, biased=("qkv_proj", "gate", "mlp_gate"), skip=ELSEWHERE)) is not None:
         return reason
     for name, part in model.named_modules():

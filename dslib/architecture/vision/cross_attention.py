@@ -125,6 +125,10 @@ class ImageContext:
         """Positions that the picture takes in the text model's own sequence: N for a projector, 0 otherwise."""
         return 0 if self.tokens is None else self.tokens.shape[1]
 
+    def enters(self, cache: KVCache | None) -> bool:
+        """Whether the picture's own tokens stand before the text of this call: at the first one, with a projector."""
+        return self.prefix > 0 and (cache is None or cache.length == 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes kept, counted from the tensors."""

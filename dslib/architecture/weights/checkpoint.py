@@ -20,6 +20,7 @@ from torch import Tensor
 from dslib.architecture.decoder import Decoder, DecoderConfig, build
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.weights.config import config_from_hf
+from dslib.check import one_of
 
 # How experts are named: the block they are in and, if every expert has its own, the names of gate, up and down.
 _LAYOUTS = {
@@ -215,8 +216,7 @@ def to_hf_state_dict(model: Decoder, layout: str = "stacked") -> dict[str, Tenso
     Raises:
         ValueError: unknown layout.
     """
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, _LAYOUTS))}")
+    one_of(_LAYOUTS, layout=layout)
     ours, out = _tensors(model), {}
     for name, source in _sources(model.config, layout).items():
         tensor = ours[name].detach()
