@@ -29,8 +29,11 @@ def noisy(size, dtype=torch.float32, **changes):
 
 
 @torch.no_grad()
-def both(model, kind, prompt=5, steps=20):
-    """Logits of the lean step and of the decoder on one text, token by token after a prompt; (steps, vocab) each."""
+def both(model, kind, prompt=5, steps=20, release=True):
+    """Logits of the lean step and of the decoder on one text, token by token after a prompt; (steps, vocab) each.
+
+    ``release=False`` leaves the decoder's layers prepared: both then multiply by the same kernels.
+    """
     ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
     caches = [model.make_cache(kind, max_length=prompt + steps) for _ in range(2)]
     if prompt:
@@ -40,8 +43,9 @@ def both(model, kind, prompt=5, steps=20):
     assert why_not(model) is None
     step = LeanStep(model)
     lean = torch.cat([step(token, caches[0]) for token in ids[0, prompt:].tolist()])
-    fast.release(model)
-    full = torch.cat([model(token, caches[1])[:, 0] for token in ids[:, prompt:].split(1, dim=1)])
+    if release:
+        fast.release(model)
+    full = torch.cat([type(model).forward(model, one, caches[1])[:, 0] for one in ids[:, prompt:].split(1, dim=1)])
     assert caches[0].length == caches[1].length == prompt + steps
     return lean, full, model(ids)[0, prompt:]
 
@@ -155,7 +159,7 @@ def test_weights_of_four_bits(dtype, skip, symmetric):
     want = uncached(exact)
     fast.prepare(model)
     if why_not(model) is None:  # there is a kernel
-        lean, full, _ = both(model, "preallocated")
+        lean, full, _ = both(model, "preallocated", release=False)
         errors = [(got.float() - want).norm() / want.norm() for got in (lean, full)]
         assert errors[0] < 1.5 * errors[1] + 1e-3
         assert errors[0] < 0.05
