@@ -13,7 +13,10 @@ NB ?=
 # Keep the timings of cells that did not change:  make refresh KEEP=1 NB=…
 KEEP ?=
 # What record measures: machine, gpu, or one of the longer parts that measured/record.py lists
-PART ?= machine
+PART ?=
+# Which of it:  make record STALE=1 what no recording answers any more, ALL=1 also what older code answered
+STALE ?=
+ALL ?=
 
 PY := .venv/bin/python
 
@@ -46,7 +49,7 @@ refresh: venv ## run the notebooks again and normalise them (NB=path for some, K
 	@$(PY) -m tools.notebooks refresh $(if $(KEEP),--keep-timings) $(NB)
 
 record: venv ## record this machine's measurements into data/recordings/ (PART=… for the long ones, see the module)
-	@$(PY) -m measured.record $(PART)
+	@$(PY) -m measured.record $(PART) $(if $(STALE),--stale) $(if $(ALL),--all)
 
 record-key: venv ## print what `python -m measured.record gpu` needs on a machine without git
 	@$(PY) -m measured.record --key

@@ -6,23 +6,19 @@ cluster node without git is told its commit (``--commit … --tree …``, printe
 list, writes each result as it is there, and stops in time (``--minutes 8``). ``--merge FILE`` brings its file home, if
 its code is that commit's. On a CPU, ``machine`` runs the same functions at the ``tiny`` size.
 
-A checkout with changes is refused: a recording belongs to a commit.
+The other parts take longer than a page should, up to half an hour each, and are made on a CPU with nothing else
+running: ``make record PART=experts``. ``make record STALE=1`` measures again what no recording answers any more, and
+``ALL=1`` also what was made by older code (see :mod:`measured.hashes`), in one part or in all.
 
-Some parts take longer than a page should, and are made on a CPU with nothing else running: ``make record PART=experts``
-and ``PART=experts-training`` time layers of experts (4 and 13 minutes), ``PART=training`` and ``PART=depth`` train
-small models (20 and 10 minutes), ``PART=isolation`` (with ``PART=isolation-rates`` before it) and ``PART=precision``
-train them apart and in 16 bits (4 minutes each), ``PART=accuracy`` asks SmolLM2 questions (15 minutes) and
-``PART=evaluation`` times that against lm-eval (10 minutes). ``PART=vision`` trains small models with pictures (10
-minutes; ``vision-0`` to ``vision-2`` are its thirds); ``PART=vision-speed`` and ``PART=vision-answer`` time
-them (4 minutes).
-``PART=speculative`` has SmolLM2 decode with guesses (2 minutes). ``PART=int4-quality`` rounds it to four bits in many
-ways (5 minutes; ``int4-quality-0`` to ``int4-quality-4`` are its five calls).
-``PART=ocr`` has an OCR engine read pages as an encoder sees them, ``PART=retrieval`` searches pictures by name in nine
-splits (4 minutes each), ``PART=preprocessing`` times pictures on their way to a model (1 minute).
+``make record PART=probes`` runs the functions whose results are no timings at a size of about a second. Tests compare
+their numbers with a new run, so that code that now gives other results is noticed though its recordings are old.
+
+A checkout with changes is refused: a recording belongs to a commit.
 """
 
 import argparse
 import importlib
+import json
 import os
 import signal
 import sys
@@ -100,6 +96,17 @@ QUALITY_CALLS = (
     (f"{QUALITY}:layer_quality", {}),
     (f"{QUALITY}:trained_quality", {}),
 )
+TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
+PROBES = (
+    (DESIGNS, {**TINY, "designs": ["no cure", "bias", "63, top 7, 1 shared", "dense, active size"], "batch_size": 2}),
+    ("measured.experiments.depth:exit_runs", {**TINY, "min_layers": 1}),
+    (ISOLATION, {**TINY, "seed_steps": 2, "mix_steps": 2, "batch_size": 3}),
+    (PRECISION, {**TINY, "arms": ["float32", "bfloat16"], "batch_size": 2}),
+    (RUN, {"steps": 2, "text_steps": 1, "label_steps": 2, "batch_size": 4, "variants": ["token gate"]}),
+    (f"{QUALITY}:trained_quality", {"steps": 3, "seeds": 1, "hidden_size": 64, "layers": 1, "group_sizes": [32]}),
+    ("measured.experiments.multimodal:legibility_runs", {"heights": [20], "pages": 1}),
+)
+PROBES_FILE = "recordings/probes/results.json"
 PARTS = {
     "machine": CPU_CALLS,
     "gpu": GPU_CALLS,
@@ -144,6 +151,7 @@ PARTS = {
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
     "int4-quality": QUALITY_CALLS,
     **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
+    "probes": PROBES,
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (
@@ -182,9 +190,17 @@ def stopping_after(minutes: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(part: str, out: str | None, minutes: float | None, origin: tuple[str, str]) -> int:
-    """Measure the calls of a part, writing after each, so that a stop loses one and not all; the exit status."""
-    path, failures, left = None, [], list(PARTS[part])
+def choose(part: str | None, redo: tuple[str, ...] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The calls of a part (None: of all that run on a CPU); of these, where ``redo`` names how a recording may stand,
+    those whose best recording stands so."""
+    parts = [part] if part else [name for name in PARTS if name not in ("gpu", "probes")]
+    calls = {json.dumps(call): call for name in parts for call in PARTS[name]}.values()
+    return [call for call in calls if redo is None or recordings.best_standing(find(call[0]), call[1]) in redo]
+
+
+def run(calls: list[tuple[str, dict[str, Any]]], out: Path | str | None, minutes: float | None, origin) -> int:
+    """Measure these calls, writing after each, so that a stop loses one and not all; the exit status."""
+    path, failures, left = None, [], list(calls)
     try:
         with stopping_after(minutes):
             while left:
@@ -220,7 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m measured.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", choices=PARTS, default="machine", help="what to measure (default: machine)")
+    parser.add_argument("part", nargs="?", choices=PARTS, default=None, help="what to measure (default: machine)")
+    parser.add_argument("--stale", action="store_true", help="only what no recording answers (default: of all parts)")
+    parser.add_argument("--all", action="store_true", help="and what only older code answers")
     parser.add_argument("--out", default=None, help="file to write (default: data/recordings/<machine>.json)")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long, keeping what is done")
     parser.add_argument("--commit", default=None, help="commit of these files, where there is no git")
@@ -243,7 +261,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run(options.part, options.out, options.minutes, origin)
+    redo = ("absent", "stale", "older code") if options.all else ("absent", "stale") if options.stale else None
+    calls = choose(options.part or (None if redo else "machine"), redo)
+    out = options.out or (data_path("recordings").parent / PROBES_FILE if options.part == "probes" else None)
+    return run(calls, out, options.minutes, origin)
 
 
 if __name__ == "__main__":

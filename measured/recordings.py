@@ -2,20 +2,20 @@
 
 ``data/recordings/<machine>.json`` is written by ``make record`` only. A page calls :func:`live_or_recorded`: with a
 CUDA device it runs the function; without one it shows the recording of the *same* function and arguments, or says
-honestly that there is none. A recording whose function has been edited since is shown as stale.
-
-Limit: only the function's own source is hashed. A change in what it calls goes unnoticed.
+honestly that there is none. Two hashes (:mod:`measured.hashes`) tell whether a recording still answers the question:
+where the function itself has changed it does not, and counts as missing; where only what it calls has, the page says
+so beside the commit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import html
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -26,10 +26,13 @@ from typing import Any
 
 from dslib.data.files import data_path
 from dslib.html import html_table
+from measured import hashes
 from measured.recordings_file import Recording, machine_name, parse
 from measured.timing import Timing
 
 ORIGINS = ("live", "recorded", "absent")
+STANDINGS = ("current", "older code", "stale")
+OLDER = "; what it calls has changed since"
 MACHINE = ("kind", "name", "isa", "cores", "threads", "memory_bytes")  # what a recording says of its machine
 
 
@@ -40,7 +43,6 @@ class Shown:
     result: Any
     origin: str  # "live", "recorded" or "absent"
     note: str
-    stale: bool = False
 
     def _repr_html_(self) -> str:
         note = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(self.note))
@@ -83,7 +85,8 @@ def record(fn: Callable[..., Any], origin: tuple[str, str] | None = None, /, **a
         command=_command(),
         seed=bound.get("seed"),
         date=datetime.date.today().isoformat(),
-        source_hash=source_hash(fn),
+        protocol=hashes.protocol(fn),
+        code=hashes.code(fn),
         tree=origin[1] if origin else None,
     )
 
@@ -124,7 +127,7 @@ def read(path: Path | str) -> list[Recording]:
         ValueError: naming file, line and field, e.g. ``a.json line 7, recording 1, field 'date': got 'May', wanted …``.
     """
     path = Path(path)
-    return parse(path.name, path.read_text(encoding="utf-8"))
+    return parse(path.name, path.read_bytes())
 
 
 def read_all() -> list[Recording]:
@@ -136,13 +139,41 @@ def read_all() -> list[Recording]:
     return [recording for path in sorted(folder.glob("*.json")) for recording in read(path)]
 
 
-def is_stale(recording: Recording) -> bool:
-    """Whether the function has changed, or gone, since it was recorded."""
+def standing(recording: Recording) -> str:
+    """How a recording stands to the code here.
+
+    Returns:
+        ``"current"``; ``"older code"`` where something that the function calls has changed since, or nobody knows what
+        it was; ``"stale"`` where the function itself has changed, or is gone.
+    """
     module, _, name = recording.function.partition(":")
     try:
-        return source_hash(getattr(importlib.import_module(module), name)) != recording.source_hash
+        fn = getattr(importlib.import_module(module), name)
+        if hashes.protocol(fn) != recording.protocol:
+            return "stale"
+        return "current" if hashes.code(fn) == recording.code else "older code"
     except (ImportError, AttributeError, OSError, TypeError):
-        return True
+        return "stale"
+
+
+def best_standing(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """How the best recording of a call stands, see :func:`standing`; ``"absent"`` without one."""
+    name, bound = function_name(fn), _bind(fn, arguments)
+    found = [standing(r) for r in read_all() if (r.function, r.arguments) == (name, bound)]
+    return min(found, key=STANDINGS.index, default="absent")
+
+
+def difference(old: Any, new: Any, relative: float = 1e-3, place: str = "result") -> str | None:
+    """Where two plain results differ, and how; None if they agree, numbers within ``relative`` (and 1e-6)."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        found = (difference(old[key], new[key], relative, f"{place}[{key!r}]") for key in old)
+        return next((one for one in found if one), None)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = (difference(a, b, relative, f"{place}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
+        return next((one for one in found if one), None)
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (old, new))
+    same = math.isclose(old, new, rel_tol=relative, abs_tol=1e-6) if numbers else (type(old), old) == (type(new), new)
+    return None if same else f"{place}: {old!r} was recorded, {new!r} now"
 
 
 def live_or_recorded(fn: Callable[..., Any], **arguments: Any) -> Shown:
@@ -164,7 +195,8 @@ def live_or_recorded(fn: Callable[..., Any], **arguments: Any) -> Shown:
 def recorded(fn: Callable[..., Any], *, kind: str | None = None, **arguments: Any) -> Shown:
     """Show what was recorded for ``fn(**arguments)`` without running it: for what takes longer than a page should.
 
-    Among several recordings the newest counts, one that is not stale first.
+    Among several recordings the newest counts, one by the present code first. A stale one answers another question than
+    the one that the page asks, so it is not shown.
 
     Args:
         kind: ``"cuda"`` or ``"cpu"`` for recordings of such machines only; None for any.
@@ -174,14 +206,14 @@ def recorded(fn: Callable[..., Any], *, kind: str | None = None, **arguments: An
     """
     name, bound = function_name(fn), _bind(fn, arguments)
     found = [r for r in read_all() if kind in (None, r.machine["kind"]) and (r.function, r.arguments) == (name, bound)]
-    if not found:
+    usable = [(how, recording) for recording in found if (how := standing(recording)) != "stale"]
+    if not usable:
         lack = "No GPU here, and no recording" if kind == "cuda" else "No recording"
-        return Shown(None, "absent", f"*{lack} of `{name}` with these arguments exists yet.*")
-    best = max(found, key=lambda recording: (not is_stale(recording), recording.date))
-    note, stale = f"*Recorded on {best.where}.*", is_stale(best)
-    if stale:
-        note += " **Stale: the function has changed since this was recorded.**"
-    return Shown(best.result, "recorded", note, stale)
+        older = f"; the one of {max(r.date for r in found)} is of an older version of it" if found else ""
+        return Shown(None, "absent", f"*{lack} of `{name}` with these arguments exists yet{older}.*")
+    how, best = max(usable, key=lambda pair: (pair[0] == "current", pair[1].date))
+    since = "" if how == "current" else OLDER
+    return Shown(best.result, "recorded", f"*Recorded on {best.where}{since}.*")
 
 
 def function_name(fn: Callable[..., Any]) -> str:
@@ -190,13 +222,6 @@ def function_name(fn: Callable[..., Any]) -> str:
     if not module or module == "__main__" or not name.isidentifier():
         raise ValueError(f"fn: got {fn!r}, wanted a function of a module, such as measured.experiments.decoder:decode")
     return f"{module}:{name}"
-
-
-def source_hash(fn: Callable[..., Any]) -> str:
-    """Hash of a function's source; comments on lines of their own and blank lines do not count."""
-    lines = (line.rstrip() for line in inspect.getsource(fn).splitlines())
-    kept = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
-    return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
 def _bind(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,10 +111,9 @@ def test_time_is_up_in_the_middle_of_a_call(tmp_path, monkeypatch, capsys):
         ("measured.x:slow", {}),
         ("measured.x:slow", {}),
     )
-    monkeypatch.setitem(record.PARTS, "machine", calls)
     monkeypatch.setattr(recordings, "function_name", lambda fn: "measured.x:slow" if fn is slow else "measured.y:gap")
     out, start = tmp_path / "a.json", time.monotonic()
-    assert record.run("machine", str(out), 0.02, ("0" * 40, "0" * 16)) == 0
+    assert record.run(calls, str(out), 0.02, ("0" * 40, "0" * 16)) == 0
     assert time.monotonic() - start < 10 and len(recordings.read(out)) == 1
     assert "time is up; not measured: slow{}, slow{}" in capsys.readouterr().out
 

@@ -4,12 +4,17 @@ import json
 import pytest
 import torch
 
-from measured import recordings
+from dslib.data.files import data_path
+from measured import record, recordings
 from measured.timing import Timing
+
+
+RUNS = []
 
 
 def speed(size, seed=0):
     """Something to record. Its module can be imported again by name."""
+    RUNS.append(size)
     return {"tokens": size * 2, "time": Timing((0.001, 0.002, 0.003)), "text": "ok"}
 
 
@@ -93,8 +98,7 @@ def test_a_missing_folder_is_no_recording(monkeypatch, no_cuda):
 def test_the_recording_of_the_same_call_is_shown(folder, no_cuda):
     recordings.write(folder / "gpu.json", [on_gpu()])
     shown = recordings.live_or_recorded(speed, size=3)
-    assert shown.origin == "recorded"
-    assert not shown.stale
+    assert shown.origin == "recorded" and recordings.OLDER not in shown.note
     text = repr(shown)
     assert "Recorded on NVIDIA A100-SXM4-80GB" in text
     assert "2 ms (1.5 to 2.5, n=3)" in text
@@ -109,24 +113,45 @@ def test_a_cpu_recording_does_not_stand_in_for_a_gpu(folder, no_cuda):
     assert recordings.live_or_recorded(speed, size=3).origin == "absent"
 
 
-def test_a_changed_function_makes_the_recording_stale(folder, no_cuda):
-    recordings.write(folder / "gpu.json", [on_gpu(source_hash="0" * 16)])
-    shown = recordings.live_or_recorded(speed, size=3)
-    assert shown.stale
-    assert "Stale" in shown._repr_markdown_()
+CURRENT, OLDER, STALE = {}, {"code": None}, {"protocol": "0" * 16}
 
 
-def test_a_fresh_recording_is_preferred_to_a_newer_stale_one(folder, no_cuda):
-    recordings.write(folder / "a.json", [on_gpu(date="2026-01-01")])
-    other = {"kind": "cuda", "name": "another"}
-    stale = dataclasses.replace(on_gpu(date="2026-09-09", source_hash="0" * 16), machine=other)
-    recordings.write(folder / "b.json", [stale])
-    assert not recordings.live_or_recorded(speed, size=3).stale
+@pytest.mark.parametrize(
+    ("recorded", "shown"),  # (date, what is different about it), and the date of the one that is shown
+    [
+        ([("2026-01-01", OLDER)], "2026-01-01"),
+        ([("2026-01-01", STALE)], None),
+        ([("2026-01-01", CURRENT), ("2026-09-09", OLDER)], "2026-01-01"),
+        ([("2026-01-01", OLDER), ("2026-09-09", STALE)], "2026-01-01"),
+        ([("2026-01-01", OLDER), ("2026-09-09", OLDER)], "2026-09-09"),
+    ],
+)
+def test_which_of_several_recordings_is_shown(folder, no_cuda, recorded, shown):
+    for number, (date, changes) in enumerate(recorded):
+        machine = {"kind": "cuda", "name": f"card {number}"}
+        recordings.write(
+            folder / f"{number}.json", [dataclasses.replace(on_gpu(date=date, **changes), machine=machine)]
+        )
+    found = recordings.live_or_recorded(speed, size=3)
+    if shown is None:
+        assert (found.result, found.origin) == (None, "absent")
+        assert "the one of 2026-01-01 is of an older version" in found.note
+    else:
+        assert found.origin == "recorded" and shown in found.note
+        assert (recordings.OLDER in found.note) == (dict(recorded)[shown] is OLDER)
+    assert recordings.best_standing(speed, {"size": 3}) == (
+        "stale" if shown is None else "older code" if recordings.OLDER in found.note else "current"
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere.at.all:f", "measured.recordings:gone"])
 def test_a_function_that_is_gone_is_stale(name):
-    assert recordings.is_stale(on_gpu(function=name))
+    assert recordings.standing(on_gpu(function=name)) == "stale"
+
+
+def test_a_page_says_the_whole_commit_state():
+    assert on_gpu(commit="a" * 40).where.endswith("commit aaaaaaaaaa)")
+    assert on_gpu(commit="a" * 40 + "-changed").where.endswith("commit aaaaaaaaaa with changes)")
 
 
 def test_with_cuda_the_function_runs(folder, monkeypatch):
@@ -141,22 +166,6 @@ def test_with_cuda_the_function_runs(folder, monkeypatch):
     assert "Measured here, on NVIDIA T4" in repr(shown)
 
 
-def test_comments_and_blank_lines_do_not_make_it_stale(tmp_path, monkeypatch):
-    import importlib
-
-    monkeypatch.syspath_prepend(str(tmp_path))
-    bodies = {
-        "one": "def f(x):\n    return x\n",
-        "two": "def f(x):\n    # why\n\n    return x\n",
-        "three": "def f(x):\n    return -x\n",
-    }
-    hashes = {}
-    for name, text in bodies.items():
-        (tmp_path / f"made_{name}.py").write_text(text)
-        hashes[name] = recordings.source_hash(importlib.import_module(f"made_{name}").f)
-    assert hashes["one"] == hashes["two"] != hashes["three"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,7 +178,12 @@ def test_comments_and_blank_lines_do_not_make_it_stale(tmp_path, monkeypatch):
         ({"result": None}, "field 'result': got null"),
         ({"result": {"time": {"median": 0.1}}}, "wanted a timing with low, median, high and n"),
         ({"result": [{"median": 0.1, "low": 0, "high": 1, "n": True}]}, "wanted a timing"),
-        ({"source_hash": "xyz"}, "field 'source_hash'"),
+        ({"result": {"median": 2, "low": 3, "high": 4, "n": 5}}, "wanted 0 < low <= median <= high"),
+        ({"result": {"median": 0, "low": 0, "high": 4, "n": 5}}, "wanted 0 < low <= median <= high"),
+        ({"result": {"median": 2, "low": 1, "high": 4, "n": 0}}, "a whole n from 1"),
+        ({"date": "2026-02-30"}, "field 'date': got '2026-02-30', wanted a day that exists"),
+        ({"protocol": "xyz"}, "field 'protocol'"),
+        ({"code": 3}, "field 'code'"),
         ({"extra": 1}, "field 'extra': unknown"),
         ({"commit": ...}, "field 'commit': missing"),
     ],
@@ -193,10 +207,14 @@ def test_a_bad_field_is_named_with_its_line(tmp_path, change, message):
         ("[]", "bad.json line 1, field 'recordings'"),
         ('{"recordings": 3}', "field 'recordings'"),
         ('{"recordings": [3]}', "recording 0, field 'recording': got 3"),
+        ('{"recordings": NaN}', "bad.json: got NaN, wanted numbers only"),
+        ('{"recordings": [], "recordings": []}', "bad.json: key 'recordings' twice"),
+        (b'{"recordings": "\xff"}', "bad.json: byte 16 is no UTF-8"),
+        ("[" * 100_000, "bad.json: nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_list_of_recordings(tmp_path, text, message):
-    (tmp_path / "bad.json").write_text(text)
+    (tmp_path / "bad.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         recordings.read(tmp_path / "bad.json")
 
@@ -222,26 +240,45 @@ def test_what_cannot_be_recorded_is_refused(call, message):
         call()
 
 
-def test_the_recordings_of_the_book_parse():
-    for recording in recordings.read_all():
-        assert recording.result is not None
+def test_the_recordings_of_the_book_answer_what_is_asked_now():
+    stale = [f"{r.function} {r.arguments}" for r in recordings.read_all() if recordings.standing(r) == "stale"]
+    assert not stale, "make record STALE=1"
 
 
-def test_a_recording_is_shown_without_running_the_function(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ({"a": [1, 2.0, "x", None, True]}, {"a": [1, 2.0005, "x", None, True]}, None),
+        ({"a": [1, 2.0]}, {"a": [1, 2.01]}, "result['a'][1]: 2.0 was recorded, 2.01 now"),
+        ({"a": 1}, {"b": 1}, "result: "),
+        ([1], [1, 2], "result: "),
+        ([True], [1.0], "result[0]: "),
+        (["x"], ["y"], "result[0]: "),
+        ([0.0], [1e-7], None),
+    ],
+)
+def test_where_two_results_differ(old, new, words):
+    found = recordings.difference(old, new)
+    assert found is None if words is None else found.startswith(words)
+
+
+@pytest.mark.parametrize(("name", "arguments"), record.PROBES, ids=[name.split(":")[1] for name, _ in record.PROBES])
+def test_what_is_no_timing_still_gives_what_was_recorded(name, arguments):
+    """The functions at a size of a second: another result here is another result at full size."""
+    made = recordings.record(record.find(name), None, **arguments)
+    recorded = {(r.function, json.dumps(r.arguments)): r.result for r in recordings.read(data_path(record.PROBES_FILE))}
+    differs = recordings.difference(recorded[made.function, json.dumps(made.arguments)], made.result)
+    assert differs is None, f"{differs}; if that is right: make record PART=probes"
+
+
+def test_a_recording_is_shown_without_running_the_function(folder):
     recordings.write(folder / "a.json", [recordings.record(speed, size=3)])
     recordings.write(folder / "b.json", [on_gpu()])
-    monkeypatch.setattr(f"{__name__}.speed.__code__", (lambda size, seed=0: 1 / 0).__code__)
+    runs = len(RUNS)
     for kind in ("cpu", "cuda"):
         shown = recordings.recorded(speed, kind=kind, size=3)
         assert shown.origin == "recorded" and shown.result["tokens"] == 6
         assert ("A100" in shown.note) == (kind == "cuda")
+    assert len(RUNS) == runs
     absent = recordings.recorded(speed, size=4)
     assert (absent.result, absent.origin) == (None, "absent") and "No recording of" in absent.note
-
-
-def test_of_several_recordings_a_fresh_one_counts_before_a_newer_stale_one(folder):
-    recordings.write(folder / "a.json", [recordings.record(speed, size=3)])
-    recordings.write(folder / "b.json", [on_gpu(date="2099-01-01", source_hash="0" * 16)])
-    assert not recordings.recorded(speed, size=3).stale
-    stale = recordings.recorded(speed, kind="cuda", size=3)
-    assert stale.stale and "Stale" in stale.note

@@ -1,0 +1,57 @@
+"""A few rows times a weight matrix, at the speed at which memory gives the weights.
+
+Decoding multiplies one row by every matrix, so each weight is used once. What torch calls for that waits on a CPU for
+other things than memory: a float32 row goes to a routine with one thread, and bfloat16 weights to one that prepares
+for many rows. ``dot`` in ``rows.cpp`` is five lines, on all threads, and reads twice as fast (measured in the chapter).
+
+Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dslib.fast import compiled
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FEW = 4  # rows; for more, a product that keeps weights in registers for several rows is quicker
+FUNCTIONS = {torch.float32: "rows_float32", torch.bfloat16: "rows_bfloat16"}
+KINDS = {"widest": 0, "plain": 1, "avx2": 2}  # of loops; the last two are for tests
+
+
+def why_not(weight: Tensor) -> str | None:
+    """Why there is no product with these weights; None if there is. The first call compiles, in about a second."""
+    if weight.device.type != "cpu":
+        return f"is on {weight.device.type}"
+    if weight.dtype not in FUNCTIONS:
+        return f"is in {weight.dtype}, expected torch.float32 or torch.bfloat16"
+    if weight.ndim != 2 or not weight.is_contiguous():
+        return f"has strides {weight.stride()}, expected rows one after another"
+    return str(found) if isinstance(found := compiled.load(SOURCE), compiled.NotCompiled) else None
+
+
+def few_rows(x: Tensor, weight: Tensor, kind: str = "widest") -> Tensor:
+    """``x Wᵀ``: (N, in_features) times (out_features, in_features) -> (N, out_features); sums are in float32.
+
+    For where :func:`why_not` is None and no gradient is recorded. Both are on a CPU, in one dtype: what is wrong about
+    the shapes would not be noticed below, so it is refused here.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if x.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype is not weight.dtype:
+        raise ValueError(f"x: got {tuple(x.shape)} in {x.dtype}, expected (N, {weight.shape[1]}) in {weight.dtype}")
+    x, y = x.contiguous(), x.new_empty(len(x), len(weight))
+    sizes = len(x), weight.shape[1], len(weight), KINDS[kind]
+    _function(x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *sizes)
+    return y
+
+
+@cache
+def _function(dtype: torch.dtype):
+    function = getattr(compiled.load(SOURCE), FUNCTIONS[dtype])
+    function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4, None
+    return function
