@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dslib.architecture.experts import count
 from dslib.architecture.moe import MoE, Router, Routing
-from dslib.check import whole
+from dslib.check import above, at_least, whole
 
 
 def switch_loss(scores: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def switch_loss(scores: Tensor, indices: Tensor, mask: Tensor | None = None) -> 
         ValueError: shapes that do not fit, an index out of range, no real token.
     """
     real = _real(scores, indices, mask)
-    share = expert_load(indices, scores.shape[1], real) / real.sum()
+    share = expert_load(indices, scores.shape[1], real).to(scores.dtype) / real.sum()
     mean_score = (_probabilities(scores) * real.unsqueeze(1)).sum(0) / real.sum()
     return scores.shape[1] * (share * mean_score).sum()
 
@@ -82,17 +83,27 @@ def update_bias(router: Router, load: Tensor, speed: float) -> None:
 
     Call it after each optimiser step with the load of the whole batch, (E,). Published speed: 0.001.
 
+    ``fit(accumulate=k)`` runs a batch in k parts, and ``last_routing`` is that of the last. To have the load of all,
+    add up ``expert_load(layer.last_routing.indices, E)`` in ``loss``, which is called for every part, and use and clear
+    the sum in ``after_step``. A layer does not count by itself, because it cannot know which calls make a step (a
+    validation in between, a part that is run again), and a wrong count would be worse than a sample: the last part is a
+    fair one, and only the sign of each difference matters.
+
     Raises:
-        ValueError: a router without selection bias, another number of experts, a speed below 0.
+        ValueError: a router without selection bias, another number of experts, a load that is no number, a speed below
+            0.
     """
-    if router.e_score_correction_bias is None:
+    bias = router.e_score_correction_bias
+    if bias is None:
         raise ValueError("router: got one without selection bias, expected Router(…, selection_bias=True)")
-    if load.shape != (router.num_experts,):
+    if load.shape != bias.shape:
         raise ValueError(f"load: got shape {tuple(load.shape)}, expected ({router.num_experts},)")
-    if not 0 <= speed < math.inf:
-        raise ValueError(f"speed: got {speed}, expected 0 or more")
-    load = load.to(router.e_score_correction_bias)
-    router.e_score_correction_bias += speed * (load.mean() - load).sign()
+    at_least(0, speed=speed)
+    # Compared as whole numbers: in float32, near-even loads beyond 2 ** 24 would be one and the same.
+    load = load.double() if load.is_floating_point() else load.long()
+    if not load.isfinite().all():
+        raise ValueError(f"load: got {load.tolist()}, expected finite numbers")
+    bias += speed * (load.sum() - load * len(load)).sign().to(bias)
 
 
 def expert_load(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
@@ -109,13 +120,13 @@ class LoadStats:
 
     @property
     def share(self) -> Tensor:
-        """float32, (E,), each expert's share of the assignments that were served; sums to 1."""
-        return self.counts / self.counts.sum().clamp(min=1)
+        """float32, (E,), each expert's share of the assignments that were served; sums to 1 (if none was, to 0)."""
+        return (self.counts.double() / self.counts.sum().clamp(min=1)).float()
 
     @property
     def max_vio(self) -> float:
-        """(largest load - mean load) / mean load: 0 is even; E / k - 1 if all tokens choose the same k experts."""
-        return float(self.share.max() * len(self.counts) - 1)
+        """(largest load - mean load) / mean load: 0 is even (or no load); E / k - 1 if all choose the same k."""
+        return float(max(self.share.max() * len(self.counts) - 1, 0))
 
     @property
     def entropy(self) -> float:
@@ -156,6 +167,9 @@ def total_balance_loss(
         switch, sequence, z: weights of the three losses; 0.01 (Switch), 0.0001 (V3) and 0.001 (ST-MoE) were published.
         batch_size: sequences in the batch; needed for ``sequence`` only.
 
+    Returns:
+        A scalar, float32.
+
     Raises:
         ValueError: no layer to balance, a layer that has not been run with gradients, ``batch_size`` missing.
     """
@@ -164,7 +178,7 @@ def total_balance_loss(
         raise ValueError("model: got no mixture of experts with a choice to balance, expected at least one")
     if sequence and batch_size is None:
         raise ValueError("batch_size: got None, expected the number of sequences (for the sequence-wise loss)")
-    total = torch.zeros((), device=layers[0].router.weight.device)
+    total = torch.zeros((), dtype=torch.float32, device=layers[0].router.weight.device)
     for layer in layers:
         routing = layer.last_routing
         if routing is None or not routing.logits.requires_grad:
@@ -198,12 +212,12 @@ def limited(routing: Routing, capacity: int) -> Routing:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) - first
     full = (place >= capacity).view(top_k, tokens).T
-    kept = {"indices": routing.indices.masked_fill(full, routing.num_experts)}
-    return dataclasses.replace(routing, **kept, weights=routing.weights.masked_fill(full, 0.0))
+    indices, weights = routing.indices.masked_fill(full, routing.num_experts), routing.weights.masked_fill(full, 0.0)
+    return dataclasses.replace(routing, indices=indices, weights=weights)
 
 
 class CapacityRouter(Router):
-    """A router whose experts take at most ``int(capacity_factor * N * k / E)`` of the N tokens of a call (Switch).
+    """A router whose experts take at most ``capacity_factor * N * k / E``, rounded down, of a call's N tokens (Switch).
 
     The rest is dropped, see :func:`limited`: such a token has only what its other experts and the shared ones give.
 
@@ -213,13 +227,13 @@ class CapacityRouter(Router):
 
     def __init__(self, *sizes: int, capacity_factor: float, **rule):
         super().__init__(*sizes, **rule)
-        if not 0 < capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor: got {capacity_factor}, expected a positive number")
+        above(0, capacity_factor=capacity_factor)
         self.capacity_factor = capacity_factor
 
     def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Routing:
         routing = super().forward(x, input_ids)
-        return limited(routing, int(self.capacity_factor * routing.indices.numel() / routing.num_experts))
+        room = self.capacity_factor * routing.indices.numel() / routing.num_experts
+        return limited(routing, math.floor(room * (1 + 1e-9)))  # 0.29 of 100 is 28.99… in floats
 
 
 def _probabilities(scores: Tensor) -> Tensor:
@@ -231,12 +245,8 @@ def _counts(indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
     if indices.ndim != 2 or indices.dtype != torch.int64 or indices.numel() == 0:
         got = f"{indices.dtype} of shape {tuple(indices.shape)}"
         raise ValueError(f"indices: got {got}, expected int64, (tokens, top_k), at least one token")
-    real = _mask(mask, len(indices), indices.device)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=indices.device)
-    try:  # not bincount: on a GPU it would wait for the largest index
-        return counts.scatter_add_(0, indices.flatten(), real.repeat_interleave(indices.shape[1]).long())
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"indices: expected 0 to {num_experts} (dropped), but {error}") from error
+    real = _mask(mask, len(indices), indices.device).repeat_interleave(indices.shape[1])
+    return count(indices.flatten(), num_experts + 1, real)
 
 
 def _real(scores: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
