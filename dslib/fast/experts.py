@@ -77,6 +77,7 @@ class QuickExperts(Shortcut):
         weight = next(iter(self.packed.values()))[0] if self.packed else self.stands_for.down_proj
         return super().why_not() or (None if weight.device.type == "cpu" else f"is on {weight.device.type}")
 
+    @torch.inference_mode(False)  # a parameter that is given a tensor of inference mode could not be trained again
     def pack(self) -> bool:
         """Move the weights into oneDNN's order; returns whether that is possible."""
         found = {name: [pack(matrix) for matrix in getattr(self.stands_for, name)] for name in NAMES}
@@ -90,6 +91,7 @@ class QuickExperts(Shortcut):
         self.packed, self.what = found, "expert by expert, packed"
         return True
 
+    @torch.inference_mode(False)
     def let_go(self) -> None:
         """Put packed weights back where they were, unless others are there by now."""
         if not self.packed:
