@@ -16,6 +16,7 @@ SwiGLU (arXiv 2002.05202).
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -49,32 +50,27 @@ class Experts(nn.Module):
         ValueError: a size below 1, a limit that is not above 0.
     """
 
-    def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, swiglu_limit: float | None = None
-    ):  # fmt: skip
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, swiglu_limit: float | None = None):
         super().__init__()
         whole(1, num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.swiglu_limit = checked_limit(swiglu_limit)
+        self.swiglu_limit = swiglu_limit
+        if swiglu_limit is not None:
+            above(0, swiglu_limit=swiglu_limit)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         for parameter in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | Callable | None = None) -> Tensor:
-        """Run each token through its experts and add up what they give, weighted.
+        """Run each token through its experts and add up what they give, weighted: (N, H) -> (N, H), the dtype of x.
 
         Under autocast the products run in its dtype, whatever the way.
 
         Args:
-            x: (N, H).
-            indices: int64, (N, k), from 0 to E; E means that the pair is left out.
-            weights: (N, k), any float dtype.
+            indices: int64, (N, k), from 0 to E; E means that the pair is left out. weights: (N, k), any float dtype.
             way: ``"grouped"`` or ``"padded"``; None is grouped where that is possible. Or a function of sorted rows,
                 (S, H), and their :class:`Pairs` that gives what the experts make of the rows, (S, H).
-
-        Returns:
-            (N, H), in the dtype of x.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, or a way that is unknown or that these sizes do not allow.
@@ -116,9 +112,6 @@ class Experts(nn.Module):
         out = torch.bmm(inner, self.down_proj.to(rows.dtype).mT).flatten(0, 1)  # (E longest, H)
         return F.pad(out[where], (0, 0, 0, len(rows) - kept))
 
-    def extra_repr(self) -> str:
-        return f"{self.num_experts} x SwiGLU({self.hidden_size}, {self.intermediate_size})"
-
 
 def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """``silu(gate) * up``, (..., 2 I) -> (..., I); with a limit, of gates at most and of ups between -limit and limit.
@@ -136,7 +129,7 @@ class ClampedSwiGLU(SwiGLU):
 
     def __init__(self, hidden_size: int, intermediate_size: int, limit: float):
         super().__init__(hidden_size, intermediate_size)
-        self.limit = checked_limit(limit)
+        self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x), self.limit))
@@ -163,14 +156,11 @@ class Pairs:
         self.left_out = (self.experts == num_experts).unsqueeze(1)
         self.some_left_out = flat.device.type == "cuda" or bool(self.left_out.any())
         self.load = count(flat, num_experts + 1)[:num_experts]
-        self._counts: list[int] | None = None
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """``load`` on the CPU; on a GPU this waits for the router."""
-        if self._counts is None:
-            self._counts = self.load.tolist()
-        return self._counts
+        return self.load.tolist()
 
     @property
     def kept(self) -> int:
@@ -205,12 +195,6 @@ def can_group(experts: Experts, dtype: torch.dtype) -> bool:
     """Whether torch's grouped product takes these sizes: it reads rows in units of 16 bytes."""
     aligned = not any(size * dtype.itemsize % 16 for size in (experts.hidden_size, experts.intermediate_size))
     return hasattr(F, "grouped_mm") and dtype in (torch.float32, torch.bfloat16) and aligned
-
-
-def checked_limit(limit: float | None) -> float | None:
-    if limit is not None:
-        above(0, swiglu_limit=limit)
-    return limit
 
 
 def check_pairs(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> None:

@@ -61,7 +61,11 @@ class MoE(nn.Module):
         shared_expert_gate: bool = False, swiglu_limit: float | None = None,
     ):  # fmt: skip
         super().__init__()
-        check_layer(router, hidden_size, n_shared_experts, shared_expert_gate)
+        whole(0, n_shared_experts=n_shared_experts)
+        if router.hidden_size != hidden_size:
+            raise ValueError(f"router: made for hidden size {router.hidden_size}, expected hidden_size={hidden_size}")
+        if shared_expert_gate and not n_shared_experts:
+            raise ValueError("shared_expert_gate: got True without shared experts, expected n_shared_experts above 0")
         self.router = router
         self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size, swiglu_limit)
         self.shared_experts, self.shared_expert_gate = None, None
@@ -169,11 +173,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Routing:
-        """Route every token.
-
-        Args:
-            x: (..., H).
-            input_ids: int64, one id for each token; needed by hash routing only.
+        """Route every token of x, (..., H); ``input_ids``, int64, one for each token, are for hash routing only.
 
         Raises:
             ValueError: another hidden size; NaN or infinite logits, or fewer than k experts that the bias leaves open,
@@ -226,22 +226,11 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
-    def extra_repr(self) -> str:
-        return f"{self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, {self.scoring_func}"
-
 
 def no_autocast(x: Tensor):
     """A context in which operations on x run in the dtypes that they are given."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def check_layer(router: Router, hidden_size: int, n_shared_experts: int, shared_expert_gate: bool) -> None:
-    if router.hidden_size != hidden_size:
-        raise ValueError(f"router: made for hidden size {router.hidden_size}, expected hidden_size={hidden_size}")
-    whole(0, n_shared_experts=n_shared_experts)
-    if shared_expert_gate and not n_shared_experts:
-        raise ValueError("shared_expert_gate: got True without shared experts, expected n_shared_experts of at least 1")
 
 
 def check_routing(num_experts: int, top_k: int, scoring_func: str, n_group: int, topk_group: int) -> None:
