@@ -90,8 +90,7 @@ def update_bias(router: Router, load: Tensor, speed: float) -> None:
     fair one, and only the sign of each difference matters.
 
     Raises:
-        ValueError: a router without selection bias, another number of experts, a load that is no number, a speed below
-            0.
+        ValueError: no selection bias, another number of experts, a load or a speed that is no number or below 0.
     """
     bias = router.e_score_correction_bias
     if bias is None:
@@ -101,13 +100,12 @@ def update_bias(router: Router, load: Tensor, speed: float) -> None:
     at_least(0, speed=speed)
     # Compared as whole numbers: in float32, near-even loads beyond 2 ** 24 would be one and the same.
     load = load.double() if load.is_floating_point() else load.long()
-    if not load.isfinite().all():
-        raise ValueError(f"load: got {load.tolist()}, expected finite numbers")
+    at_least(0, load=load.min().item() if load.isfinite().all() else math.nan)
     bias += speed * (load.sum() - load * len(load)).sign().to(bias)
 
 
 def expert_load(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
-    """How many real tokens each expert gets: (N, k) -> int64 (E,). Index E (dropped) is not counted."""
+    """How many real tokens each expert gets: int64 (N, k) -> int64 (E,). Index E (dropped) is not counted."""
     return _counts(indices, num_experts, mask)[:num_experts]
 
 
@@ -126,7 +124,7 @@ class LoadStats:
     @property
     def max_vio(self) -> float:
         """(largest load - mean load) / mean load: 0 is even (or no load); E / k - 1 if all choose the same k."""
-        return float(max(self.share.max() * len(self.counts) - 1, 0))
+        return int(self.counts.max()) * len(self.counts) / total - 1 if (total := int(self.counts.sum())) else 0.0
 
     @property
     def entropy(self) -> float:
@@ -158,7 +156,7 @@ def total_balance_loss(
     model: nn.Module, *, switch: float = 0.0, sequence: float = 0.0, z: float = 0.0, batch_size: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Weighted losses of all layers that have just been run, summed; call it after the forward pass.
+    """Weighted losses of all layers that have just been run, summed, float32; call it after the forward pass.
 
     Layers with hash routing are left out: nothing moves their choice. transformers pools the tokens of all layers
     instead of summing, so that there an expert that is busy in one layer may make up for its idle namesake in another.
@@ -166,9 +164,6 @@ def total_balance_loss(
     Args:
         switch, sequence, z: weights of the three losses; 0.01 (Switch), 0.0001 (V3) and 0.001 (ST-MoE) were published.
         batch_size: sequences in the batch; needed for ``sequence`` only.
-
-    Returns:
-        A scalar, float32.
 
     Raises:
         ValueError: no layer to balance, a layer that has not been run with gradients, ``batch_size`` missing.

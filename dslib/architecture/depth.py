@@ -141,8 +141,8 @@ def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule)
 def exit_loss(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
     """The training that makes exits work: the mean loss of every exit, weighted by its depth (CALM); a scalar.
 
-    The weights sum to 1, and targets of -100 are left out of the means. Without this training only the last layer
-    learns to speak through the output head.
+    The weights sum to 1; targets of -100 count for nothing. Without it only the last layer learns to speak through the
+    output head.
     """
     depths = torch.tensor(rule.exits(len(model.layers)), dtype=torch.float32, device=inputs.device)
     losses = exit_losses(model, inputs, targets, rule).sum((1, 2)) / (targets != -100).sum()
@@ -217,21 +217,17 @@ class MixtureOfDepths(nn.Module):
     def __getstate__(self) -> dict:
         """Copies and files have the last loss outside the graph, which cannot be copied."""
         loss = self.last_predictor_loss
-        return vars(self) | {"last_predictor_loss": None if loss is None else loss.detach()}
+        return vars(self) | {"last_predictor_loss": loss if loss is None else loss.detach()}
 
 
 def with_mixture_of_depths(model: Decoder, capacity: float = 0.5, every: int = 2) -> Decoder:
-    """Wrap every second (``every``) block of ``model``, in place, the second first; returns the model.
-
-    The new router and predictor have the model's dtype and device.
-    """
+    """Wrap every second (``every``) block, in place, the second first, in the model's dtype; returns the model."""
     whole(1, every=every)
     between(1, len(model.layers), every=every)
     if any(isinstance(layer, MixtureOfDepths) for layer in model.layers):
         raise ValueError("model: got one with mixtures of depths, expected plain blocks")
     for index in range(every - 1, len(model.layers), every):
-        wrapped = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
-        wrapped.router.to(model.embed_tokens.weight)
-        wrapped.predictor.to(model.embed_tokens.weight)
-        model.layers[index] = wrapped
+        wrapped = model.layers[index] = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
+        for part in (wrapped.router, wrapped.predictor):
+            part.to(model.embed_tokens.weight)
     return model

@@ -174,11 +174,9 @@ class Pairs:
 
 
 def count(indices: Tensor, size: int, real: Tensor | None = None) -> Tensor:
-    """How often 0 to ``size - 1`` occur in flat int64 ``indices``, int64; only where ``real``. Not bincount: on a GPU
-    that would wait for the largest index.
-    """
+    """How often 0 to ``size - 1`` occur in flat int64 ``indices``, int64, (size,); only where ``real``."""
     ones = torch.ones_like(indices) if real is None else real.long()
-    try:
+    try:  # not bincount: on a GPU that would wait for the largest index
         return torch.zeros(size, dtype=torch.int64, device=indices.device).scatter_add_(0, indices, ones)
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"indices: expected 0 to {size - 1} (left out), but {error}") from error

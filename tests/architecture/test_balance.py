@@ -223,6 +223,7 @@ def test_extremes_of_the_statistics():
     assert (stats.max_vio, stats.entropy, stats.idle, stats.dropped) == (0, pytest.approx(1), 0, 0)
     stats = balance.load_statistics(torch.zeros(5, 1, dtype=torch.long), 4)
     assert (stats.max_vio, stats.entropy, stats.idle) == (3, 0, 0.75)
+    assert balance.LoadStats(torch.tensor([2**30 + 2, 2**30 - 2, 2**30, 2**30])).max_vio == 2**-29
     stats = balance.load_statistics(torch.full((5, 1), 4), 4)  # everything dropped
     assert stats.dropped == 5 and stats.idle == 1 and stats.share.tolist() == [0] * 4 and stats.max_vio == 0
 
@@ -293,7 +294,7 @@ ROUTING = (SCORES, TOP_1)
         (lambda: moved(torch.ones(3), 0.1), "load: got shape"),
         (lambda: moved(torch.ones(4), -1), "speed: got -1"),
         (lambda: moved(torch.ones(4), math.nan), "speed: got nan"),
-        (lambda: moved(torch.tensor([1.0, math.nan, 1, 1]), 0.1), "load: got .*nan"),
+        (lambda: moved(torch.tensor([1.0, math.nan, 1, 1]), 0.1), "load: got nan"),
         (lambda: balance.total_balance_loss(nn.Linear(2, 2), z=1.0), "model: got no mixture"),
         (lambda: balance.total_balance_loss(layer(), z=1.0), "model: got a layer not yet run with gradients"),
         (lambda: balance.total_balance_loss(run_without_gradients(), z=1.0), "not yet run with gradients"),
