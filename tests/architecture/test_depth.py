@@ -260,19 +260,6 @@ def test_autocast_changes_no_router(dtype):
     torch.testing.assert_close(whole.confidence, plain.confidence, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_changes_no_figure(default):
-    model, tokens, rule = make(), ids(), ExitRule(0.5, 2)
-    wanted = early_exit(model, tokens, rule).confidence, depth.exit_loss(model, tokens, tokens, rule)
-    torch.set_default_dtype(default)
-    try:
-        got = early_exit(model, tokens, rule).confidence, depth.exit_loss(model, tokens, tokens, rule)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=0, rtol=0)
-
-
 def test_copies_after_a_training_step():
     model, tokens = depth.with_mixture_of_depths(make("experts", spread=1.0)), ids()
     (model(tokens).mean() + model.layers[1].last_predictor_loss).backward()

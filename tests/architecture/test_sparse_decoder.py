@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from dslib.architecture import decoder
+from dslib.architecture import balance, decoder
 from dslib.architecture.decoder import build, count_parameters
+from dslib.architecture.depth import ExitRule, early_exit, exit_loss
 from dslib.architecture.generation import generate
 from dslib.architecture.layers import Attention, SwiGLU
 from dslib.architecture.moe import MoE
@@ -133,14 +134,11 @@ def test_operations_of_latent_attention():
 
 
 def test_blocks_are_dense_first_then_sparse():
-    config = SparseConfig(**{**SMALL, **LATENT, "first_k_dense_replace": 2})
-    model = build(config)
-    assert isinstance(model, SparseDecoder)
+    model, plain = noisy(**LATENT, first_k_dense_replace=2), noisy()
     assert [type(layer.mlp) for layer in model.layers] == [SwiGLU, SwiGLU, MoE]
-    assert all(type(layer.self_attn) is MultiHeadLatentAttention for layer in model.layers)
-    assert all(type(layer.self_attn) is Attention for layer in build(SparseConfig(**SMALL)).layers)
-    assert model.layers[0].mlp.down_proj.in_features == 48
-    assert model.layers[2].mlp.experts.intermediate_size == 20
+    assert {type(layer.self_attn) for layer in model.layers} == {MultiHeadLatentAttention}
+    assert {type(layer.self_attn) for layer in plain.layers} == {Attention}
+    assert (model.layers[0].mlp.down_proj.in_features, model.layers[2].mlp.experts.intermediate_size) == (48, 20)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -207,12 +205,35 @@ def test_the_state_dict_is_complete(kind, tied):
 
 @torch.no_grad()
 def test_in_bfloat16_the_selection_bias_stays_in_float32():
-    config = SparseConfig(**{**SMALL, **KINDS["V3's rule"]})
-    model = build(config, seed=0, dtype=torch.bfloat16).eval()
+    model = build(SparseConfig(**{**SMALL, **KINDS["V3's rule"]}), seed=0, dtype=torch.bfloat16).eval()
     assert model.layers[1].mlp.router.e_score_correction_bias.dtype is torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     cache = model.make_cache(max_length=8)
     assert (cache.buffer.dtype, model(some_ids(1, 8), cache).dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+@EACH_KIND
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_number(kind, default):
+    """Neither those of the model nor those about it."""
+    model, ids, rule = noisy(**kind, num_hidden_layers=4), some_ids(2, 12), ExitRule(0.5, 2)
+
+    def numbers():
+        logits, routing = model(ids), model.layers[-1].mlp.last_routing
+        stats = balance.load_statistics(routing.indices, 6)
+        found = [balance.total_balance_loss(model, switch=1.0, sequence=1.0, z=1.0, batch_size=2)]
+        found += [balance.switch_loss(routing.scores, routing.indices), exit_loss(model, ids, ids, rule)]
+        found += [stats.share, torch.tensor([stats.max_vio, stats.entropy, stats.idle], dtype=torch.float32)]
+        return [*found, logits, early_exit(model, ids, rule).confidence]
+
+    wanted = numbers()
+    torch.set_default_dtype(default)
+    try:
+        got = numbers()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)  # dtypes too
 
 
 @torch.no_grad()
