@@ -53,8 +53,7 @@ def sequence_loss(scores: Tensor, indices: Tensor, batch_size: int, mask: Tensor
     Args:
         batch_size: B; the first N/B tokens are the first sequence, and so on. Sequences of padding alone are left out.
 
-    Raises:
-        ValueError: as :func:`switch_loss`, and a batch size that does not divide N.
+    Raises: as :func:`switch_loss`, and ValueError for a batch size that does not divide N.
     """
     real, (tokens, experts), top_k = _real(scores, indices, mask), scores.shape, indices.shape[1]
     if batch_size < 1 or tokens % batch_size:
@@ -195,8 +194,7 @@ def limited(routing: Routing, capacity: int) -> Routing:
     First choices are served before second choices, and earlier tokens before later ones, as in GShard. What finds no
     room is dropped: it gets index E, one past the last expert, and weight 0; the remaining weights stay as they are.
 
-    Raises:
-        ValueError: a negative capacity.
+    Raises: ValueError for a negative capacity.
     """
     whole(0, capacity=capacity)
     tokens, top_k = routing.indices.shape
@@ -216,8 +214,7 @@ class CapacityRouter(Router):
 
     The rest is dropped, see :func:`limited`: such a token has only what its other experts and the shared ones give.
 
-    Raises:
-        ValueError: a factor that is not above 0, and what :class:`Router` refuses.
+    Raises: ValueError for a factor that is not above 0, and what :class:`Router` refuses.
     """
 
     def __init__(self, *sizes: int, capacity_factor: float, **rule):

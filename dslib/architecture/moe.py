@@ -128,8 +128,7 @@ class Routing:
 class Router(nn.Module):
     """Scores all experts for a token, chooses ``top_k`` and gives each a weight.
 
-    Everything is computed in float32 whatever the model's dtype, under autocast too: a rounded score can change *which*
-    expert runs, and that is not a small error.
+    All in float32, whatever the model's dtype, and under autocast: a rounded score can change *which* expert runs.
 
     Args:
         hidden_size: H. num_experts: E. top_k: k, from 1 to E.
@@ -161,9 +160,7 @@ class Router(nn.Module):
         self.routed_scaling_factor = routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
-        bias, table = None, None
-        if selection_bias:
-            bias = torch.zeros(num_experts, dtype=torch.float32)
+        bias, table = torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None, None
         if hash_vocab_size is not None:
             # The first k of a random order of the experts: k different ones for every token id.
             generator = torch.Generator().manual_seed(seed)
@@ -193,16 +190,13 @@ class Router(nn.Module):
             choice = choice if self.n_group == 1 else self._in_best_groups(choice)
             best, indices = choice.topk(self.top_k, dim=-1)  # (N, k)
             refuse(CLOSED, best == -math.inf)
-        weights = scores.gather(1, indices)  # the scores, without bias: it decides who runs and not how much they say
+        weights = scores.gather(1, indices)  # without bias: it decides who runs and not how much they say
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(logits, scores, indices, weights * self.routed_scaling_factor)
 
     def _in_best_groups(self, choice: Tensor) -> Tensor:
-        """(N, E) with -inf outside of each token's best groups.
-
-        A group counts as much as its best expert under softmax (DeepSeek-V2), else as its two best (DeepSeek-V3).
-        """
+        """(N, E), -inf outside the best groups: by their best expert under softmax (V2), else their two best (V3)."""
         grouped = choice.unflatten(-1, (self.n_group, -1))  # (N, groups, E / groups)
         strength = grouped.topk(1 if self.scoring_func == "softmax" else 2, dim=-1).values.sum(-1)  # (N, groups)
         closed = torch.ones_like(strength, dtype=torch.bool)
@@ -245,9 +239,7 @@ def check_routing(num_experts: int, top_k: int, scoring_func: str, n_group: int,
         raise ValueError(f"topk_group: got {topk_group}, expected 1 to n_group={n_group}")
     size = num_experts // n_group
     if top_k > topk_group * size:
-        raise ValueError(
-            f"top_k: got {top_k}, expected at most {topk_group * size}, the experts in {topk_group} groups"
-        )
+        raise ValueError(f"top_k: got {top_k}, expected at most {topk_group * size}, those in {topk_group} groups")
     if n_group > 1 and scoring_func != "softmax" and size < 2:
         raise ValueError(f"n_group: got {n_group}, expected groups of at least 2 experts (a group's two best count)")
 
