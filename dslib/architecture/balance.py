@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dslib.architecture.experts import count
 from dslib.architecture.moe import MoE, Router, Routing
-from dslib.check import whole
+from dslib.check import above, at_least, whole
 
 
 def switch_loss(scores: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def switch_loss(scores: Tensor, indices: Tensor, mask: Tensor | None = None) -> 
         ValueError: shapes that do not fit, an index out of range, no real token.
     """
     real = _real(scores, indices, mask)
-    share = expert_load(indices, scores.shape[1], real) / real.sum()
+    share = expert_load(indices, scores.shape[1], real).to(scores.dtype) / real.sum()
     mean_score = (_probabilities(scores) * real.unsqueeze(1)).sum(0) / real.sum()
     return scores.shape[1] * (share * mean_score).sum()
 
@@ -52,8 +53,7 @@ def sequence_loss(scores: Tensor, indices: Tensor, batch_size: int, mask: Tensor
     Args:
         batch_size: B; the first N/B tokens are the first sequence, and so on. Sequences of padding alone are left out.
 
-    Raises:
-        ValueError: as :func:`switch_loss`, and a batch size that does not divide N.
+    Raises: as :func:`switch_loss`, and ValueError for a batch size that does not divide N.
     """
     real, (tokens, experts), top_k = _real(scores, indices, mask), scores.shape, indices.shape[1]
     if batch_size < 1 or tokens % batch_size:
@@ -82,21 +82,29 @@ def update_bias(router: Router, load: Tensor, speed: float) -> None:
 
     Call it after each optimiser step with the load of the whole batch, (E,). Published speed: 0.001.
 
+    ``fit(accumulate=k)`` runs a batch in k parts, and ``last_routing`` is that of the last. To have the load of all,
+    add up ``expert_load(layer.last_routing.indices, E)`` in ``loss``, which is called for every part, and use and clear
+    the sum in ``after_step``. A layer does not count by itself, because it cannot know which calls make a step (a
+    validation in between, a part that is run again), and a wrong count would be worse than a sample: the last part is a
+    fair one, and only the sign of each difference matters.
+
     Raises:
-        ValueError: a router without selection bias, another number of experts, a speed below 0.
+        ValueError: no selection bias, another number of experts, a load or a speed that is no number or below 0.
     """
-    if router.e_score_correction_bias is None:
+    bias = router.e_score_correction_bias
+    if bias is None:
         raise ValueError("router: got one without selection bias, expected Router(…, selection_bias=True)")
-    if load.shape != (router.num_experts,):
+    if load.shape != bias.shape:
         raise ValueError(f"load: got shape {tuple(load.shape)}, expected ({router.num_experts},)")
-    if not 0 <= speed < math.inf:
-        raise ValueError(f"speed: got {speed}, expected 0 or more")
-    load = load.to(router.e_score_correction_bias)
-    router.e_score_correction_bias += speed * (load.mean() - load).sign()
+    at_least(0, speed=speed)
+    # Compared as whole numbers: in float32, near-even loads beyond 2 ** 24 would be one and the same.
+    load = load.double() if load.is_floating_point() else load.long()
+    at_least(0, load=load.min().item() if load.isfinite().all() else math.nan)
+    bias += speed * (load.sum() - load * len(load)).sign().to(bias)
 
 
 def expert_load(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
-    """How many real tokens each expert gets: (N, k) -> int64 (E,). Index E (dropped) is not counted."""
+    """How many real tokens each expert gets: int64 (N, k) -> int64 (E,). Index E (dropped) is not counted."""
     return _counts(indices, num_experts, mask)[:num_experts]
 
 
@@ -109,13 +117,13 @@ class LoadStats:
 
     @property
     def share(self) -> Tensor:
-        """float32, (E,), each expert's share of the assignments that were served; sums to 1."""
-        return self.counts / self.counts.sum().clamp(min=1)
+        """float32, (E,), each expert's share of the assignments that were served; sums to 1 (if none was, to 0)."""
+        return (self.counts.double() / self.counts.sum().clamp(min=1)).float()
 
     @property
     def max_vio(self) -> float:
-        """(largest load - mean load) / mean load: 0 is even; E / k - 1 if all tokens choose the same k experts."""
-        return float(self.share.max() * len(self.counts) - 1)
+        """(largest load - mean load) / mean load: 0 is even (or no load); E / k - 1 if all choose the same k."""
+        return int(self.counts.max()) * len(self.counts) / total - 1 if (total := int(self.counts.sum())) else 0.0
 
     @property
     def entropy(self) -> float:
@@ -147,7 +155,7 @@ def total_balance_loss(
     model: nn.Module, *, switch: float = 0.0, sequence: float = 0.0, z: float = 0.0, batch_size: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Weighted losses of all layers that have just been run, summed; call it after the forward pass.
+    """Weighted losses of all layers that have just been run, summed, float32; call it after the forward pass.
 
     Layers with hash routing are left out: nothing moves their choice. transformers pools the tokens of all layers
     instead of summing, so that there an expert that is busy in one layer may make up for its idle namesake in another.
@@ -164,7 +172,7 @@ def total_balance_loss(
         raise ValueError("model: got no mixture of experts with a choice to balance, expected at least one")
     if sequence and batch_size is None:
         raise ValueError("batch_size: got None, expected the number of sequences (for the sequence-wise loss)")
-    total = torch.zeros((), device=layers[0].router.weight.device)
+    total = torch.zeros((), dtype=torch.float32, device=layers[0].router.weight.device)
     for layer in layers:
         routing = layer.last_routing
         if routing is None or not routing.logits.requires_grad:
@@ -186,8 +194,7 @@ def limited(routing: Routing, capacity: int) -> Routing:
     First choices are served before second choices, and earlier tokens before later ones, as in GShard. What finds no
     room is dropped: it gets index E, one past the last expert, and weight 0; the remaining weights stay as they are.
 
-    Raises:
-        ValueError: a negative capacity.
+    Raises: ValueError for a negative capacity.
     """
     whole(0, capacity=capacity)
     tokens, top_k = routing.indices.shape
@@ -198,28 +205,27 @@ def limited(routing: Routing, capacity: int) -> Routing:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) - first
     full = (place >= capacity).view(top_k, tokens).T
-    kept = {"indices": routing.indices.masked_fill(full, routing.num_experts)}
-    return dataclasses.replace(routing, **kept, weights=routing.weights.masked_fill(full, 0.0))
+    indices, weights = routing.indices.masked_fill(full, routing.num_experts), routing.weights.masked_fill(full, 0.0)
+    return dataclasses.replace(routing, indices=indices, weights=weights)
 
 
 class CapacityRouter(Router):
-    """A router whose experts take at most ``int(capacity_factor * N * k / E)`` of the N tokens of a call (Switch).
+    """A router whose experts take at most ``capacity_factor * N * k / E``, rounded down, of a call's N tokens (Switch).
 
     The rest is dropped, see :func:`limited`: such a token has only what its other experts and the shared ones give.
 
-    Raises:
-        ValueError: a factor that is not above 0, and what :class:`Router` refuses.
+    Raises: ValueError for a factor that is not above 0, and what :class:`Router` refuses.
     """
 
     def __init__(self, *sizes: int, capacity_factor: float, **rule):
         super().__init__(*sizes, **rule)
-        if not 0 < capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor: got {capacity_factor}, expected a positive number")
+        above(0, capacity_factor=capacity_factor)
         self.capacity_factor = capacity_factor
 
     def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Routing:
         routing = super().forward(x, input_ids)
-        return limited(routing, int(self.capacity_factor * routing.indices.numel() / routing.num_experts))
+        room = self.capacity_factor * routing.indices.numel() / routing.num_experts
+        return limited(routing, math.floor(room * (1 + 1e-9)))  # 0.29 of 100 is 28.99… in floats
 
 
 def _probabilities(scores: Tensor) -> Tensor:
@@ -231,12 +237,8 @@ def _counts(indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
     if indices.ndim != 2 or indices.dtype != torch.int64 or indices.numel() == 0:
         got = f"{indices.dtype} of shape {tuple(indices.shape)}"
         raise ValueError(f"indices: got {got}, expected int64, (tokens, top_k), at least one token")
-    real = _mask(mask, len(indices), indices.device)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=indices.device)
-    try:  # not bincount: on a GPU it would wait for the largest index
-        return counts.scatter_add_(0, indices.flatten(), real.repeat_interleave(indices.shape[1]).long())
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"indices: expected 0 to {num_experts} (dropped), but {error}") from error
+    real = _mask(mask, len(indices), indices.device).repeat_interleave(indices.shape[1])
+    return count(indices.flatten(), num_experts + 1, real)
 
 
 def _real(scores: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:

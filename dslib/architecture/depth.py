@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from dslib.architecture.cache import KVCache, Step
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.layers import Block
+from dslib.architecture.moe import no_autocast
+from dslib.check import between, whole
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,10 @@ class ExitRule:
     every: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold: got {self.threshold}, expected 0 to 1")
-        for name in ("min_layers", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        between(0, 1, threshold=self.threshold)
+        whole(1, min_layers=self.min_layers, every=self.every)
 
-    def exits(self, layers: int) -> range | tuple[int, ...]:
+    def exits(self, layers: int) -> tuple[int, ...]:
         """Depths at which a token may leave a decoder of so many layers; the last one is always among them."""
         if self.min_layers > layers:
             raise ValueError(f"min_layers: got {self.min_layers}, expected at most the model's {layers} layers")
@@ -98,9 +97,8 @@ def early_exit(
     x, step, rope = model.begin(input_ids, cache, positions)
     inside = torch.ones(input_ids.shape, dtype=torch.bool, device=x.device)
     depths = torch.full_like(input_ids, len(model.layers), dtype=torch.int64)
-    logits = x.new_empty(*input_ids.shape, model.config.vocab_size)
-    confidence = torch.zeros(input_ids.shape, device=x.device)
-    layers_run = 0
+    confidence = torch.zeros(input_ids.shape, dtype=torch.float32, device=x.device)
+    logits, layers_run = None, 0
     for depth, layer in enumerate(model.layers, start=1):
         if not inside.any():  # all have left: only what later tokens will look at
             if cache is None:
@@ -119,13 +117,17 @@ def early_exit(
         leaves = sure > rule.threshold if depth < len(model.layers) else torch.ones_like(sure, dtype=torch.bool)
         here = inside.clone()
         here[inside] = leaves
+        logits = asked.new_empty(*input_ids.shape, asked.shape[-1]) if logits is None else logits
         logits[here], confidence[here], depths[here] = asked[leaves], sure[leaves], depth
         inside = inside & ~here
     return Exits(logits, depths, confidence, layers_run)
 
 
 def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
-    """Loss of each token at each exit, in nats: two (B, T) -> (exits, B, T), float32; the last exit is the model."""
+    """Loss of each token at each exit, in nats: two (B, T) -> (exits, B, T), float32; the last exit is the model.
+
+    0 where the target is -100, which stands for none.
+    """
     x, step, rope = model.begin(inputs)
     exits, losses = rule.exits(len(model.layers)), []
     for depth, layer in enumerate(model.layers, start=1):
@@ -137,12 +139,13 @@ def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule)
 
 
 def exit_loss(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
-    """The training that makes exits work: the loss of every exit, weighted by its depth (CALM); a scalar.
+    """The training that makes exits work: the mean loss of every exit, weighted by its depth (CALM); a scalar.
 
-    The weights sum to 1. Without it only the last layer learns to speak through the output head.
+    The weights sum to 1; targets of -100 count for nothing. Without it only the last layer learns to speak through the
+    output head.
     """
     depths = torch.tensor(rule.exits(len(model.layers)), dtype=torch.float32, device=inputs.device)
-    losses = exit_losses(model, inputs, targets, rule).mean((1, 2))
+    losses = exit_losses(model, inputs, targets, rule).sum((1, 2)) / (targets != -100).sum()
     return (losses * depths).sum() / depths.sum()
 
 
@@ -184,20 +187,18 @@ class MixtureOfDepths(nn.Module):
         """
         if cache is not None:
             raise ValueError("cache: got one, expected None (a mixture of depths runs over whole sequences here)")
-        scores = self.router(x).squeeze(-1)  # (B, T)
+        with no_autocast(x):  # a rounded score can change who goes through
+            given = x.to(self.router.weight.dtype)
+            scores = self.router(given).squeeze(-1)  # (B, T)
+            guess = self.predictor(given.detach()).squeeze(-1)  # its loss must not move the model
         if x.device.type != "cuda" and not scores.isfinite().all():
             raise ValueError("x: got hidden states whose router scores are NaN or infinite, expected finite ones")
-        guess = self.predictor(x.detach()).squeeze(-1)  # its loss must not move the model
-        count = max(1, int(self.capacity * x.shape[1] + 1e-6))  # 0.57 of 100 is 56.99… in floats
+        count = max(1, int(self.capacity * x.shape[1] * (1 + 1e-9)))  # 0.57 of 100 is 56.99… in floats
         ranked = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(count, dim=1).indices, True)
         self.last_predictor_loss = F.binary_cross_entropy_with_logits(guess, ranked.to(guess.dtype))
-        chosen = guess > 0 if self.causal else ranked
-        self.last_choice = chosen
+        self.last_choice = chosen = guess > 0 if self.causal else ranked
         rows = [self._row(x[i : i + 1], chosen[i], rope, step, i, layer, input_ids) for i in range(len(x))]
-        return x + (torch.cat(rows) - x) * scores.sigmoid().unsqueeze(-1)
-
-    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
-        self(x, rope, None, cache, layer)  # says that it takes no cache
+        return x + (torch.cat(rows) - x) * scores.to(x.dtype).sigmoid().unsqueeze(-1)
 
     def _row(self, x: Tensor, chosen: Tensor, rope, step: Step, row: int, layer: int, input_ids: Tensor | None):
         """One sequence, (1, T, hidden_size): its chosen tokens through the block, in order."""
@@ -208,21 +209,25 @@ class MixtureOfDepths(nn.Module):
         positions = step.positions[row if len(step.positions) > 1 else 0][where].unsqueeze(0)
         ids = None if input_ids is None else input_ids[row : row + 1, where]
         out = self.block(x[:, where], turns, Step(positions, causal=True), None, layer, ids)
-        return x.index_copy(1, where, out)
+        return x.index_copy(1, where, out.to(x.dtype))
+
+    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
+        self(x, rope, None, cache, layer)  # says that it takes no cache
+
+    def __getstate__(self) -> dict:
+        """Copies and files have the last loss outside the graph, which cannot be copied."""
+        loss = self.last_predictor_loss
+        return vars(self) | {"last_predictor_loss": loss if loss is None else loss.detach()}
 
 
 def with_mixture_of_depths(model: Decoder, capacity: float = 0.5, every: int = 2) -> Decoder:
-    """Wrap every second (``every``) block of ``model``, in place, the second first; returns the model.
-
-    The new router and predictor have the model's dtype and device.
-    """
-    if not 1 <= every <= len(model.layers):
-        raise ValueError(f"every: got {every}, expected 1 to the model's {len(model.layers)} layers")
+    """Wrap every second (``every``) block, in place, the second first, in the model's dtype; returns the model."""
+    whole(1, every=every)
+    between(1, len(model.layers), every=every)
     if any(isinstance(layer, MixtureOfDepths) for layer in model.layers):
         raise ValueError("model: got one with mixtures of depths, expected plain blocks")
     for index in range(every - 1, len(model.layers), every):
-        wrapped = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
-        wrapped.router.to(model.embed_tokens.weight)
-        wrapped.predictor.to(model.embed_tokens.weight)
-        model.layers[index] = wrapped
+        wrapped = model.layers[index] = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
+        for part in (wrapped.router, wrapped.predictor):
+            part.to(model.embed_tokens.weight)
     return model

@@ -15,28 +15,28 @@ Book: ``chapters/architecture/moe.ipynb``. Sources: MegaBlocks (arXiv 2211.15841
 SwiGLU (arXiv 2002.05202).
 """
 
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.check import one_of, whole
+from dslib.architecture.layers import SwiGLU
+from dslib.check import above, one_of, whole
 
 
 def one_by_one(experts: "Experts", x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """What a mixture computes, a token and an expert at a time; :class:`Experts` gives the same, sooner.
 
-    Args:
-        x: (N, H). indices: int64, (N, k), E for none. weights: (N, k).
-
-    Returns:
-        (N, H).
+    (N, H) tokens, (N, k) ids of experts (E for none) and weights -> (N, H).
     """
     y = torch.zeros_like(x)
     for token, chosen in enumerate(indices.tolist()):
         for place, expert in enumerate(chosen):
             if expert < experts.num_experts:
-                gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)  # (I,) each
-                y[token] += weights[token, place] * (experts.down_proj[expert] @ (F.silu(gate) * up))  # (H,)
+                inner = swiglu(experts.gate_up_proj[expert] @ x[token], experts.swiglu_limit)  # (I,)
+                y[token] += weights[token, place] * (experts.down_proj[expert] @ inner)  # (H,)
     return y
 
 
@@ -47,103 +47,120 @@ class Experts(nn.Module):
         gate_up_proj: (E, 2 I, H), rows of the gate first. down_proj: (E, H, I).
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, a limit that is not above 0.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, swiglu_limit: float | None = None):
         super().__init__()
-        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        whole(1, **sizes)
-        self.num_experts, self.hidden_size, self.intermediate_size = sizes.values()
+        whole(1, num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.swiglu_limit = swiglu_limit
+        if swiglu_limit is not None:
+            above(0, swiglu_limit=swiglu_limit)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         for parameter in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | None = None) -> Tensor:
-        """Run each token through its experts and add up what they give, weighted.
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | Callable | None = None) -> Tensor:
+        """Run each token through its experts and add up what they give, weighted: (N, H) -> (N, H), the dtype of x.
+
+        Under autocast the products run in its dtype, whatever the way.
 
         Args:
-            x: (N, H).
-            indices: int64, (N, k), from 0 to E; E means that the pair is left out.
-            weights: (N, k), any float dtype.
-            way: ``"grouped"`` or ``"padded"``; None is grouped where that is possible.
-
-        Returns:
-            (N, H), in the dtype of x.
+            indices: int64, (N, k), from 0 to E; E means that the pair is left out. weights: (N, k), any float dtype.
+            way: ``"grouped"`` or ``"padded"``; None is grouped where that is possible. Or a function of sorted rows,
+                (S, H), and their :class:`Pairs` that gives what the experts make of the rows, (S, H).
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, or an unknown way.
+            ValueError: shapes or dtypes that do not fit, or a way that is unknown or that these sizes do not allow.
         """
         check_pairs(self, x, indices, weights)
-        one_of(("grouped", "padded", None), way=way)
+        dtype = autocast_dtype(x) or x.dtype
+        groups = can_group(self, dtype)
+        if not callable(way):
+            one_of(("grouped", "padded", None) if groups else ("padded", None), way=way)
         if indices.numel() == 0:
             return x * 0
-        pairs, weights = Pairs(indices, self.num_experts), weights.to(x.dtype)
-        grouped = way == "grouped" or (way is None and can_group(self, x))
-        return (self._grouped if grouped else self._padded)(x, weights, pairs)
+        pairs = Pairs(indices, self.num_experts)  # sorted by expert
+        rows = x.to(dtype)[pairs.tokens]  # (S, H)
+        if pairs.some_left_out:  # which the grouped product passes over: there is then whatever was in memory
+            rows, weights = rows.masked_fill(pairs.left_out, 0), weights.masked_fill(indices == self.num_experts, 0)
+        if callable(way):
+            rows = way(rows, pairs)
+        elif way == "padded" or not groups:
+            rows = self.padded(rows, pairs)
+        else:
+            ends = pairs.load.cumsum(0, dtype=torch.int32)  # (E,), the row at which each expert's slice ends
+            inner = swiglu(F.grouped_mm(rows, self.gate_up_proj.to(dtype).mT, offs=ends), self.swiglu_limit)  # (S, I)
+            rows = F.grouped_mm(inner, self.down_proj.to(dtype).mT, offs=ends)  # (S, H)
+        if pairs.some_left_out:
+            rows = rows.masked_fill(pairs.left_out, 0)
+        # y[token] += weight * row, for all pairs in one pass, without an (N, k, H) tensor in between.
+        y = F.embedding_bag(pairs.places, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+        return y.to(x.dtype)
 
-    def _grouped(self, x: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
-        ends, rows = pairs.load.cumsum(0, dtype=torch.int32), x[pairs.tokens]
-        left_out = None
-        if x.device.type == "cuda" or pairs.kept < len(rows):
-            # Rows past the last end are passed over by the product: its results there, and in the backward pass its
-            # gradients, are whatever was in memory. Zeros at both ends keep that out.
-            left_out = (torch.arange(len(rows), device=x.device) >= ends[-1]).unsqueeze(-1)
-            rows = rows.masked_fill(left_out, 0)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(F.silu(gate) * up, self.down_proj.mT, offs=ends)
-        if left_out is not None:
-            out = out.masked_fill(left_out, 0)
-        return pairs.combine(out, weights)
-
-    def _padded(self, x: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
-        longest = max([1, *pairs.counts])
-        # Row number of each sorted pair in the padded batch: its expert's block, and its place there.
-        starts = pairs.load.cumsum(0) - pairs.load
-        place = torch.arange(pairs.kept, device=x.device) - starts.repeat_interleave(pairs.load)
-        row = pairs.experts[: pairs.kept] * longest + place
-        batch = x.new_zeros(self.num_experts * longest, x.shape[1]).index_copy(0, row, x[pairs.tokens[: pairs.kept]])
+    def padded(self, rows: Tensor, pairs: "Pairs") -> Tensor:
+        """Sorted rows through their experts, (S, H) -> (S, H), as a batch of E slices of one length."""
+        longest, kept = max([1, *pairs.counts]), pairs.kept
+        expert, starts = pairs.experts[:kept], pairs.load.cumsum(0) - pairs.load
+        # Row number of each pair in the batch: its expert's slice, and its place there.
+        where = expert * longest + torch.arange(kept, device=rows.device) - starts[expert]
+        batch = rows.new_zeros(self.num_experts * longest, rows.shape[1]).index_copy(0, where, rows[:kept])
         batch = batch.view(self.num_experts, longest, -1)
-        gate, up = torch.bmm(batch, self.gate_up_proj.mT).chunk(2, dim=-1)
-        out = torch.bmm(F.silu(gate) * up, self.down_proj.mT).flatten(0, 1)  # (E longest, H)
-        where = row.new_full((len(pairs.order),), 0)
-        where[pairs.order[: pairs.kept]] = row  # pairs left out keep row 0; their weight is 0
-        return weighted_sum(out, where.view_as(pairs.indices), weights * (pairs.indices < self.num_experts))
+        inner = swiglu(torch.bmm(batch, self.gate_up_proj.to(rows.dtype).mT), self.swiglu_limit)  # (E, longest, I)
+        out = torch.bmm(inner, self.down_proj.to(rows.dtype).mT).flatten(0, 1)  # (E longest, H)
+        return F.pad(out[where], (0, 0, 0, len(rows) - kept))
 
-    def extra_repr(self) -> str:
-        return f"{self.num_experts} x SwiGLU({self.hidden_size}, {self.intermediate_size})"
+
+def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
+    """``silu(gate) * up``, (..., 2 I) -> (..., I); with a limit, of gates at most and of ups between -limit and limit.
+
+    DeepSeek-V4 bounds both so that no expert's numbers grow without end.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+class ClampedSwiGLU(SwiGLU):
+    """The feed-forward network of a shared expert whose inside has a limit, see :func:`swiglu`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, limit: float):
+        super().__init__(hidden_size, intermediate_size)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x), self.limit))
 
 
 class Pairs:
     """The (token, expert) pairs of a call, sorted by expert.
 
     Attributes:
-        indices: int64, (N, k), as given.
         order: int64, (S,): the sorted list's entry s is pair number ``order[s]``, counted row by row.
+        places: int64, (N, k): where in the sorted list each pair is.
         tokens, experts: int64, (S,): token and expert of each sorted entry.
         load: int64, (E,): pairs of each expert; pairs with index E are at the end of the list and in no load.
+        left_out: bool, (S, 1): which entries those are. some_left_out: whether there are any (on a GPU always True:
+            asking would wait for the router).
     """
 
     def __init__(self, indices: Tensor, num_experts: int):
         flat = indices.reshape(-1)
-        self.indices = indices
         self.experts, self.order = flat.sort(stable=True)
         self.tokens = self.order.div(indices.shape[1], rounding_mode="floor")
-        # Not bincount: on a GPU it would wait for the largest index.
-        load = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-        try:
-            self.load = load.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(f"indices: expected 0 to {num_experts} (left out), but {error}") from error
-        self._counts: list[int] | None = None
+        self.places = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(flat), device=flat.device))
+        self.places = self.places.view_as(indices)
+        self.left_out = (self.experts == num_experts).unsqueeze(1)
+        self.some_left_out = flat.device.type == "cuda" or bool(self.left_out.any())
+        self.load = count(flat, num_experts + 1)[:num_experts]
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """``load`` on the CPU; on a GPU this waits for the router."""
-        if self._counts is None:
-            self._counts = self.load.tolist()
-        return self._counts
+        return self.load.tolist()
 
     @property
     def kept(self) -> int:
@@ -152,27 +169,37 @@ class Pairs:
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """(S, H) sorted rows, (N, k) weights -> (N, H), each token's rows weighted and added up."""
-        places = torch.empty_like(self.order)  # where in the sorted list each pair is
-        places[self.order] = torch.arange(len(self.order), device=self.order.device)
-        return weighted_sum(rows, places.view_as(self.indices), weights)
+        rows, weights = rows.masked_fill(self.left_out, 0), weights.to(rows.dtype)
+        return F.embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights)
 
 
-def weighted_sum(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    # embedding_bag looks up, multiplies and adds in one pass, without an (N, k, H) tensor in between.
-    return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
+def count(indices: Tensor, size: int, real: Tensor | None = None) -> Tensor:
+    """How often 0 to ``size - 1`` occur in flat int64 ``indices``, int64, (size,); only where ``real``."""
+    ones = torch.ones_like(indices) if real is None else real.long()
+    try:  # not bincount: on a GPU that would wait for the largest index
+        return torch.zeros(size, dtype=torch.int64, device=indices.device).scatter_add_(0, indices, ones)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"indices: expected 0 to {size - 1} (left out), but {error}") from error
 
 
-def can_group(experts: Experts, x: Tensor) -> bool:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast has products of x run, as for ``nn.Linear``; None where it is off."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def can_group(experts: Experts, dtype: torch.dtype) -> bool:
     """Whether torch's grouped product takes these sizes: it reads rows in units of 16 bytes."""
-    aligned = not any(size * x.element_size() % 16 for size in (experts.hidden_size, experts.intermediate_size))
-    return hasattr(F, "grouped_mm") and x.dtype in (torch.float32, torch.bfloat16) and aligned
+    aligned = not any(size * dtype.itemsize % 16 for size in (experts.hidden_size, experts.intermediate_size))
+    return hasattr(F, "grouped_mm") and dtype in (torch.float32, torch.bfloat16) and aligned
 
 
 def check_pairs(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> None:
     """Raise a ValueError unless these tokens, choices and weights fit together and to the experts."""
     if x.ndim != 2 or x.shape[1] != experts.hidden_size:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (tokens, {experts.hidden_size})")
-    if x.dtype != experts.down_proj.dtype:
+    if x.dtype != experts.down_proj.dtype and autocast_dtype(x) is None:
         raise ValueError(f"x: got {x.dtype}, expected the experts' {experts.down_proj.dtype}")
     if indices.dtype != torch.int64 or indices.ndim != 2 or len(indices) != len(x):
         raise ValueError(f"indices: got {indices.dtype} {tuple(indices.shape)}, expected int64 ({len(x)}, top_k)")

@@ -31,12 +31,123 @@ from torch import Tensor, nn
 from dslib.architecture.cache import KVCache, Step, visible
 from dslib.architecture.int4.layers import Int4Linear
 from dslib.architecture.layers import RMSNorm, apply_rope, cos_and_sin
-from dslib.check import at_least, one_of, whole
+from dslib.check import above, at_least, one_of, whole
 from dslib.exact import exactly
 
-FORMS = ("naive", "absorbed", "auto")
 # Of the two inner norms. DeepSeek's code does not take it from the configuration's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Latent attention with decoupled rotary positions and an optional cache.
+
+    Args:
+        config: with ``kv_lora_rank``, ``q_lora_rank`` (None: queries are not compressed), ``qk_nope_head_dim``,
+            ``qk_rope_head_dim``, ``v_head_dim``, ``num_attention_heads``, ``hidden_size`` and ``yarn``.
+
+    Attributes:
+        form: ``"naive"``, ``"absorbed"``, or ``"auto"`` for the one that multiplies less: naive for a prompt, absorbed
+            for new tokens behind a history. May be set at any time. A ``kv_b_proj`` that is no plain layer (an adapter,
+            hooks) cannot be absorbed and is always called. The default is naive; ``fast.prepare`` chooses auto.
+        scale: what scores are multiplied by before the softmax.
+
+    Raises:
+        ValueError: unknown form.
+    """
+
+    def __init__(self, config, form: str = "naive"):
+        super().__init__()
+        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.form = form
+        size, query = config.hidden_size, self.heads * (self.nope + self.rope)
+        self.compressed_queries = config.q_lora_rank is not None
+        if not self.compressed_queries:
+            self.q_proj = nn.Linear(size, query, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(size, self.rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, size, bias=False)
+        self.scale = (self.nope + self.rope) ** -0.5 * (1.0 if config.yarn is None else config.yarn.softmax_factor)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
+        """(B, T, hidden_size) -> (B, T, hidden_size); ``rope`` for heads of ``qk_rope_head_dim``."""
+        q, q_rope = self._queries(x, rope)  # (B, T, H, N), (B, T, H, R)
+        kept = self._kept(x, rope)  # (B, 1, T, C + R)
+        if cache is not None:
+            (kept,) = cache.update(layer, kept)  # writes the new tokens; gives all: (B, 1, S, C + R)
+        attend = self._absorbed if self._absorbs(x.shape[1], kept.shape[2]) else self._naive
+        y = attend(q, q_rope, kept.squeeze(1), step)  # (B, T, H, V)
+        return self.o_proj(y.flatten(2))
+
+    def _queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed_queries else self.q_proj(x)
+        q, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        return q, apply_rope(q_rope, *rope)
+
+    def _kept(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """All that a cache has to hold: the normalised latent and, behind it, the rotated key. (B, 1, T, C + R)."""
+        latent, key = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
+        key = apply_rope(key.unsqueeze(2), *rope).squeeze(2)  # one head, which all share
+        return torch.cat((self.kv_a_layernorm(latent), key), dim=-1).unsqueeze(1)
+
+    def _naive(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
+        """Every head's keys and values are rebuilt: k = W_k c and v = W_v c for each of the S latents c."""
+        latent, k_rope = kept.split((self.rank, self.rope), dim=-1)  # (B, S, C), (B, S, R)
+        k, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
+        q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, N + R)
+        k = torch.cat((k, k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)  # (B, S, H, N + R)
+        # The fused kernels want values as wide as keys; without them, the T x S scores are written out, which takes
+        # twice as long at 1,024 tokens. So the values are widened with zeros.
+        v = F.pad(v, (0, max(0, k.shape[-1] - self.value)))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, ·)
+        causal = step.causal and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, scale=self.scale)
+        return y.transpose(1, 2)[..., : self.value]
+
+    def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
+        """q · (W_k c) = (W_kᵀ q) · c, so W_k moves to the query; and W_v is applied to the sum of c, not to each."""
+        make_keys, make_values = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
+        q = torch.einsum("bthn,hnc->bthc", q, make_keys)
+        q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, C + R)
+        batch, tokens, heads, _ = q.shape
+        mask = step.mask
+        if step.causal and tokens > 1:
+            mask = visible(*[torch.arange(tokens, device=q.device)] * 2).expand(1, 1, -1, -1)
+        if mask is not None:
+            mask = mask.repeat_interleave(heads, dim=2)  # (1 or B, 1, T H, S)
+        # One key for all heads: the heads' queries become rows of one attention problem, and nothing is repeated. The
+        # values are the keys, whole; their rotary part is dropped from the result.
+        rows, keys = q.flatten(1, 2).unsqueeze(1), kept.unsqueeze(1)  # (B, 1, T H, C + R), (B, 1, S, C + R)
+        y = F.scaled_dot_product_attention(rows, keys, keys, attn_mask=mask, scale=self.scale)[..., : self.rank]
+        return torch.einsum("bthc,hvc->bthv", y.view(batch, tokens, heads, -1), make_values)
+
+    def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
+        """Keep what the cache holds of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
+        cache.update(layer, self._kept(x, rope))
+
+    @property
+    def form(self) -> str:
+        return self._form
+
+    @form.setter
+    def form(self, form: str) -> None:
+        one_of(("naive", "absorbed", "auto"), form=form)
+        self._form = form
+
+    def _absorbs(self, tokens: int, keys: int) -> bool:
+        """Whether this call takes the absorbed form."""
+        if self.form == "naive" or not exactly(self.kv_b_proj, nn.Linear, Int4Linear, bias=False):
+            return False  # the layer is called; absorbing reads its weight
+        # A head's multiplications besides the projections that both forms have, with the values widened as above.
+        key = self.nope + self.rope
+        naive = keys * self.rank * (self.nope + self.value) + tokens * keys * (key + max(key, self.value))
+        absorbed = tokens * self.rank * (self.nope + self.value) + tokens * keys * 2 * (self.rank + self.rope)
+        return self.form == "absorbed" or absorbed < naive
 
 
 @dataclass(frozen=True)
@@ -63,10 +174,8 @@ class Yarn:
         at_least(1, factor=self.factor)
         whole(1, original_max_position_embeddings=self.original_max_position_embeddings)
         at_least(0, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
-        if not 0 < self.beta_slow < self.beta_fast:
-            raise ValueError(
-                f"beta_slow, beta_fast: got {self.beta_slow} and {self.beta_fast}, expected 0 < beta_slow < beta_fast"
-            )
+        above(0, beta_slow=self.beta_slow)
+        above(self.beta_slow, beta_fast=self.beta_fast)
 
     def _growth(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0
@@ -100,117 +209,3 @@ class Yarn:
         turns = cos_and_sin(positions, self.frequencies(head_dim, theta, positions.device))
         cos, sin = (part * self.magnitude for part in turns)
         return cos.to(dtype), sin.to(dtype)
-
-
-class MultiHeadLatentAttention(nn.Module):
-    """Latent attention with decoupled rotary positions and an optional cache.
-
-    Args:
-        config: with ``kv_lora_rank``, ``q_lora_rank`` (None: queries are not compressed), ``qk_nope_head_dim``,
-            ``qk_rope_head_dim``, ``v_head_dim``, ``num_attention_heads``, ``hidden_size`` and ``yarn``.
-        form: see the attribute.
-
-    Attributes:
-        form: ``"naive"``, ``"absorbed"``, or ``"auto"`` for the one that multiplies less: naive for a prompt, absorbed
-            for new tokens behind a history. May be set at any time. A ``kv_b_proj`` that is no plain layer (an adapter,
-            hooks) cannot be absorbed and is always called. The default is naive; ``fast.prepare`` chooses auto.
-        scale: what scores are multiplied by before the softmax.
-
-    Raises:
-        ValueError: unknown form.
-    """
-
-    def __init__(self, config, form: str = "naive"):
-        super().__init__()
-        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
-        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.form = form
-        size, query = config.hidden_size, self.heads * (self.nope + self.rope)
-        self.compressed_queries = config.q_lora_rank is not None
-        if not self.compressed_queries:
-            self.q_proj = nn.Linear(size, query, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(size, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(size, self.rank + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, size, bias=False)
-        self.scale = (self.nope + self.rope) ** -0.5
-        if config.yarn is not None:
-            self.scale *= config.yarn.softmax_factor
-
-    @property
-    def form(self) -> str:
-        return self._form
-
-    @form.setter
-    def form(self, form: str) -> None:
-        one_of(FORMS, form=form)
-        self._form = form
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
-        """(B, T, hidden_size) -> (B, T, hidden_size); ``rope`` for heads of ``qk_rope_head_dim``."""
-        q, q_rope = self._queries(x, rope)  # (B, T, H, N), (B, T, H, R)
-        kept = self._kept(x, rope)  # (B, 1, T, C + R)
-        if cache is not None:
-            (kept,) = cache.update(layer, kept)  # writes the new tokens; gives all: (B, 1, S, C + R)
-        form = self._cheaper(x.shape[1], kept.shape[2]) if self.form == "auto" else self.form
-        if not exactly(self.kv_b_proj, nn.Linear, Int4Linear, bias=False):
-            form = "naive"  # which calls the layer; absorbing reads its weight
-        y = (self._naive if form == "naive" else self._absorbed)(q, q_rope, kept.squeeze(1), step)  # (B, T, H, V)
-        return self.o_proj(y.flatten(2))
-
-    def _naive(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
-        """Every head's keys and values are rebuilt: k = W_k c and v = W_v c for each of the S latents c."""
-        latent, k_rope = kept.split((self.rank, self.rope), dim=-1)  # (B, S, C), (B, S, R)
-        k, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
-        q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, N + R)
-        k = torch.cat((k, k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)  # (B, S, H, N + R)
-        # The fused kernels want values as wide as keys; without them, the T x S scores are written out, which takes
-        # twice as long at 1,024 tokens. So the values are widened with zeros.
-        v = F.pad(v, (0, max(0, k.shape[-1] - self.value)))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, ·)
-        causal = step.causal and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, scale=self.scale)
-        return y.transpose(1, 2)[..., : self.value]
-
-    def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
-        """q · (W_k c) = (W_kᵀ q) · c, so W_k moves to the query; and W_v is applied to the sum of c, not to each."""
-        make_keys, make_values = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
-        q = torch.einsum("bthn,hnc->bthc", q, make_keys)
-        q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, C + R)
-        batch, tokens, heads, _ = q.shape
-        mask = step.mask
-        if step.causal and tokens > 1:
-            mask = visible(*[torch.arange(tokens, device=q.device)] * 2).expand(1, 1, -1, -1)
-        if mask is not None:
-            mask = mask.repeat_interleave(heads, dim=2)  # (1 or B, 1, T H, S)
-        # One key for all heads: the heads' queries become rows of one attention problem, and nothing is repeated. The
-        # values are the keys, whole; their rotary part is dropped from the result.
-        rows, keys = q.flatten(1, 2).unsqueeze(1), kept.unsqueeze(1)  # (B, 1, T H, C + R), (B, 1, S, C + R)
-        y = F.scaled_dot_product_attention(rows, keys, keys, attn_mask=mask, scale=self.scale)[..., : self.rank]
-        return torch.einsum("bthc,hvc->bthv", y.view(batch, tokens, heads, -1), make_values)
-
-    def _queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed_queries else self.q_proj(x)
-        q, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
-        return q, apply_rope(q_rope, *rope)
-
-    def _kept(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """All that a cache has to hold: the normalised latent and, behind it, the rotated key. (B, 1, T, C + R)."""
-        latent, key = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
-        key = apply_rope(key.unsqueeze(2), *rope).squeeze(2)  # one head, which all share
-        return torch.cat((self.kv_a_layernorm(latent), key), dim=-1).unsqueeze(1)
-
-    def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
-        """Keep what the cache holds of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""
-        cache.update(layer, self._kept(x, rope))
-
-    def _cheaper(self, tokens: int, keys: int) -> str:
-        # A head's multiplications besides the projections that both forms have, with the values widened as above.
-        key = self.nope + self.rope
-        naive = keys * self.rank * (self.nope + self.value) + tokens * keys * (key + max(key, self.value))
-        absorbed = tokens * self.rank * (self.nope + self.value) + tokens * keys * 2 * (self.rank + self.rope)
-        return "absorbed" if absorbed < naive else "naive"

@@ -7,6 +7,8 @@ Book: ``chapters/architecture/moe.ipynb`` and ``chapters/architecture/published.
 2405.04434, section 3.1.2 and appendix B) and DeepSeek-V3 (arXiv 2412.19437, section 4.2) for the shapes.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,8 @@ from dslib.architecture.published import MultiHeadLatentAttention, Yarn
 from dslib.check import between, whole
 
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_RULE = ("scoring_func", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor")
+_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,21 @@ class SparseConfig(DecoderConfig):
             self._check_latent()
             object.__setattr__(self, "head_dim", self.qk_rope_head_dim)  # the part of a head that is rotated
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)  # each rebuilds its own
-        else:
-            for name in ("q_lora_rank", *_LATENT, "yarn"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: got {getattr(self, name)}, expected None without kv_lora_rank")
+        for name in ("q_lora_rank", *_LATENT, "yarn"):
+            if self.kv_lora_rank is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected None without kv_lora_rank")
         super().__post_init__()
         if self.moe_intermediate_size is None:
             object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            whole(1, **{name: getattr(self, name)})
+        whole(1, **{name: getattr(self, name) for name in _EXPERTS})
         whole(0, n_shared_experts=self.n_shared_experts)
+        whole(0, first_k_dense_replace=self.first_k_dense_replace, num_hash_layers=self.num_hash_layers)
         between(0, self.num_hidden_layers, first_k_dense_replace=self.first_k_dense_replace)
         between(0, self.num_hidden_layers - self.first_k_dense_replace, num_hash_layers=self.num_hash_layers)
         check_routing(self.num_experts, self.num_experts_per_tok, self.scoring_func, self.n_group, self.topk_group)
 
     def _check_latent(self) -> None:
-        for name in ("kv_lora_rank", *_LATENT):  # latent attention needs them all
-            whole(1, **{name: getattr(self, name)})
+        whole(1, **{name: getattr(self, name) for name in ("kv_lora_rank", *_LATENT)})  # they are all needed
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim: got {self.qk_rope_head_dim}, expected an even number")
         if self.q_lora_rank is not None:
@@ -92,6 +94,13 @@ class SparseConfig(DecoderConfig):
             raise ValueError("sliding_window, attention_sinks, qkv_bias: expected none of them with latent attention")
         if self.yarn is not None and self.rope_scaling != 1.0:
             raise ValueError(f"rope_scaling: got {self.rope_scaling}, expected 1.0 beside yarn")
+
+    def of_layers(self, layers: Sequence[int]) -> "SparseConfig":
+        """The configuration of a decoder made of these layers of this one: every field that counts layers, counted."""
+        dense, hashed = self.first_k_dense_replace, self.first_k_dense_replace + self.num_hash_layers
+        counts = {"first_k_dense_replace": sum(n < dense for n in layers)}
+        counts["num_hash_layers"] = sum(dense <= n < hashed for n in layers)
+        return dataclasses.replace(self, num_hidden_layers=len(layers), **counts)
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
@@ -181,19 +190,11 @@ class SparseDecoder(Decoder):
         if sparse_layer < 0:
             return Block(config, attention, SwiGLU(config.hidden_size, config.intermediate_size))
         hashed = sparse_layer < config.num_hash_layers
-        router = Router(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            scoring_func=config.scoring_func,
-            norm_topk_prob=config.norm_topk_prob,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            routed_scaling_factor=config.routed_scaling_factor,
-            selection_bias=config.selection_bias and not hashed,
-            hash_vocab_size=config.vocab_size if hashed else None,
-            seed=layer,  # another table in every layer
-        )
+        rule = {name: getattr(config, name) for name in _RULE} | {
+            "selection_bias": config.selection_bias and not hashed
+        }
+        table = {"hash_vocab_size": config.vocab_size, "seed": layer} if hashed else {}  # another one in every layer
+        router = Router(config.hidden_size, config.num_experts, config.num_experts_per_tok, **rule, **table)
         mlp = MoE(config.hidden_size, config.moe_intermediate_size, router, n_shared_experts=config.n_shared_experts)
         return SparseBlock(config, attention, mlp)
 

@@ -15,11 +15,12 @@ Shapes: N tokens, k experts a token, S = N k pairs, E experts, H hidden size, I 
 Book: ``chapters/architecture/moe.ipynb``.
 """
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.experts import Experts, Pairs, check_pairs
+from dslib.architecture.experts import Experts, Pairs, check_pairs, count, swiglu
 from dslib.check import one_of
 from dslib.fast.linear import pack, packed_product, product
 from dslib.fast.shortcut import Shortcut, watched
@@ -44,37 +45,39 @@ class QuickExperts(Shortcut):
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | None = None) -> Tensor:
         """As :meth:`Experts.forward`; ``way`` may also be ``"loop"``."""
         experts = self.stands_for
-        one_of(("grouped", "padded", "loop", None), way=way)
+        if self.packed and any(len(getattr(experts, name)) for name in NAMES):
+            self.let_go()  # somebody has put other weights in place of those that were moved
         if self.packed:
-            return self._packed_loop(x, indices, weights)
+            return self._packed(x, indices, weights)
+        one_of(("grouped", "padded", "loop", None), way=way)
         if watched() or x.device.type != "cpu" or way in ("grouped", "padded") or not self.stands():
             return self.plain(x, indices, weights, way)
         check_pairs(experts, x, indices, weights)
-        if indices.numel() == 0:
-            return x * 0
-        weights, matrices = weights.to(x.dtype), (experts.gate_up_proj, experts.down_proj)
+        run = partial(loop, gate_up=experts.gate_up_proj, down=experts.down_proj, limit=experts.swiglu_limit)
         if len(x) == 1:
-            return one_token(x, indices, weights, *matrices)
-        pairs = Pairs(indices, experts.num_experts)
-        if way != "loop" and way_to_run(experts, pairs) == "padded":
+            return one_token(x, indices, weights, **run.keywords)
+        if way is None and small(experts, indices):
             return self.plain(x, indices, weights, "padded")
-        return loop(x, weights, pairs, *matrices)
+        return self.plain(x, indices, weights, run)
 
-    def _packed_loop(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _packed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() or (x.dtype, x.device.type) != (self.dtype, "cpu"):
             raise ValueError(
                 f"x: got {x.dtype} on {x.device}, gradients {torch.is_grad_enabled()}; these experts are packed for "
                 f"{self.dtype} on cpu without gradients: fast.release(model) unpacks them"
             )
-        matrices, weights = (self.packed[name] for name in NAMES), weights.to(x.dtype)
-        if len(x) == 1:
-            return one_token(x, indices, weights, *matrices, multiply=packed_product)
-        return loop(x, weights, Pairs(indices, self.stands_for.num_experts), *matrices, multiply=packed_product)
+        gate_up, down = (self.packed[name] for name in NAMES)
+        how = {"gate_up": gate_up, "down": down, "limit": self.stands_for.swiglu_limit, "multiply": packed_product}
+        with torch.autocast("cpu", enabled=False):
+            if len(x) == 1:
+                return one_token(x, indices, weights, **how)
+            return self.plain(x, indices, weights, partial(loop, **how))
 
     def why_not(self) -> str | None:
         weight = next(iter(self.packed.values()))[0] if self.packed else self.stands_for.down_proj
         return super().why_not() or (None if weight.device.type == "cpu" else f"is on {weight.device.type}")
 
+    @torch.inference_mode(False)  # a parameter that is given a tensor of inference mode could not be trained again
     def pack(self) -> bool:
         """Move the weights into oneDNN's order; returns whether that is possible."""
         found = {name: [pack(matrix) for matrix in getattr(self.stands_for, name)] for name in NAMES}
@@ -88,13 +91,15 @@ class QuickExperts(Shortcut):
         self.packed, self.what = found, "expert by expert, packed"
         return True
 
+    @torch.inference_mode(False)
     def let_go(self) -> None:
-        """Put packed weights back where they were."""
+        """Put packed weights back where they were, unless others are there by now."""
         if not self.packed:
             return
         self.hook.remove()
         for name, stack in self.packed.items():
-            getattr(self.stands_for, name).data = torch.stack([matrix.to_dense() for matrix in stack])
+            if not len(parameter := getattr(self.stands_for, name)):
+                parameter.data = torch.stack([matrix.to_dense() for matrix in stack]).to(parameter)
         del self.stands_for.packed_by
         self.packed, self.what = {}, QuickExperts.what
 
@@ -108,50 +113,50 @@ def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise ValueError(f"{prefix or 'experts'}: packed, and cannot be saved so; expected fast.release(model) before")
 
 
-def one_token(x: Tensor, indices: Tensor, weights: Tensor, gate_up, down, multiply=product) -> Tensor:
+def one_token(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up, down, limit: float | None = None, multiply=product
+) -> Tensor:
     """A single token, (1, H), through its k experts: nothing to sort. Decoding spends its time here.
 
     Args:
         gate_up, down: E matrices each, as ``multiply`` takes them.
     """
-    chosen = indices[0].tolist()
-    if not all(0 <= expert <= len(gate_up) for expert in chosen):
-        raise ValueError(f"indices: expected 0 to {len(gate_up)} (left out), but got {chosen}")
-    plain = multiply is product
+    chosen, experts = indices[0].tolist(), len(gate_up)
+    if not all(0 <= expert <= experts for expert in chosen):
+        raise ValueError(f"indices: expected 0 to {experts} (left out), but got {chosen}")
+    if experts in chosen:  # pairs that are left out
+        kept = indices[0] < experts
+        chosen, indices, weights = indices[0, kept].tolist(), indices[:, kept], weights[:, kept]
+    if not chosen:
+        return torch.zeros_like(x)
+    weights = weights.to(x.dtype)
     onednn_multiplies = x.dtype is not torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    if plain and onednn_multiplies and gate_up[0].numel() <= SMALL_MATRIX and indices.shape[1] > 2:
+    if multiply is product and onednn_multiplies and gate_up[0].numel() <= SMALL_MATRIX and len(chosen) > 2:
         # A call of oneDNN costs more than reading a small expert: copy the few matrices, multiply in two calls.
-        at, weights = indices[0].clamp(max=len(gate_up) - 1), weights * (indices < len(gate_up))
-        gate, up = torch.bmm(x.expand(len(at), 1, -1), gate_up[at].mT).chunk(2, dim=-1)
-        return weights @ torch.bmm(F.silu(gate) * up, down[at].mT).squeeze(1)
-    rows = []
-    for expert in chosen:
-        if expert == len(gate_up):  # left out
-            rows.append(torch.zeros_like(x))
-            continue
-        gate, up = multiply(x, gate_up[expert]).chunk(2, dim=-1)
-        rows.append(multiply(F.silu(gate, inplace=True).mul_(up), down[expert]))
+        at = indices[0]
+        inner = swiglu(torch.bmm(x.expand(len(at), 1, -1), gate_up[at].mT), limit)  # (k, 1, I)
+        return weights @ torch.bmm(inner, down[at].mT).squeeze(1)
+    rows = [multiply(swiglu(multiply(x, gate_up[expert]), limit), down[expert]) for expert in chosen]  # (1, H) each
     return weights @ torch.cat(rows)  # (1, k) x (k, H)
 
 
-def loop(x: Tensor, weights: Tensor, pairs: Pairs, gate_up, down, multiply=product) -> Tensor:
-    """Expert by expert: (N, H) tokens, (N, k) weights -> (N, H)."""
-    x = x[pairs.tokens]  # (S, H)
-    out = torch.empty_like(x)
+def loop(rows: Tensor, pairs: Pairs, gate_up, down, limit: float | None = None, multiply=product) -> Tensor:
+    """Sorted rows through their experts, expert by expert: (S, H) -> (S, H)."""
+    out = torch.zeros_like(rows)
     start = 0
-    for expert, count in enumerate(pairs.counts):
-        if count:
-            stop = start + count
-            gate, up = multiply(x[start:stop], gate_up[expert]).chunk(2, dim=-1)
-            out[start:stop] = multiply(F.silu(gate, inplace=True).mul_(up), down[expert])
+    for expert, load in enumerate(pairs.counts):
+        if load:
+            stop = start + load
+            inner = swiglu(multiply(rows[start:stop], gate_up[expert]), limit)  # (load, I)
+            out[start:stop] = multiply(inner, down[expert])
             start = stop
-    out[start:] = 0  # pairs that are left out
-    return pairs.combine(out, weights)
+    return out
 
 
-def way_to_run(experts: Experts, pairs: Pairs) -> str:
-    """``"padded"`` or ``"loop"``: the faster of the two for these sizes on a CPU."""
-    small = experts.gate_up_proj[0].numel() <= SMALL_MATRIX
-    longest = max(pairs.counts)
-    rows = max(MOST_PADDING * len(pairs.order), FREE_ROWS * experts.num_experts)
-    return "padded" if small and longest <= SHORT_SLICE and experts.num_experts * longest <= rows else "loop"
+def small(experts: Experts, indices: Tensor) -> bool:
+    """Whether one padded batch is quicker than a loop on a CPU for these sizes."""
+    if experts.gate_up_proj[0].numel() > SMALL_MATRIX:
+        return False
+    longest = int(count(indices.flatten(), experts.num_experts + 1)[:-1].max())
+    rows = max(MOST_PADDING * indices.numel(), FREE_ROWS * experts.num_experts)
+    return longest <= SHORT_SLICE and experts.num_experts * longest <= rows

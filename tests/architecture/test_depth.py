@@ -1,5 +1,6 @@
 """Early exit against a parallel reference and truncated models; mixture of depths and its look at the future."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from dslib.architecture import decoder, depth, sparse_decoder
 from dslib.architecture.cache import Step
 from dslib.architecture.depth import ExitRule, MixtureOfDepths, early_exit
+from dslib.performance.training import next_token_loss
 
 LAYERS = 6
 MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -54,30 +56,23 @@ def test_a_threshold_of_one_is_the_plain_model(kind):
     assert torch.allclose(result.confidence, result.logits.softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("cache_kind", ["growing", "preallocated"])
+CACHED = [*[(kind, cache) for kind in SHAPES for cache in ("growing", "preallocated")], ("window", "rolling")]
+
+
+@pytest.mark.parametrize(("kind", "cache_kind"), CACHED)
 @torch.no_grad()
 def test_token_by_token_equals_all_at_once(kind, cache_kind):
     model, tokens = make(kind), ids()
     rule = middle(model, tokens)
     whole = early_exit(model, tokens, rule)
     assert len(whole.depths.unique()) > 2, "the test needs tokens of different depths"
-    cache = model.make_cache(cache_kind, batch_size=3, max_length=12)
-    parts = [early_exit(model, piece, rule, cache) for piece in tokens.split([4, *[1] * 8], dim=1)]
+    cache, pieces = model.make_cache(cache_kind, batch_size=3, max_length=12), [1] * 8
+    if cache_kind == "rolling":
+        pieces = [3, *[1] * 5]
+    parts = [early_exit(model, piece, rule, cache) for piece in tokens.split([4, *pieces], dim=1)]
     assert torch.equal(torch.cat([p.depths for p in parts], 1), whole.depths)
     assert torch.allclose(torch.cat([p.logits for p in parts], 1), whole.logits, atol=2e-3, rtol=1e-3)
     assert any(p.layers_run < LAYERS for p in parts) or whole.depths.max(0).values.min() == LAYERS
-
-
-@torch.no_grad()
-def test_a_ring_of_a_window_remembers_too():
-    model, tokens = make("window"), ids()
-    rule = middle(model, tokens)
-    whole = early_exit(model, tokens, rule)
-    cache = model.make_cache("rolling", batch_size=3)
-    parts = [early_exit(model, piece, rule, cache) for piece in tokens.split([4, 3, *[1] * 5], dim=1)]
-    assert torch.equal(torch.cat([p.depths for p in parts], 1), whole.depths)
-    assert torch.allclose(torch.cat([p.logits for p in parts], 1), whole.logits, atol=2e-3, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -157,48 +152,46 @@ def test_exits_are_asked_every_so_often():
 
 def test_the_loss_weights_each_exit_by_its_depth():
     model, tokens = make(spread=1.0), ids()
-    inputs, targets, rule = tokens[:, :-1], tokens[:, 1:], ExitRule(0.5, 2, every=2)
+    inputs, targets, rule = tokens[:, :-1], tokens[:, 1:].clone(), ExitRule(0.5, 2, every=2)
+    targets[0, 3:] = targets[2, :2] = -100  # no targets: they count for nothing
     losses = depth.exit_losses(model, inputs, targets, rule)
     assert losses.shape == (3, 3, 11)
     plain = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="none")
     assert torch.allclose(losses[-1], plain, atol=1e-5)
     total = depth.exit_loss(model, inputs, targets, rule)
-    a, b, c = losses.mean((1, 2))
+    a, b, c = (loss[targets >= 0].mean() for loss in losses)
     assert torch.allclose(total, (2 * a + 4 * b + 6 * c) / 12)
+    alone = depth.exit_loss(model, inputs, targets, ExitRule(0.5, LAYERS))
+    torch.testing.assert_close(alone, next_token_loss(model, inputs, targets))
     total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@torch.no_grad()
-def test_mixture_of_depths_with_room_for_all_is_the_block_scaled():
-    model, tokens = make(), ids()
-    step = Step(torch.arange(12).unsqueeze(0), causal=True)
-    rope, x = model.rope(step.positions, torch.float32), model.embed_tokens(tokens)
-    wrapped = MixtureOfDepths(model.layers[0], 32, capacity=1.0)
-    plain = model.layers[0](x, rope, step, None, 0, tokens)
-    want = x + (plain - x) * wrapped.router(x).sigmoid()
-    assert torch.allclose(wrapped(x, rope, step, None, 0, tokens), want, atol=1e-4, rtol=1e-4)
+def wrapped_block(capacity, model=None):
+    """A mixture of depths around the first block of a model, states for it, and a way to call either on them."""
+    model, tokens = model or make(), ids()
+    wrapped, x = MixtureOfDepths(model.layers[0], 32, capacity), model.embed_tokens(tokens)
+
+    def run(block, x=x, where=slice(None)):
+        step = Step(torch.arange(12).unsqueeze(0), causal=True)
+        rope = tuple(part[:, where] for part in model.rope(step.positions, torch.float32))
+        return block(x, rope, Step(step.positions[:, : x.shape[1]], causal=True), None, 0, tokens[:1, where])
+
+    return wrapped, x, run
 
 
+@pytest.mark.parametrize("capacity", [0.25, 1.0])
 @torch.no_grad()
-def test_mixture_of_depths_leaves_the_others_as_they_are():
-    model, tokens = make(), ids()
-    step = Step(torch.arange(12).unsqueeze(0), causal=True)
-    rope, x = model.rope(step.positions, torch.float32), model.embed_tokens(tokens)
-    wrapped = MixtureOfDepths(model.layers[0], 32, capacity=0.25)
-    y = wrapped(x, rope, step, None, 0, tokens)
-    changed = (y != x).any(-1)
-    assert torch.equal(changed, wrapped.last_choice) and (changed.sum(1) == 3).all()
-    best = wrapped.router(x).squeeze(-1).topk(3, dim=1).indices.sort(dim=1).values
-    assert torch.equal(changed.nonzero()[:, 1].view(3, 3), best)
-    # The chosen attend to one another only, at their own positions: the block on those tokens alone says the same.
-    row, where = 1, best[1]
-    turns = tuple(part[0][where].unsqueeze(0) for part in rope)
-    alone = model.layers[0](
-        x[row : row + 1, where], turns, Step(torch.arange(3).unsqueeze(0), causal=True), None, 0, None
-    )
-    want = x[row, where] + (alone[0] - x[row, where]) * wrapped.router(x[row, where]).sigmoid()
-    assert torch.allclose(y[row, where], want, atol=1e-4, rtol=1e-4)
+def test_a_mixture_of_depths_runs_the_block_on_the_chosen_alone(capacity):
+    """They attend to one another only, at their own positions; what is added is scaled by the score; the rest stays."""
+    wrapped, x, run = wrapped_block(capacity)
+    y, places = run(wrapped), int(12 * capacity)
+    assert torch.equal((y != x).any(-1), wrapped.last_choice) and (wrapped.last_choice.sum(1) == places).all()
+    best = wrapped.router(x).squeeze(-1).topk(places, dim=1).indices.sort(dim=1).values
+    for row, where in enumerate(best):
+        given = x[row : row + 1, where]
+        want = given + (run(wrapped.block, given, where) - given) * wrapped.router(given).sigmoid()
+        torch.testing.assert_close(y[row : row + 1, where], want, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -236,13 +229,48 @@ def test_the_predictor_learns_the_choice_and_its_loss_moves_nothing_else():
 
 
 def test_nobody_chosen_leaves_the_sequence_as_it_is():
-    model, tokens = make(), ids()
-    wrapped = MixtureOfDepths(model.layers[0], 32)
+    wrapped, x, run = wrapped_block(0.5)
     wrapped.causal = True
     torch.nn.init.constant_(wrapped.predictor.bias, -1e9)
-    step = Step(torch.arange(12).unsqueeze(0), causal=True)
-    x = model.embed_tokens(tokens)
-    assert torch.equal(wrapped(x, model.rope(step.positions, torch.float32), step, None, 0, tokens), x)
+    assert torch.equal(run(wrapped), x)
+
+
+@torch.no_grad()
+def test_places_are_rounded_down_from_what_was_written():
+    """0.57 of 100 is 57, though in floats it is 56.999…"""
+    model, tokens = depth.with_mixture_of_depths(make()), ids(batch=1, tokens=100)
+    for hundredths in range(1, 101):
+        model.layers[1].capacity = hundredths / 100
+        model(tokens)
+        assert model.layers[1].last_choice.sum() == hundredths
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast_changes_no_router(dtype):
+    model, tokens = make(spread=1.0), ids()
+    mixture, rule = depth.with_mixture_of_depths(make(spread=1.0), every=1), middle(model, tokens)
+    mixture(tokens)
+    wanted, plain = mixture.layers[0].last_choice, early_exit(model, tokens, rule)
+    with torch.autocast("cpu", dtype=dtype):
+        mixture(tokens)
+        whole = early_exit(model, tokens, rule)
+        assert early_exit(model, tokens, rule, model.make_cache("growing")).logits.dtype == model(tokens).dtype
+    assert torch.equal(mixture.layers[0].last_choice, wanted) and whole.confidence.dtype is torch.float32
+    torch.testing.assert_close(whole.confidence, plain.confidence, atol=0.05, rtol=0)
+
+
+def test_copies_after_a_training_step():
+    model, tokens = depth.with_mixture_of_depths(make("experts", spread=1.0)), ids()
+    (model(tokens).mean() + model.layers[1].last_predictor_loss).backward()
+    twin = copy.deepcopy(model)
+    assert model.layers[1].last_predictor_loss.requires_grad and not twin.layers[1].last_predictor_loss.requires_grad
+    assert torch.equal(twin(tokens), model(tokens))
+
+
+def cached(call):
+    model = depth.with_mixture_of_depths(make())
+    call(model, model.make_cache("growing"))
 
 
 @pytest.mark.parametrize(
@@ -261,8 +289,13 @@ def test_nobody_chosen_leaves_the_sequence_as_it_is():
         (lambda: early_exit(make(), ids().float(), ExitRule()), "input_ids: got dtype torch.float32"),
         (lambda: depth.with_mixture_of_depths(make())(ids()[:0]), r"input_ids: got shape \(0, 12\)"),
         (lambda: depth.with_mixture_of_depths(make(), every=0), "every: got 0"),
-        (lambda: depth.with_mixture_of_depths(make(), every=7), "every: got 7, expected 1 to the model's 6 layers"),
+        (lambda: depth.with_mixture_of_depths(make(), every=7), "every: got 7, expected 1 to 6"),
         (lambda: depth.with_mixture_of_depths(depth.with_mixture_of_depths(make())), "expected plain blocks"),
+        (lambda: early_exit(broken(2), ids(), ExitRule(0.99, 2)), "NaN or infinite after layer 3"),
+        (lambda: broken(0, mixture=True)(ids()), "router scores are NaN or infinite"),
+        (lambda: cached(lambda model, cache: model(ids(), cache)), "cache: got one, expected None"),
+        # also when all left below it
+        (lambda: cached(lambda model, cache: early_exit(model, ids(), ExitRule(0.0, 1), cache)), "cache: got one"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -270,32 +303,10 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_nan_is_named_with_its_layer():
-    model = make()
-    model.layers[2].mlp.down_proj.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="NaN or infinite after layer 3"):
-        early_exit(model, ids(), ExitRule(0.99, 2))
-
-
-def test_a_mixture_of_depths_refuses_a_cache():
-    model = depth.with_mixture_of_depths(make())
-    with pytest.raises(ValueError, match="cache: got one, expected None"):
-        model(ids(), model.make_cache("growing"))
-
-
-@torch.no_grad()
-def test_a_mixture_of_depths_refuses_a_cache_also_when_all_left_below_it():
-    model = depth.with_mixture_of_depths(make())
-    with pytest.raises(ValueError, match="cache: got one, expected None"):
-        early_exit(model, ids(), ExitRule(0.0, 1), model.make_cache("growing"))
-
-
-@torch.no_grad()
-def test_a_mixture_of_depths_names_nan():
-    model = depth.with_mixture_of_depths(make())
-    model.layers[0].mlp.down_proj.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="router scores are NaN or infinite"):
-        model(ids())
+def broken(layer, mixture=False):
+    model = depth.with_mixture_of_depths(make()) if mixture else make()
+    model.layers[layer].mlp.down_proj.weight.data[0] = math.nan
+    return model
 
 
 @torch.no_grad()
@@ -304,10 +315,3 @@ def test_a_mixture_of_depths_has_the_models_dtype_and_device():
     assert half(ids()).dtype == torch.bfloat16
     counted = depth.with_mixture_of_depths(decoder.build(SHAPES["dense"](), device="meta"))
     assert {parameter.device.type for parameter in counted.parameters()} == {"meta"}
-
-
-@torch.no_grad()
-def test_the_number_of_places_is_not_rounded_down_by_floats():
-    model, tokens = depth.with_mixture_of_depths(make(), capacity=0.57), ids(tokens=100)
-    model(tokens)
-    assert (model.layers[1].last_choice.sum(1) == 57).all()

@@ -1,6 +1,5 @@
 """What holds for every router and every layer, tried on generated sizes, rules and tokens."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,9 +84,7 @@ def test_the_chosen_are_the_best_of_what_is_open(drawn, count, seed):
     choice = routing.scores + (router.e_score_correction_bias if drawn[2]["selection_bias"] else 0)
     size = router.num_experts // router.n_group
     for scores, row in zip(choice, routing.indices, strict=True):
-        left = [
-            e for e in range(router.num_experts) if e // size in set((row // size).tolist()) - set() and e not in row
-        ]
+        left = [e for e in range(router.num_experts) if e // size in (row // size) and e not in row]
         assert all(scores[e] <= scores[row].min() + 1e-6 for e in left)
 
 
@@ -137,9 +134,3 @@ def test_a_softmax_does_not_see_a_constant_on_all_logits(count, seed, constant):
         shifted = router(x)
     assert torch.allclose(shifted.scores, plain.scores, atol=1e-5)
     assert torch.allclose(shifted.weights, plain.weights, atol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [0, 17])
-def test_the_strategy_itself_would_catch_a_wrong_k(bad):
-    with pytest.raises(ValueError, match="top_k"):
-        Router(HIDDEN, 16, bad)
