@@ -31,6 +31,7 @@ from dslib.architecture.vision.cross_attention import (
 )
 from dslib.architecture.vision.swin import SwinStream, check_pixels
 from dslib.check import one_of, whole
+from dslib.exact import unlike
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class VisionLanguageDecoder(Decoder):
             if not isinstance(block, SeeingBlock):
                 model.layers[index] = theirs
                 continue
-            if type(theirs) is not Block:
-                raise ValueError(f"text: layer {index} is a {type(theirs).__name__}, expected a Block")
+            if (reason := unlike(theirs, (Block,))) is not None:
+                raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
             for name, part in theirs.named_children():
                 setattr(block, name, part)
         return model.train(text.training)
@@ -148,8 +149,9 @@ class VisionLanguageDecoder(Decoder):
         Args:
             pixels: float (B, 3, H, W), normalised as the image stream wants; or several pictures or tiles for each
                 sequence, (B, K, 3, H, W).
-            mask: bool (B,) or (B, K), False where there is no picture, so that one batch can hold texts with and
-                without; only for cross-attention.
+            mask: bool, only for cross-attention. (B,) or (B, K): False where there is no picture, so that one batch can
+                hold texts with and without. (B, T, K): which pictures the token at each position may see, as a text
+                with pictures in its middle needs; tokens after the last see what that one does.
 
         Raises:
             ValueError: pixels or mask of another shape; pixels that are not finite.
@@ -162,25 +164,27 @@ class VisionLanguageDecoder(Decoder):
                 f"pixels: NaN or infinite in {len(broken)} of {len(flat)} pictures, first in number {broken[0]}"
             )
         features = self.vision(flat)  # (B K, N, C)
-        if several:
-            features = features.unflatten(0, pixels.shape[:2]).flatten(1, 2)  # (B, K N, C)
+        pictures = pixels.shape[1] if several else 1
+        features = features.unflatten(0, (-1, pictures)).flatten(1, 2)  # (B, K N, C)
         if mask is not None:
-            if mask.dtype is not torch.bool or mask.shape != pixels.shape[: 1 + several]:
-                expected = tuple(pixels.shape[: 1 + several])
-                raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected bool {expected}")
-            pictures = mask if several else mask.unsqueeze(1)
-            mask = pictures.repeat_interleave(features.shape[1] // pictures.shape[1], dim=1)
+            _check_mask(mask, pixels.shape[: 1 + several])
+            mask = mask.unsqueeze(1) if mask.ndim == 1 else mask
+            mask = mask.repeat_interleave(features.shape[1] // pictures, dim=-1)  # (B, K N) or (B, T, K N)
         return self.image_context(features, mask)
 
     def image_context(self, features: Tensor, mask: Tensor | None = None) -> ImageContext:
-        """As :meth:`encode_image`, from features that an image stream has made: (B, N, C), and a bool mask (B, N).
+        """As :meth:`encode_image`, from features that an image stream has made: (B, N, C).
+
+        ``mask`` is then bool (B, N) or (B, T, N), see :class:`~dslib.architecture.vision.cross_attention.ImageContext`.
 
         Raises:
-            ValueError: features of another size; a mask for a projector, whose tokens cannot be left out of a batch.
+            ValueError: features or mask of another size; a mask for a projector, whose tokens are part of the text.
         """
         if features.ndim != 3 or features.shape[-1] != self.config.image_hidden_size or not features.numel():
             wanted = f"(batch, features, {self.config.image_hidden_size})"
             raise ValueError(f"features: got shape {tuple(features.shape)}, expected {wanted}")
+        if mask is not None:
+            _check_mask(mask, features.shape[:2])
         if self.config.fusion == "cross":
             return ImageContext(tuple(block.cross.keys_values(features) for block in self.seeing()), mask=mask)
         if mask is not None and not mask.all():
@@ -197,11 +201,10 @@ class VisionLanguageDecoder(Decoder):
         empty, and need room for ``image.prefix`` more positions; ``positions`` count text tokens only.
 
         Raises:
-            ValueError: an image made for another number of sequences or another kind of model.
+            ValueError: an image made for another number of sequences or another kind of model; a projector's image
+                that comes when the cache already holds something else.
         """
-        if image is None:
-            return super().forward(input_ids, cache, positions, logits_at)
-        if image.enters(cache):  # nobody wants the logits of the picture's own tokens
+        if image is not None and image.enters(cache):  # nobody wants the logits of the picture's own tokens
             text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
             logits_at = (text if logits_at is None else logits_at) + image.prefix
         return super().forward(input_ids, cache, positions, logits_at, image=image)
@@ -210,6 +213,8 @@ class VisionLanguageDecoder(Decoder):
               image: ImageContext | None = None):  # fmt: skip
         """As :meth:`Decoder.begin`; a projector's picture stands before the text, the other kind goes with the step."""
         if image is None:
+            if cache is not None and cache.length == 0:
+                cache.picture = None
             return super().begin(input_ids, cache, positions)
         if (image.tokens is None) != (self.config.fusion == "cross"):
             raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
@@ -218,12 +223,16 @@ class VisionLanguageDecoder(Decoder):
         check_ids(input_ids)
         x = self.embed_tokens(input_ids)
         positions = None if positions is None else positions + image.prefix
-        if image.enters(cache):
+        enters = image.enters(cache)
+        if enters:
             x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
             if positions is not None:
                 before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
                 positions = torch.cat((before, positions), dim=1)
-        step = SeeingStep(**vars(start(x, cache, positions, self.config)), image=image)
+        step = start(x, cache, positions, self.config)
+        if enters and cache is not None:
+            cache.picture = image.tokens
+        step = SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions))
         return x, step, self.rope(step.positions, x.dtype)
 
     @torch.no_grad()
@@ -253,6 +262,14 @@ class VisionLanguageDecoder(Decoder):
             for hook in hooks:
                 hook.remove()
         return torch.stack(gates), torch.stack(shares)
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    batch, things = (*shape, 1)[:2]
+    by_token = mask.ndim == 3 and mask.shape[1] > 0 and mask.shape[::2] == (batch, things)
+    if mask.dtype is not torch.bool or not (by_token or mask.shape == shape):
+        expected = f"bool {tuple(shape)}, or ({batch}, tokens, {things}) for tokens that see different ones"
+        raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected {expected}")
 
 
 MODELS[FusionConfig] = VisionLanguageDecoder
