@@ -1,8 +1,7 @@
 """V2: a text decoder that can look at pictures, in the two ways that exist.
 
 * *Gated cross-attention* (the article's V2; Flamingo's design): between the layers of the text model stand blocks in
-  which every token asks the image features. What they answer passes a gate that begins at zero, so that the model
-  begins as the text model it was, bit for bit.
+  which every token asks the image features, behind a gate that begins at zero.
 * *Projector* (what DeepSeek-VL, VL2 and Janus do; LLaVA's design): a small MLP turns image features into vectors of the
   token space, which simply stand before the text.
 
@@ -27,6 +26,7 @@ from dslib.architecture.vision.cross_attention import (
     ImageContext,
     SeeingBlock,
     SeeingStep,
+    check_mask,
     initialise_by_width,
 )
 from dslib.architecture.vision.swin import SwinStream, check_pixels
@@ -167,7 +167,7 @@ class VisionLanguageDecoder(Decoder):
         pictures = pixels.shape[1] if several else 1
         features = features.unflatten(0, (-1, pictures)).flatten(1, 2)  # (B, K N, C)
         if mask is not None:
-            _check_mask(mask, pixels.shape[: 1 + several])
+            check_mask(mask, pixels.shape[: 1 + several])
             mask = mask.unsqueeze(1) if mask.ndim == 1 else mask
             mask = mask.repeat_interleave(features.shape[1] // pictures, dim=-1)  # (B, K N) or (B, T, K N)
         return self.image_context(features, mask)
@@ -184,7 +184,7 @@ class VisionLanguageDecoder(Decoder):
             wanted = f"(batch, features, {self.config.image_hidden_size})"
             raise ValueError(f"features: got shape {tuple(features.shape)}, expected {wanted}")
         if mask is not None:
-            _check_mask(mask, features.shape[:2])
+            check_mask(mask, features.shape[:2])
         if self.config.fusion == "cross":
             return ImageContext(tuple(block.cross.keys_values(features) for block in self.seeing()), mask=mask)
         if mask is not None and not mask.all():
@@ -262,14 +262,6 @@ class VisionLanguageDecoder(Decoder):
             for hook in hooks:
                 hook.remove()
         return torch.stack(gates), torch.stack(shares)
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
-    batch, things = (*shape, 1)[:2]
-    by_token = mask.ndim == 3 and mask.shape[1] > 0 and mask.shape[::2] == (batch, things)
-    if mask.dtype is not torch.bool or not (by_token or mask.shape == shape):
-        expected = f"bool {tuple(shape)}, or ({batch}, tokens, {things}) for tokens that see different ones"
-        raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected {expected}")
 
 
 MODELS[FusionConfig] = VisionLanguageDecoder

@@ -202,12 +202,8 @@ def many_rows(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Ten
     The zero of a group is added once for all its weights: ``sum x (c s + z) = sum x (c s) + z sum x``. So W gets one
     more input for each group, which holds the zeros, and x the sums over its groups.
 
-    Args:
-        x: bfloat16 or float32 (N, in). packed: from :func:`pack`, its rows a multiple of 64.
-        scales: bfloat16 (groups, out, 1 or 2), scales and perhaps zeros.
-
-    Returns:
-        (N, out), in the format of x.
+    bfloat16 or float32 (N, in), codes from :func:`pack`, (groups, out, 1 or 2) scales and perhaps zeros -> (N, out), in
+    the format of x; ``out`` is a multiple of 64.
     """
     if scales.shape[-1] == 2:
         x = torch.cat((x, x.view(len(x), -1, group_size).sum(-1)), dim=1)  # (N, in + groups)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.int4.layers import check_input, replace_layers
+from dslib.architecture.int4.layers import check_input
+from dslib.architecture.int4.replace import replace_layers
 from dslib.fast.shortcut import autocast
 
 FEW_ROWS = 4  # up to which torch's CPU kernel is the quicker way (measured at 2048 x 5632)

@@ -43,19 +43,20 @@ def kernels(request, monkeypatch):
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 def test_a_prepared_layer_equals_the_plain_one(method, symmetric, group_size, bias, dtype):
     """Values, dtype and shape, whatever this processor has."""
+    torch.manual_seed(0)
     linear = nn.Linear(256, 192, bias=bias is not None)
     layer = Int4Linear.from_linear(linear, group_size, method, symmetric)
     if bias is not None:
         layer.bias = layer.bias.to(bias)
-    fast.prepare(layer)
+    unpacked = bool(fast.prepare(layer).plain)
     columns = random(256, 6)
     for x in (random(256), *(random(*shape, 256) for shape in ((1,), (3, 5), (48,), (49,), (0,), (2, 0))), columns.T):
         x = x.to(dtype)
         with torch.no_grad():
             got, plain, want = layer(x), Int4Linear.forward(layer, x), Int4Linear.forward(layer, x.float())
         assert (got.dtype, got.shape) == (plain.dtype, plain.shape) == (dtype, (*x.shape[:-1], 192))
-        # Unpacked for many rows, the weights are rounded to bfloat16 once more.
-        slack = 2**-6 if len(x) > FEW_ROWS and x.ndim == 2 else 2**-7
+        # Unpacked, the weights are rounded to bfloat16 once more.
+        slack = 2**-6 if unpacked or (len(x) > FEW_ROWS and x.ndim == 2) else 2**-7
         deviation = want.std().item() if want.numel() else 0.0
         torch.testing.assert_close(got.float(), want, rtol=slack, atol=slack * deviation)
 
@@ -122,10 +123,6 @@ def test_without_a_kernel_the_report_says_that_weights_are_kept_and_nothing_warn
         fast.release(model)
         torch.testing.assert_close(got[-1], model(ids), rtol=0.02, atol=0.02 * got[0].std().item())
     assert not recwarn.list
-
-
-def test_the_groups_are_those_of_torch():
-    assert int4.KERNEL_GROUPS == (32, 64, 128, 256)
 
 
 # --- every way to change a layer that was used

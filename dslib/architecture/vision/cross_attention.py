@@ -44,10 +44,7 @@ class GatedCrossAttention(nn.Module):
     """Tokens ask, image features answer, a gate decides how much of the answer counts (Flamingo, section 2.2).
 
     ``x + gate * attention(norm(x), features)``, then, if wanted, the same with a feed-forward network. Positions play
-    no role here: those of the picture have to be in its features.
-
-    Args:
-        config: a :class:`~dslib.architecture.fusion.FusionConfig`.
+    no role here: those of the picture have to be in its features. Made from a ``FusionConfig``.
     """
 
     def __init__(self, config):
@@ -160,6 +157,15 @@ class ImageContext:
 
 def _equal(held: Tensor | None, tokens: Tensor) -> bool:
     return held is not None and held.shape == tokens.shape and bool((held.to(tokens) == tokens).all())
+
+
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless bool of this shape, (B,) or (B, N), or with a row for each token, (B, T, N)."""
+    batch, things = (*shape, 1)[:2]
+    by_token = mask.ndim == 3 and mask.shape[1] > 0 and mask.shape[::2] == (batch, things)
+    if mask.dtype is not torch.bool or not (by_token or mask.shape == shape):
+        expected = f"bool {tuple(shape)}, or ({batch}, tokens, {things}) for tokens that see different ones"
+        raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected {expected}")
 
 
 @dataclass

@@ -52,10 +52,7 @@ class _Source:
 
 def _sources(config: DecoderConfig, layout: str) -> dict[str, _Source]:
     """Our tensor name -> where it comes from."""
-    names = {
-        "embed_tokens.weight": _Source(("model.embed_tokens.weight",)),
-        "norm.weight": _Source(("model.norm.weight",)),
-    }
+    names = {f"{name}.weight": _Source((f"model.{name}.weight",)) for name in ("embed_tokens", "norm")}
     sparse = isinstance(config, SparseConfig)
     for layer in range(config.num_hidden_layers):
         here = f"layers.{layer}."
@@ -95,10 +92,11 @@ def _latent_attention(config: SparseConfig) -> Iterator[tuple[str, _Source]]:
     for name in plain:
         yield _same(f"self_attn.{name}.weight")
     rotated = config.qk_rope_head_dim
-    for name, before, heads in (
+    turned = (
         (queries, config.qk_nope_head_dim, config.num_attention_heads),
         ("kv_a_proj_with_mqa", config.kv_lora_rank, 1),
-    ):
+    )
+    for name, before, heads in turned:
         name = f"self_attn.{name}.weight"
         yield name, _Source((name,), order=_pairs_apart(before, rotated, heads))
 

@@ -34,11 +34,7 @@ _NEEDED = 270 * 10**6  # bytes, unpacked
 
 
 def load_smollm2(*, dtype=torch.float32, device="cpu") -> tuple[Decoder, object]:
-    """SmolLM2-135M-Instruct in our decoder, and its tokenizer (a transformers tokenizer).
-
-    Raises:
-        WeightsNotFound: neither cache, package nor hub has it.
-    """
+    """SmolLM2-135M-Instruct in our decoder, and its (transformers) tokenizer. Errors as :func:`smollm2_folder`."""
     return load_folder(smollm2_folder(), dtype=dtype, device=device)
 
 
@@ -194,21 +190,16 @@ def _read(gguf: Path) -> tuple[Any, Any]:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
+            options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
             # The weights are plain numbers now; without this, save_pretrained refuses a "quantised" model.
             model.hf_quantizer, model.is_quantized = None, False
             return model.to(torch.bfloat16), tokenizer
     except (ImportError, MemoryError):
         raise  # neither is the file's fault
     except Exception as error:
-        raise ValueError(
-            f"{gguf}: cannot be read as GGUF ({error}). Is it complete? To replace it: {_INSTALL}"
-        ) from error
+        words = f"cannot be read as GGUF ({error}). Is it complete? To replace it: {_INSTALL}"
+        raise ValueError(f"{gguf}: {words}") from error
 
 
 def _cannot_write(folder: Path, error: Exception) -> OSError:

@@ -15,7 +15,7 @@ def hf_twin(model: Decoder) -> Any:
     """The same weights in transformers' ``LlamaForCausalLM``, with the same dtype, on the same device, in eval mode.
 
     Raises:
-        ValueError: the model has a window or biases, which Llama has not.
+        ValueError: the model has a window or biases, which Llama has not; as :func:`to_hf_state_dict`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
