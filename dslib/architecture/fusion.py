@@ -127,6 +127,9 @@ class VisionLanguageDecoder(Decoder):
             raise ValueError(f"text: got a {type(text).__name__}, expected a Decoder")
         fields = {name: getattr(text.config, name) for name in text.config.__dataclass_fields__}
         model = cls(FusionConfig(**fields, image_hidden_size=vision.hidden_size, **fusion), vision)
+        for index, block in enumerate(model.layers):
+            if isinstance(block, SeeingBlock) and (reason := unlike(text.layers[index], (Block,))) is not None:
+                raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
         weight = text.embed_tokens.weight
         eyes = [block.cross for block in model.seeing()] or [model.projector]
         for part in (*eyes, model.vision):
@@ -137,8 +140,6 @@ class VisionLanguageDecoder(Decoder):
             if not isinstance(block, SeeingBlock):
                 model.layers[index] = theirs
                 continue
-            if (reason := unlike(theirs, (Block,))) is not None:
-                raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
             for name, part in theirs.named_children():
                 setattr(block, name, part)
         return model.train(text.training)

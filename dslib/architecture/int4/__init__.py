@@ -1,1 +1,1 @@
-"""Weights of four bits: how codes and scales are chosen (levels), layers made of them (layers), put in place (replace)."""
+"""Weights of four bits: how codes and scales are chosen (levels), layers of them (layers), put in place (replace)."""

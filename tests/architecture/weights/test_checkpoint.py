@@ -8,6 +8,7 @@ from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import quantize_
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.weights.checkpoint import decoder_from_hf, load_hf_state_dict, to_hf_state_dict
+from dslib.architecture.weights.twin import hf_twin
 
 CONFIG = DecoderConfig(40, 16, 24, 2, 4, 2)
 TIED = DecoderConfig(40, 16, 24, 2, 4, 2, tie_word_embeddings=True)
@@ -231,6 +232,9 @@ def test_models_in_another_form_are_refused_in_both_directions(model, words):
 def test_what_a_checkpoint_has_no_place_for_is_not_dropped():
     with pytest.raises(ValueError, match=r"1 that such a checkpoint has no place for: layers\.1\.mlp\.down_proj\.a"):
         to_hf_state_dict(adapted())
+    for config in (SPARSE, DecoderConfig(40, 16, 24, 2, 4, 2, sliding_window=4)):
+        with pytest.raises(ValueError, match="model: has experts, eyes, a window or biases, expected plain Llama"):
+            hf_twin(build(config))
     with pytest.raises(ValueError, match="layout: got 'gguf', expected one of 'stacked', 'apart', 'mixtral'"):
         to_hf_state_dict(build(SPARSE), "gguf")
 
