@@ -1,8 +1,7 @@
 """V2: a text decoder that can look at pictures, in the two ways that exist.
 
 * *Gated cross-attention* (the article's V2; Flamingo's design): between the layers of the text model stand blocks in
-  which every token asks the image features. What they answer passes a gate that begins at zero, so that the model
-  begins as the text model it was, bit for bit.
+  which every token asks the image features, behind a gate that begins at zero.
 * *Projector* (what DeepSeek-VL, VL2 and Janus do; LLaVA's design): a small MLP turns image features into vectors of the
   token space, which simply stand before the text.
 
@@ -27,10 +26,12 @@ from dslib.architecture.vision.cross_attention import (
     ImageContext,
     SeeingBlock,
     SeeingStep,
+    check_mask,
     initialise_by_width,
 )
 from dslib.architecture.vision.swin import SwinStream, check_pixels
 from dslib.check import one_of, whole
+from dslib.exact import unlike
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ class VisionLanguageDecoder(Decoder):
             raise ValueError(f"text: got a {type(text).__name__}, expected a Decoder")
         fields = {name: getattr(text.config, name) for name in text.config.__dataclass_fields__}
         model = cls(FusionConfig(**fields, image_hidden_size=vision.hidden_size, **fusion), vision)
+        for index, block in enumerate(model.layers):
+            if isinstance(block, SeeingBlock) and (reason := unlike(text.layers[index], (Block,))) is not None:
+                raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
         weight = text.embed_tokens.weight
         eyes = [block.cross for block in model.seeing()] or [model.projector]
         for part in (*eyes, model.vision):
@@ -136,8 +140,6 @@ class VisionLanguageDecoder(Decoder):
             if not isinstance(block, SeeingBlock):
                 model.layers[index] = theirs
                 continue
-            if type(theirs) is not Block:
-                raise ValueError(f"text: layer {index} is a {type(theirs).__name__}, expected a Block")
             for name, part in theirs.named_children():
                 setattr(block, name, part)
         return model.train(text.training)
@@ -148,8 +150,9 @@ class VisionLanguageDecoder(Decoder):
         Args:
             pixels: float (B, 3, H, W), normalised as the image stream wants; or several pictures or tiles for each
                 sequence, (B, K, 3, H, W).
-            mask: bool (B,) or (B, K), False where there is no picture, so that one batch can hold texts with and
-                without; only for cross-attention.
+            mask: bool, only for cross-attention. (B,) or (B, K): False where there is no picture, so that one batch can
+                hold texts with and without. (B, T, K): which pictures the token at each position may see, as a text
+                with pictures in its middle needs; tokens after the last see what that one does.
 
         Raises:
             ValueError: pixels or mask of another shape; pixels that are not finite.
@@ -162,25 +165,27 @@ class VisionLanguageDecoder(Decoder):
                 f"pixels: NaN or infinite in {len(broken)} of {len(flat)} pictures, first in number {broken[0]}"
             )
         features = self.vision(flat)  # (B K, N, C)
-        if several:
-            features = features.unflatten(0, pixels.shape[:2]).flatten(1, 2)  # (B, K N, C)
+        pictures = pixels.shape[1] if several else 1
+        features = features.unflatten(0, (-1, pictures)).flatten(1, 2)  # (B, K N, C)
         if mask is not None:
-            if mask.dtype is not torch.bool or mask.shape != pixels.shape[: 1 + several]:
-                expected = tuple(pixels.shape[: 1 + several])
-                raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected bool {expected}")
-            pictures = mask if several else mask.unsqueeze(1)
-            mask = pictures.repeat_interleave(features.shape[1] // pictures.shape[1], dim=1)
+            check_mask(mask, pixels.shape[: 1 + several])
+            mask = mask.unsqueeze(1) if mask.ndim == 1 else mask
+            mask = mask.repeat_interleave(features.shape[1] // pictures, dim=-1)  # (B, K N) or (B, T, K N)
         return self.image_context(features, mask)
 
     def image_context(self, features: Tensor, mask: Tensor | None = None) -> ImageContext:
-        """As :meth:`encode_image`, from features that an image stream has made: (B, N, C), and a bool mask (B, N).
+        """As :meth:`encode_image`, from features that an image stream has made: (B, N, C).
+
+        ``mask`` is then bool (B, N) or (B, T, N), see :class:`~dslib.architecture.vision.cross_attention.ImageContext`.
 
         Raises:
-            ValueError: features of another size; a mask for a projector, whose tokens cannot be left out of a batch.
+            ValueError: features or mask of another size; a mask for a projector, whose tokens are part of the text.
         """
         if features.ndim != 3 or features.shape[-1] != self.config.image_hidden_size or not features.numel():
             wanted = f"(batch, features, {self.config.image_hidden_size})"
             raise ValueError(f"features: got shape {tuple(features.shape)}, expected {wanted}")
+        if mask is not None:
+            check_mask(mask, features.shape[:2])
         if self.config.fusion == "cross":
             return ImageContext(tuple(block.cross.keys_values(features) for block in self.seeing()), mask=mask)
         if mask is not None and not mask.all():
@@ -197,11 +202,10 @@ class VisionLanguageDecoder(Decoder):
         empty, and need room for ``image.prefix`` more positions; ``positions`` count text tokens only.
 
         Raises:
-            ValueError: an image made for another number of sequences or another kind of model.
+            ValueError: an image made for another number of sequences or another kind of model; a projector's image
+                that comes when the cache already holds something else.
         """
-        if image is None:
-            return super().forward(input_ids, cache, positions, logits_at)
-        if image.enters(cache):  # nobody wants the logits of the picture's own tokens
+        if image is not None and image.enters(cache):  # nobody wants the logits of the picture's own tokens
             text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
             logits_at = (text if logits_at is None else logits_at) + image.prefix
         return super().forward(input_ids, cache, positions, logits_at, image=image)
@@ -210,6 +214,8 @@ class VisionLanguageDecoder(Decoder):
               image: ImageContext | None = None):  # fmt: skip
         """As :meth:`Decoder.begin`; a projector's picture stands before the text, the other kind goes with the step."""
         if image is None:
+            if cache is not None and cache.length == 0:
+                cache.picture = None
             return super().begin(input_ids, cache, positions)
         if (image.tokens is None) != (self.config.fusion == "cross"):
             raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
@@ -218,12 +224,16 @@ class VisionLanguageDecoder(Decoder):
         check_ids(input_ids)
         x = self.embed_tokens(input_ids)
         positions = None if positions is None else positions + image.prefix
-        if image.enters(cache):
+        enters = image.enters(cache)
+        if enters:
             x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
             if positions is not None:
                 before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
                 positions = torch.cat((before, positions), dim=1)
-        step = SeeingStep(**vars(start(x, cache, positions, self.config)), image=image)
+        step = start(x, cache, positions, self.config)
+        if enters and cache is not None:
+            cache.picture = image.tokens
+        step = SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions))
         return x, step, self.rope(step.positions, x.dtype)
 
     @torch.no_grad()

@@ -10,9 +10,13 @@ for it where there is a kernel:
 * up to four rows on a CPU, if the layer's ``activations`` are ``"int8"``: rows rounded to eight bits, faster and less
   exact.
 
-Where torch's product is used, activations and result are rounded to bfloat16, whatever the dtype of the input: a
-relative error of about 0.3 %, next to about 8 % that four bits cost. Ours computes in float32; rows in eight bits cost
-0.6 %. Dtype and shape are the same on every way, and gradients flow through the plain one.
+Without a kernel, unpacking at each product would make four bits many times slower than none. On a CPU the weights are
+then unpacked once and kept in bfloat16, beside a copy of the codes that tells whether they are still the same; the
+report says so, and that it takes memory.
+
+Where torch's product or kept weights are used, activations and result are rounded to bfloat16, whatever the dtype of
+the input: a relative error of about 0.3 %, next to about 8 % that four bits cost. Ours computes in float32; rows in
+eight bits cost 0.6 %. Dtype, shape and errors are the same on every way, and gradients flow through the plain one.
 
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 """
@@ -24,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dslib.architecture.int4.layers import Int4Linear
+from dslib.architecture.int4.layers import Int4Linear, check_input
 from dslib.architecture.int4.levels import BLOCK, pack, unpack
 from dslib.fast import int4_rows
 from dslib.fast.shortcut import Shortcut, autocast
@@ -33,41 +37,70 @@ OUT_AT_ONCE = 2048  # rows of W that are unpacked at a time: with as many column
 KERNEL_GROUPS = (32, 64, 128, 256)  # that torch's kernels know
 # More rows than these are multiplied by unpacked weights: unpacking takes as long as that many rows in the kernel.
 FEW_ROWS, FEW_ROWS_ON_CUDA = 48, 32
+FEW_BFLOAT16_ROWS = 4  # that a CPU without instructions for bfloat16 multiplies sooner in it than in float32
 
 
 class QuickInt4(Shortcut):
     """The product of :class:`~dslib.architecture.int4.layers.Int4Linear` by the quickest kernel for the rows."""
 
-    kind, what = Int4Linear, "codes unpacked in registers"
+    kind = Int4Linear
 
     def __init__(self, module: Int4Linear):
         super().__init__(module)
-        self._pairs: Tensor | None = None
         self._tiles: Tensor | None = None
         self._tiled: tuple | None = None  # what the tiles were made from
+        self._unpacked: Tensor | None = None
+        self._unpacked_from: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def what(self) -> str:
+        second = ", from a second copy in the GPU's order" if self.stands_for.packed.is_cuda else ""
+        return f"codes unpacked in registers{second}"
 
     def why_not(self) -> str | None:
         layer = self.stands_for
         if not self.stands():
             return super().why_not()
-        if layer.group_size not in KERNEL_GROUPS:
-            return f"groups of {layer.group_size} have no kernel, expected one of {KERNEL_GROUPS}"
-        return no_kernel(layer.packed.device, layer.out_features, layer.in_features)
+        if not self._as_made():
+            reason = "its codes or scales are of another dtype, shape or order than expected"
+        elif layer.group_size not in KERNEL_GROUPS:
+            reason = f"groups of {layer.group_size} have no kernel, expected one of {KERNEL_GROUPS}"
+        else:
+            reason = no_kernel(layer.packed.device, layer.out_features, layer.in_features)
+        if reason is None or layer.packed.device.type != "cpu":
+            return reason
+        return f"{reason}; keeps its weights unpacked, about 2.6 bytes more for each, until released"
+
+    def _as_made(self) -> bool:
+        """Whether a kernel may read the buffers: a state that was loaded may have brought others."""
+        layer = self.stands_for
+        packed, scales, columns = layer.packed, layer.scales, layer.in_features
+        return (
+            (packed.dtype, scales.dtype) == (torch.uint8, torch.bfloat16)
+            and packed.shape == (layer.out_features, columns // 2) and packed.is_contiguous()
+            and scales.shape == (columns // layer.group_size, layer.out_features, 1 if layer.symmetric else 2)
+            and scales.is_contiguous() and packed.device == scales.device
+        )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of ``x``."""
         layer = self.stands_for
-        gradients = torch.is_grad_enabled() and x.requires_grad
-        fits = x.numel() and x.shape[-1] == layer.in_features and x.device == layer.packed.device
-        if gradients or autocast() or not fits or x.dtype not in (torch.float32, torch.bfloat16):
-            return self.plain(x)
-        if self.why_not() is not None:
+        check_input(x, layer.in_features, layer.packed.device)
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, layer.scales))
+        quick = x.numel() and x.dtype in (torch.float32, torch.bfloat16) and self.stands()
+        if gradients or autocast() or not quick:
             return self.plain(x)
         rows = x.reshape(-1, layer.in_features).contiguous()
-        multiply = self.int8_product() if len(rows) <= int4_rows.FEW else None
-        if multiply is None:
-            multiply, rows = self.product, rows.to(internal(x.device, x.dtype))
-        y = multiply(rows).to(x.dtype)
+        if self.why_not() is not None:
+            if x.device.type != "cpu":
+                return self.plain(x)
+            y = self.unpacked_product(rows)
+        else:
+            multiply = self.int8_product() if len(rows) <= int4_rows.FEW else None
+            if multiply is None:
+                multiply, rows = self.product, rows.to(internal(x.device, x.dtype))
+            y = multiply(rows)
+        y = y.to(x.dtype)
         return (y if layer.bias is None else y + layer.bias.to(x.dtype)).view(*x.shape[:-1], -1)
 
     def product(self, rows: Tensor) -> Tensor:
@@ -86,50 +119,68 @@ class QuickInt4(Shortcut):
         layer = self.stands_for
         if layer.activations != "int8" or int4_rows.why_not(layer.packed, layer.group_size) is not None:
             return None
-        multiply, args = int4_rows.rounded_product(), (layer.packed, self.pairs(), layer.group_size)
-        return lambda rows: multiply(rows, *args)
+        multiply, packed, scales, size = int4_rows.rounded_product(), layer.packed, layer.scales, layer.group_size
+        return lambda rows: multiply(rows, packed, with_zeros(scales), size)
 
     def row_product(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """One row of ``dtype`` times W on a CPU, with all looked up: for loops that count microseconds."""
         if (found := self.int8_product()) is not None:
             return found
-        multiply, args = few_rows(), (self.stands_for.packed, self.stands_for.group_size, self.pairs())
+        layer, multiply = self.stands_for, few_rows()
+        packed, scales, size = layer.packed, layer.scales, layer.group_size
         if dtype is torch.bfloat16 or not cpu_kernel():
-            return lambda row: multiply(row, *args)
-        return lambda row: multiply(row.bfloat16(), *args).to(dtype)
+            return lambda row: multiply(row, packed, size, with_zeros(scales))
+        return lambda row: multiply(row.bfloat16(), packed, size, with_zeros(scales)).to(dtype)
+
+    def unpacked_product(self, rows: Tensor) -> Tensor:
+        """The same on a CPU without a kernel: (N, in) -> (N, out), by weights that were unpacked once."""
+        now = self.stands_for.packed, self.stands_for.scales
+        if self._unpacked is None or not all(map(same_bits, now, self._unpacked_from)):
+            with torch.inference_mode(False), torch.no_grad():  # what is made here has to serve in both modes
+                self._unpacked_from = tuple(tensor.clone() for tensor in now)
+                self._unpacked = self.stands_for.dequantize(torch.bfloat16)
+        if len(rows) <= FEW_BFLOAT16_ROWS:
+            return F.linear(rows.bfloat16(), self._unpacked)
+        return F.linear(rows, self._unpacked.to(rows.dtype))
 
     def pairs(self) -> Tensor:
-        """Scales and zeros as the kernel reads them, (groups, out, 2).
-
-        Symmetric scales have no zeros. They are moved to where zeros lie between them, so that there is no second copy
-        that could go stale; ``layer.scales`` is a view of that.
-        """
-        layer = self.stands_for
-        if not layer.symmetric:
-            return layer.scales
-        if self._pairs is None or layer.scales.data_ptr() != self._pairs.data_ptr():
-            with torch.inference_mode(False):
-                self._pairs = F.pad(layer.scales.detach(), (0, 1))
-            layer.scales = self._pairs[..., :1]
-        return self._pairs
+        """Scales and zeros as the kernel reads them, (groups, out, 2)."""
+        return with_zeros(self.stands_for.scales)
 
     def tiles(self) -> Tensor:
         """On a GPU, whose kernel wants another order: a second copy of the codes, made anew when torch counts a write.
 
-        torch counts no write through ``.data`` or in inference mode; codes are written by loading a state only.
+        torch counts no write through ``.data``; comparing all codes at each product would cost as much as the product.
         """
-        codes = self.stands_for.packed
+        layer = self.stands_for
         if torch.compiler.is_compiling():  # addresses cannot be traced; such a step is made for the weights as they are
-            self._tiles = cuda_tiles(unpack(codes)) if self._tiles is None else self._tiles
+            self._tiles = cuda_tiles(unpack(layer.packed)) if self._tiles is None else self._tiles
             return self._tiles
-        found = codes.data_ptr(), None if codes.is_inference() else codes._version
-        if self._tiles is None or found != self._tiled:
-            self._tiles, self._tiled = cuda_tiles(unpack(codes)), found
+        if layer.packed.is_inference():  # for these torch counts nothing at all
+            with torch.inference_mode(False):
+                layer.packed = layer.packed.clone()
+        codes, (held, alias, version) = layer.packed, self._tiled or (None, None, None)
+        if codes is not held or codes.data_ptr() != alias.data_ptr() or codes._version != version:
+            # What is held keeps its address: another tensor cannot come to lie there.
+            self._tiles, self._tiled = cuda_tiles(unpack(codes)), (codes, codes.detach(), codes._version)
         return self._tiles
 
-    def let_go(self) -> None:
-        if self._pairs is not None:
-            self.stands_for.scales = self.stands_for.scales.contiguous()
+
+def with_zeros(scales: Tensor) -> Tensor:
+    """Scales and zeros as kernels read them, (groups, out, 2): of symmetric groups, with zeros added at each product.
+
+    A copy that is kept could go stale.
+    """
+    return F.pad(scales, (0, 1)) if scales.shape[-1] == 1 else scales
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the bit; eight bytes at a time, which is seven times as quick."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    size = one.element_size()
+    words = torch.uint8 if size * one.numel() % 8 or size * one.storage_offset() % 8 else torch.int64
+    return torch.equal(*(tensor.flatten().view(words) for tensor in (one, other)))
 
 
 def internal(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -151,12 +202,8 @@ def many_rows(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Ten
     The zero of a group is added once for all its weights: ``sum x (c s + z) = sum x (c s) + z sum x``. So W gets one
     more input for each group, which holds the zeros, and x the sums over its groups.
 
-    Args:
-        x: bfloat16 or float32 (N, in). packed: from :func:`pack`, its rows a multiple of 64.
-        scales: bfloat16 (groups, out, 1 or 2), scales and perhaps zeros.
-
-    Returns:
-        (N, out), in the format of x.
+    bfloat16 or float32 (N, in), codes from :func:`pack`, (groups, out, 1 or 2) scales and perhaps zeros -> (N, out), in
+    the format of x; ``out`` is a multiple of 64.
     """
     if scales.shape[-1] == 2:
         x = torch.cat((x, x.view(len(x), -1, group_size).sum(-1)), dim=1)  # (N, in + groups)

@@ -39,13 +39,8 @@ FLAGS = ["-O3", "-fopenmp"]
 def plain(rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     """What the compiled product computes, step by step: ``rows Wᵀ`` with rows rounded to eight bits in each group.
 
-    Args:
-        rows: (N, in), float32 or bfloat16.
-        packed: uint8 (out, in / 2), see :func:`~dslib.architecture.int4.levels.pack`.
-        pairs: bfloat16 (groups, out, 2), scale and zero of each group.
-
-    Returns:
-        (N, out) in the dtype of ``rows``. The zeros are multiplied by sums of the rows before rounding.
+    (N, in) float32 or bfloat16, codes as from ``pack``, (groups, out, 2) scales and zeros -> (N, out), in the dtype of
+    ``rows``. The zeros are multiplied by sums of the rows before rounding.
     """
     groups = rows.float().unflatten(1, (-1, group_size))  # (N, groups, group_size)
     largest = groups.abs().amax(-1, keepdim=True)
@@ -64,9 +59,7 @@ def why_not(packed: Tensor, group_size: int) -> str | None:
         return f"{len(packed)} rows in groups of {group_size}, expected multiples of {BLOCK} and 4"
     reason = compiled()
     if reason is None and not torch.ops.dslib.int4_rows_supported():
-        return (
-            "this CPU has neither AVX-512 with VNNI nor AVX2, which the product for rows in eight bits is written for"
-        )
+        return "this CPU has neither AVX-512 with VNNI nor AVX2, which rows in eight bits need"
     return reason
 
 

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dslib.architecture.int4.layers import check_input
+from dslib.architecture.int4.replace import replace_layers
+from dslib.fast.shortcut import autocast
+
 FEW_ROWS = 4  # up to which torch's CPU kernel is the quicker way (measured at 2048 x 5632)
 
 
@@ -25,7 +29,8 @@ class Int8Linear(nn.Module):
     Attributes:
         codes: int8, (out_features, in_features). scales: (out_features,), in the dtype that the layer was made from.
         way: how a few rows are multiplied: ``"packed"`` (torch's own kernel, bfloat16 on CPU), ``"fused"``
-            (torch.compile, CUDA, one row) or ``"plain"`` (multiplied out first). Many rows are always multiplied out.
+            (torch.compile, CUDA, one row) or ``"plain"`` (multiplied out first). Many rows, and rows whose gradients
+            are wanted, are always multiplied out.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, way: str = "plain"):
@@ -34,6 +39,23 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.out_features, self.in_features = codes.shape
         self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of ``x``. Errors as ``check_input``."""
+        check_input(x, self.in_features, self.codes.device)
+        rows, scales = x.numel() // self.in_features, self.scales.to(x.dtype)
+        if not (autocast() or (torch.is_grad_enabled() and x.requires_grad)):
+            if self.way == "fused" and rows == 1:
+                return _fused()(x.reshape(1, -1), self.codes, scales).view(*x.shape[:-1], -1)
+            if self.way == "packed" and 0 < rows <= FEW_ROWS and x.dtype is torch.bfloat16:
+                y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.codes, scales)
+                return y.view(*x.shape[:-1], -1)
+        y = F.linear(x, self.codes.to(x.dtype))  # autocast chooses the format of the result
+        return y * scales.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights that the codes stand for, (out_features, in_features)."""
+        return self.codes.to(dtype or self.scales.dtype) * self.scales.to(dtype or self.scales.dtype).unsqueeze(1)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, way: str | None = None) -> "Int8Linear":
@@ -52,20 +74,6 @@ class Int8Linear(nn.Module):
         codes = (weight / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
         return cls(codes, scales.to(linear.weight.dtype), way or quickest_way(weight.device.type, linear.weight.dtype))
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weights that the codes stand for, (out_features, in_features)."""
-        return self.codes.to(dtype or self.scales.dtype) * self.scales.to(dtype or self.scales.dtype).unsqueeze(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        rows = x.numel() // self.in_features
-        if self.way == "fused" and rows == 1:
-            return _fused()(x.reshape(1, -1), self.codes, self.scales).view(*x.shape[:-1], -1)
-        if self.way == "packed" and rows <= FEW_ROWS and x.dtype is torch.bfloat16:
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.codes, self.scales)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, self.codes.to(x.dtype)) * self.scales
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, way={self.way!r}"
 
@@ -73,13 +81,13 @@ class Int8Linear(nn.Module):
 def quantize_int8_(model: nn.Module, skip: Collection[str] = ("lm_head",)) -> nn.Module:
     """Replace every linear layer without bias by its 8-bit form, in place, and return the model.
 
-    Args:
-        skip: layers whose name ends in one of these stay as they are.
+    ``skip`` and errors are those of :func:`~dslib.architecture.int4.layers.quantize_`, as is what *in place* means.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module.bias is None and not name.endswith(tuple(skip)):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, Int8Linear.from_linear(module))
+
+    def make(layer: nn.Linear) -> nn.Module:
+        return Int8Linear.from_linear(layer) if layer.bias is None else layer
+
+    replace_layers(model, (nn.Linear,), make, skip)
     return model
 
 

@@ -1,5 +1,6 @@
 """Eyes for the text model: nothing changes while the gate is shut, and one look serves every token."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -126,16 +127,15 @@ def test_a_scalar_gate_is_one_number_and_a_token_gate_one_for_each_token():
 # --- against the formula, and one look for all tokens
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_block_is_the_formula_written_out(masked):
+def test_a_block_is_the_formula_written_out():
     model = model_of(gate="token", cross_intermediate_size=20)
     block = model.layers[1].cross
     x, features = torch.randn(2, 5, 32), torch.randn(2, N, C)
-    mask = torch.tensor([[True, True, False, True, False, False], [True] * 6]) if masked else None
+    mask = torch.tensor([[True, True, False, True, False, False], [True] * 6])
     with torch.no_grad():
         got = block(x, block.keys_values(features), mask)
         for b in range(2):
-            real = features[b] if mask is None else features[b, mask[b]]
+            real = features[b, mask[b]]
             keys, values = (real @ block.kv_proj.weight.T).view(len(real), 2, 2, 8).unbind(1)  # (N, Hk, D)
             h = block.input_layernorm(x[b])
             q = block.q_proj(h).view(5, 4, 8)
@@ -164,15 +164,8 @@ def test_cached_equals_uncached(kind, cache_kind):
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-5, rtol=1e-4)
     assert cache.length == 9 + image.prefix
     assert image.prefix == (N if model.config.fusion == "projector" else 0)
-
-
-@every_kind
-def test_what_is_kept_of_a_picture(kind):
-    model = model_of(**kind)
-    image = model.encode_image(pixels(3))
-    each = N * 32 if model.config.fusion == "projector" else len(model.seeing()) * 2 * N * 2 * 8
-    assert image.nbytes == 3 * each * 4
-    assert image.batch_size == 3
+    each = N * 32 if image.prefix else len(model.seeing()) * 2 * N * 2 * 8
+    assert (image.nbytes, image.batch_size) == (2 * each * 4, 2)
 
 
 def test_several_pictures_for_a_text_are_one_long_row_of_features():
@@ -210,6 +203,53 @@ def test_a_sequence_without_a_picture_is_left_exactly_as_it_was_and_gives_finite
     out.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
     assert torch.equal(x.grad[1], torch.ones(3, 32))
+
+
+def story(tokens=9):
+    """Two texts of three pictures each, and which of them each token may see: none, then the first, and so on."""
+    mask = torch.zeros(2, tokens, 3, dtype=torch.bool)
+    for token in range(tokens):
+        mask[0, token, : token // 2] = True  # a picture after every second token
+        mask[1, token, max(0, token // 3 - 1) : token // 3] = True  # only the latest, of three tokens each
+    return torch.stack((pixels(3), pixels(3, seed=5))), mask
+
+
+@every_cross
+def test_each_token_may_see_other_pictures(kind):
+    """Against the block as it is when all tokens see just what that one does."""
+    model, ids, (pictures, mask) = model_of(**kind), ids_of(tokens=9), story()
+    with torch.no_grad():
+        image, x, block = model.encode_image(pictures, mask), model.embed_tokens(ids), model.layers[0].cross
+        got = block(x, image.keys_values[0], image.mask)
+        for token in range(9):
+            alone = model.encode_image(pictures, mask[:, token]).mask  # (2, N)
+            torch.testing.assert_close(got[:, token], block(x, image.keys_values[0], alone)[:, token])
+        assert torch.equal(got[:, 0], x[:, 0]) and not torch.equal(got[0, 2], x[0, 2])  # the first sees none
+
+
+@every_cross
+@pytest.mark.parametrize("cache_kind, window", [("growing", None), ("preallocated", None), ("rolling", 4)])
+def test_masks_for_each_token_go_with_the_cache_and_the_last_row_serves_what_follows(kind, cache_kind, window):
+    model, ids, (pictures, mask) = model_of(**kind, sliding_window=window), ids_of(tokens=9), story()
+    longer = torch.cat((mask[:, :5], mask[:, 4:5].expand(-1, 4, -1)), dim=1)  # (2, 9, 3)
+    with torch.no_grad():
+        image = model.encode_image(pictures, mask[:, :5])
+        cache = model.make_cache(cache_kind, batch_size=2, max_length=9)
+        parts = [model(part, cache, image=image) for part in (ids[:, :3], *ids[:, 3:].split(1, dim=1))]
+        whole = model(ids, image=model.encode_image(pictures, longer))
+        assert (whole - model(ids, image=model.encode_image(pictures, mask))).abs().max() > 1e-2
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-5, rtol=1e-4)
+
+
+def test_masks_for_each_token_in_a_batch_of_different_lengths():
+    model, (pictures, mask), prompts = model_of(), story(), [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7]]
+    last = torch.stack(
+        (mask[0, :7], torch.cat((mask[1, 3:6], mask[1, 5:6].expand(4, -1))))
+    )  # each as long as the longest
+    together = generate(model, prompts, 8, image=model.encode_image(pictures, last))
+    for i, prompt in enumerate(prompts):
+        image = model.encode_image(pictures[i : i + 1], last[i : i + 1])
+        assert together[i].tokens == generate(model, [prompt], 8, image=image)[0].tokens
 
 
 # --- padding, windows, weights
@@ -315,20 +355,6 @@ def test_a_text_model_gets_eyes_and_keeps_its_weights():
     assert isinstance(model.config, FusionConfig) and model.config.image_hidden_size == C
 
 
-def test_the_state_dict_comes_back():
-    model, ids = model_of(gate="token"), ids_of()
-    twin = VisionLanguageDecoder(model.config, Grid()).eval()
-    twin.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(twin(ids, image=twin.encode_image(pixels())), model(ids, image=model.encode_image(pixels())))
-
-
-@pytest.mark.parametrize("text", [SparseConfig(*SIZES), FusionConfig(*SIZES)])
-def test_eyes_are_for_plain_decoders(text):
-    with pytest.raises(ValueError, match=r"text: got a \w+Decoder, expected a Decoder"):
-        VisionLanguageDecoder.from_text(build(text), Grid())
-
-
 # --- which words open the gate
 
 
@@ -346,60 +372,66 @@ def test_openings_are_what_the_gates_did():
     scalar = model_of(gate="scalar")
     gates, _ = scalar.openings(ids, scalar.encode_image(pixels()))
     assert (gates == gates[:, :1, :1]).all() and not any(block.cross._forward_hooks for block in scalar.seeing())
-    projector = model_of(fusion="projector")
-    with pytest.raises(ValueError, match="'projector', which has no gates"):
-        projector.openings(ids, projector.encode_image(pixels()))
 
 
 # --- bad input
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def hooked():
+    text = build(DecoderConfig(*SIZES))
+    text.layers[1].register_forward_hook(lambda *_: None)
+    return text
+
+
+def broken():
+    bad = pixels()
+    bad[1, 0, 2, 3] = torch.nan
+    return bad
+
+
+config = FusionConfig(*SIZES)
+model, projector = model_of(), model_of(fusion="projector")
+MASKS = r"expected bool \(2, 3\), or \(2, tokens, 3\)"
+BAD = [
+    *[(lambda field=field: dataclasses.replace(config, **field), words) for field, words in (
         ({"fusion": "add"}, "fusion: got 'add', expected one of 'cross', 'projector'"),
         ({"gate": "vector"}, "gate: got 'vector', expected one of 'scalar', 'token'"),
         ({"image_hidden_size": 0}, "image_hidden_size: got 0, expected at least 1"),
         ({"cross_attention_every": 0}, "cross_attention_every: got 0"),
         ({"cross_intermediate_size": -1}, "cross_intermediate_size: got -1, expected at least 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
-    ],
-)
-def test_bad_shapes(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(FusionConfig(*SIZES), **changes)
+    )],
+    (lambda: VisionLanguageDecoder(config, Grid()), "features of size 24, but image_hidden_size=64"),
+    *[(lambda size=size: model.encode_image(torch.zeros(size)), "pixels: got shape")
+      for size in ((3, 8, 12), (2, 4, 8, 12), (2, 3, 0, 12))],
+    (lambda: model.encode_image(torch.zeros(2, 3, 8, 12, dtype=torch.uint8)), "pixels: got dtype torch.uint8"),
+    (lambda: model.encode_image(broken()), "pixels: NaN or infinite in 1 of 2 pictures, first in number 1"),
+    (lambda: model.encode_image(pixels(), torch.tensor([1, 0])), r"mask: got torch.int64 of .*, expected bool \(2,\)"),
+    *[(lambda size=size: model.encode_image(pixels(), torch.ones(size).bool()), r"mask: got torch.bool of shape")
+      for size in ((3,), (2, 2), (2, 4, 2), (2, 0, 1), ())],
+    *[(lambda size=size: model.encode_image(story()[0], torch.ones(size).bool()), MASKS)
+      for size in ((2,), (3, 3), (2, 9, 2), (1, 9, 3))],
+    (lambda: model.image_context(torch.zeros(2, N, C), torch.ones(2, N)), r"mask: got torch.float32 of shape \(2, 6\)"),
+    (lambda: projector.encode_image(pixels(), torch.tensor([True, False])), "every sequence needs as many"),
+    (lambda: projector.encode_image(*story()), "mask: a projector puts image tokens"),
+    *[(lambda size=size: model.image_context(torch.zeros(size)), r"features: got .*, expected \(batch, features, 24\)")
+      for size in ((2, C), (2, N, C + 1), (2, 0, C))],
+    (lambda: model(ids_of(), image=model.encode_image(pixels(3))), "image: made for 3 sequences, input_ids has 2"),
+    (lambda: model(ids_of(), image=projector.encode_image(pixels())), "image: made by another kind of model"),
+    (lambda: projector(ids_of(), image=model.encode_image(pixels())), "image: made by another kind of model"),
+    (lambda: projector.openings(ids_of(), projector.encode_image(pixels())), "'projector', which has no gates"),
+    *[(lambda text=text: VisionLanguageDecoder.from_text(build(text), Grid()), r"text: got a \w+Decoder, expected a")
+      for text in (SparseConfig(*SIZES), FusionConfig(*SIZES))],
+    (lambda: VisionLanguageDecoder.from_text(hooked(), Grid()), "text: layer 1 has hooks .*, expected a plain Block"),
+    (lambda: SwinStream()(torch.zeros(1, 3, 32, 64)), r"pixels: got \(32, 64\), expected 64 x 64"),
+    (lambda: SwinStream({"image_size": 64}, Grid()), "config and model: got both"),
+]  # fmt: skip
 
 
-def test_a_stream_of_another_size():
-    with pytest.raises(ValueError, match="features of size 24, but image_hidden_size=64"):
-        VisionLanguageDecoder(FusionConfig(*SIZES), Grid())
-
-
-def test_bad_pixels_masks_and_images():
-    model, projector, ids = model_of(), model_of(fusion="projector"), ids_of()
-    for bad in (torch.zeros(3, 8, 12), torch.zeros(2, 4, 8, 12), torch.zeros(2, 3, 0, 12)):
-        with pytest.raises(ValueError, match=r"pixels: got shape"):
-            model.encode_image(bad)
-    with pytest.raises(ValueError, match=r"pixels: got dtype torch.uint8, expected normalised"):
-        model.encode_image(torch.zeros(2, 3, 8, 12, dtype=torch.uint8))
-    broken = pixels()
-    broken[1, 0, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"pixels: NaN or infinite in 1 of 2 pictures, first in number 1"):
-        model.encode_image(broken)
-    with pytest.raises(ValueError, match=r"mask: got torch.int64 of shape \(2,\), expected bool \(2,\)"):
-        model.encode_image(pixels(), torch.tensor([1, 0]))
-    with pytest.raises(ValueError, match=r"mask: got torch.bool of shape \(3,\)"):
-        model.encode_image(pixels(), torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="every sequence needs as many"):
-        projector.encode_image(pixels(), torch.tensor([True, False]))
-    for bad in (torch.zeros(2, C), torch.zeros(2, N, C + 1), torch.zeros(2, 0, C)):
-        with pytest.raises(ValueError, match=r"features: got shape .*, expected \(batch, features, 24\)"):
-            model.image_context(bad)
-    with pytest.raises(ValueError, match="image: made for 3 sequences, input_ids has 2"):
-        model(ids, image=model.encode_image(pixels(3)))
-    for one, other in ((model, projector), (projector, model)):
-        with pytest.raises(ValueError, match="image: made by another kind of model"):
-            one(ids, image=other.encode_image(pixels()))
+@pytest.mark.parametrize("call, words", BAD)
+def test_bad_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_a_projectors_picture_counts_towards_the_length():
@@ -410,22 +442,43 @@ def test_a_projectors_picture_counts_towards_the_length():
         generate(model, [[1, 2, 3]], 8, image=image)
 
 
-# --- streams
-
-
-def test_a_stream_has_to_be_handed_normalised_squares_of_its_size():
-    stream_ = SwinStream()
-    assert stream_.hidden_size == 64
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_projectors_picture_that_comes_too_late_is_refused(prepared):
+    model, ids, late = model_of(fusion="projector"), ids_of(1), r"image: the cache holds \d+ tokens that do not begin"
+    if prepared:
+        fast.prepare(model)
     with torch.no_grad():
-        assert stream_(torch.zeros(2, 3, 64, 64)).shape == (2, 64, 64)
-    with pytest.raises(ValueError, match=r"pixels: got \(32, 64\), expected 64 x 64"):
-        stream_(torch.zeros(1, 3, 32, 64))
-    with pytest.raises(ValueError, match="config and model: got both"):
-        SwinStream({"image_size": 64}, stream_.swin)
+        one, other, same = (model.encode_image(pixels(1, seed=seed)) for seed in (1, 2, 1))
+        for first, image in (({}, one), ({"image": one}, other), ({"image": other}, one)):
+            for more in (ids, ids[:, :1]):
+                cache = model.make_cache(max_length=40)
+                model(ids, cache, **first)
+                with pytest.raises(ValueError, match=late):
+                    model(more, cache, image=image)
+        cache = model.make_cache(max_length=40)
+        model(ids, cache, image=one)
+        want = model(torch.cat((ids, ids), 1), image=one)[:, -7:]
+        for known in (one, same, None):  # it is there already, and may be handed over again or not
+            cache.truncate(N + 7)
+            torch.testing.assert_close(model(ids, cache, image=known), want, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(model(ids, copy.deepcopy(cache), image=one).shape, want.shape)
+        cache.truncate(3)  # in the middle of the picture
+        with pytest.raises(ValueError, match=late):
+            model(ids, cache, image=one)
+        cache.truncate(0)
+        torch.testing.assert_close(model(ids, cache, image=other), model(ids, image=other), atol=2e-5, rtol=1e-4)
+        cache.truncate(0)
+        model(torch.cat((ids, ids), 1), cache)
+        with pytest.raises(ValueError, match=late):
+            model(ids, cache, image=other)
+
+
+# --- streams
 
 
 def test_a_config_alone_builds_the_swin_too():
     model = build(FusionConfig(*SIZES), seed=0)
     assert isinstance(model, VisionLanguageDecoder) and isinstance(model.vision, SwinStream)
-    image = model.encode_image(torch.zeros(1, 3, 64, 64))
-    assert image.keys_values[0][0].shape == (1, 2, 64, 8)
+    with torch.no_grad():
+        assert model.vision(torch.zeros(2, 3, 64, 64)).shape == (2, 64, model.vision.hidden_size) == (2, 64, 64)
+        assert model.encode_image(torch.zeros(1, 3, 64, 64)).keys_values[0][0].shape == (1, 2, 64, 8)

@@ -25,22 +25,32 @@ def test_no_weight_is_off_by_more_than_half_a_step():
     assert made.codes.abs().max() == 127 and not made.dequantize()[3].any()
 
 
-@pytest.mark.parametrize("way", ["packed", "plain"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_every_way_gives_the_product_with_those_weights(way, dtype, rows):
-    made = Int8Linear.from_linear(layer(dtype), way)
-    x = torch.randn(2, rows, 64).to(dtype)
+@pytest.mark.parametrize("way", ["packed", "plain", "fused"])
+@pytest.mark.parametrize("made_from", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (1, 1, 64), (2, 1, 64), (2, 3, 64), (2, 40, 64)])
+def test_every_way_gives_the_product_with_those_weights(way, made_from, dtype, shape, monkeypatch):
+    """``"fused"`` by the sum that a GPU compiles."""
+    monkeypatch.setattr(int8, "_fused", lambda: int8.one_row_product)
+    made = Int8Linear.from_linear(layer(made_from), way)
+    x = torch.randn(shape).to(dtype)
     want = x.float() @ made.dequantize(torch.float32).T
     with torch.inference_mode():
-        torch.testing.assert_close(made(x).float(), want, atol=1e-5 if dtype is torch.float32 else 0.03, rtol=0.02)
+        got = made(x)
+    exact = made_from is torch.float32 and dtype in (torch.float32, torch.float64)
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.float(), want, atol=1e-5 if exact else 0.03, rtol=0.02)
 
 
-def test_the_sum_that_a_gpu_compiles(monkeypatch):
-    monkeypatch.setattr(int8, "_fused", lambda: int8.one_row_product)
-    made = Int8Linear.from_linear(layer(), "fused")
-    x = torch.randn(1, 1, 64)
-    torch.testing.assert_close(made(x), x @ made.dequantize().T, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("way", ["packed", "plain"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gradients_and_autocast_do_not_depend_on_the_rows(way, rows):
+    made = Int8Linear.from_linear(layer(torch.bfloat16), way)
+    x = torch.randn(rows, 64).bfloat16().requires_grad_()
+    made(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], made.dequantize().sum(0), atol=0.03, rtol=0.02)
+    with torch.autocast("cpu", torch.float16):
+        assert made(x).dtype is torch.float16
 
 
 def test_the_way_is_one_that_works_here(monkeypatch):
@@ -54,21 +64,28 @@ def test_the_way_is_one_that_works_here(monkeypatch):
 
 def test_a_model_keeps_its_head_and_nearly_its_logits():
     model = decoder.build(decoder.preset("tiny"), seed=0).eval()
+    model.again = model.layers[0].mlp.down_proj
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         before = model(ids)
         after = quantize_int8_(model)(ids)
     assert type(model.lm_head) is not Int8Linear and type(model.layers[0].mlp.down_proj) is Int8Linear
+    assert model.again is model.layers[0].mlp.down_proj
     assert 0 < (after - before).norm() / before.norm() < 0.02
 
 
-def test_what_cannot_be_quantised_is_refused():
-    with pytest.raises(ValueError, match="has a bias"):
-        Int8Linear.from_linear(nn.Linear(4, 4))
+def test_what_cannot_be_quantised_or_multiplied_is_refused():
     bad = layer()
     bad.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        Int8Linear.from_linear(bad)
+    made = Int8Linear.from_linear(layer(torch.bfloat16), "packed")
+    for call, words in (
+        (lambda: Int8Linear.from_linear(nn.Linear(4, 4)), "has a bias"),
+        (lambda: Int8Linear.from_linear(bad), "NaN or infinite"),
+        (lambda: made(torch.zeros(2, 32).bfloat16()), r"x: got shape \(2, 32\), expected \(\.\.\., 64\)"),
+        (lambda: made(torch.zeros(1, 64, dtype=torch.int64)), "x: got torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -18,7 +18,10 @@ from transformers import (
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.janus.modeling_janus import JanusVisionAlignerMLP
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    _prepare_cross_attention_mask,
+)
 
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
 from dslib.architecture.generation import generate
@@ -90,8 +93,13 @@ def test_a_block_is_idefics_gated_cross_attention(alphas, masked):
     assert (wanted - x).abs().max() == 0 if alphas == (0, 0) else (wanted - x).abs().max() > 0.1
 
 
-def test_a_block_is_llama_vision_without_its_query_and_key_norms():
-    """Llama 3.2 Vision norms queries and keys besides; without those norms, and with grouped heads, it is our block."""
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_block_is_llama_vision_without_its_query_and_key_norms(by_token):
+    """Llama 3.2 Vision norms queries and keys besides; without those norms, and with grouped heads, it is our block.
+
+    Also with its mask, by which a token sees the tiles of some pictures only. Of a token that sees none, transformers'
+    class drops the feed-forward network alone (Meta's own code drops both branches, as ours does), so each sees some.
+    """
     config = MllamaTextConfig(
         vocab_size=40, hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=HEADS, num_key_value_heads=2,
         rms_norm_eps=1e-5, attn_implementation="sdpa", num_hidden_layers=1, cross_attention_layers=[0], pad_token_id=0,
@@ -107,11 +115,16 @@ def test_a_block_is_llama_vision_without_its_query_and_key_norms():
     ours = block_like(theirs, 2, attention.k_proj, attention.v_proj, attention, gates, 1e-5)
     x, _, _ = inputs()
     features = torch.randn(2, N, HIDDEN, generator=torch.Generator().manual_seed(3))  # projected before, there
+    seen = torch.rand(2, 5, 3, 1, generator=torch.Generator().manual_seed(4)) < 0.5  # (B, T, pictures, tiles)
+    seen[..., 0, 0] |= ~seen.any(2).any(2)
+    seen = seen if by_token else torch.ones_like(seen)
+    bias, rows = _prepare_cross_attention_mask(seen.float(), N // 3, torch.float32)
     with torch.no_grad():
-        # A mask in which all is open: without any, the attention behind it would take itself for a causal one.
-        wanted = theirs(x, features, torch.zeros(2, 1, 5, N), None, None)
-        torch.testing.assert_close(ours(x, ours.keys_values(features)), wanted, atol=1e-5, rtol=1e-4)
-    assert (wanted - x).abs().max() > 0.1
+        wanted = theirs(x, features, bias, None, rows)
+        mask = seen[..., 0].repeat_interleave(N // 3, dim=2) if by_token else None  # (B, T, N)
+        torch.testing.assert_close(ours(x, ours.keys_values(features), mask), wanted, atol=1e-5, rtol=1e-4)
+        unmasked = theirs(x, features, torch.zeros_like(bias), None, None)
+    assert (wanted - x).abs().max() > 0.1 and (bool((wanted - unmasked).abs().max() > 0.1) is by_token)
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "Janus"])

@@ -1,1 +1,1 @@
-"""Weights of four bits: how codes and scales are chosen (levels), and layers made of them (layers)."""
+"""Weights of four bits: how codes and scales are chosen (levels), layers of them (layers), put in place (replace)."""

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from dslib.architecture.config import DecoderConfig
 from dslib.architecture.experts import Experts, Pairs
 from dslib.architecture.int4.levels import METHODS, check_group_size, pack, unpack
-from dslib.check import one_of
+from dslib.architecture.int4.replace import replace_layers
+from dslib.check import one_of, whole
 
 ACTIVATIONS = ("bfloat16", "int8")
 
@@ -41,6 +42,7 @@ class Int4Linear(nn.Module):
 
     Attributes:
         activations: ``"bfloat16"``, or ``"int8"`` where a prepared layer may round a few rows to eight bits.
+        dtype: what dtype the weights would have; it follows the model through ``.to()``.
 
     Args:
         in_features, out_features: even numbers. group_size: weights that share a scale; divides ``in_features``.
@@ -54,18 +56,39 @@ class Int4Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, group_size: int = 32, symmetric: bool = False,
                  bias: bool = False, device=None, dtype=torch.float32):  # fmt: skip
         super().__init__()
+        whole(2, in_features=in_features, out_features=out_features)
         check_group_size(in_features, group_size)
-        if out_features < 2 or out_features % 2:
+        if out_features % 2:
             raise ValueError(f"out_features: got {out_features}, expected an even number of at least 2")
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.symmetric = symmetric
-        groups = in_features // group_size
+        self.symmetric, self.dtype = symmetric, dtype
         self.register_buffer("packed", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        scales = torch.zeros(groups, out_features, 1 if symmetric else 2, dtype=torch.bfloat16, device=device)
-        self.register_buffer("scales", scales)
+        shape = in_features // group_size, out_features, 1 if symmetric else 2
+        self.register_buffer("scales", torch.zeros(shape, dtype=torch.bfloat16, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-        # Holds nothing. It follows the model through .to(), and so knows what dtype the weights would have.
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of ``x``: unpack all, multiply.
+
+        Raises:
+            ValueError: as :func:`check_input`.
+        """
+        check_input(x, self.in_features, self.packed.device)
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def dequantize(self, dtype=torch.float32) -> Tensor:
+        """The weights that the codes stand for, (out, in)."""
+        codes = unpack(self.packed).float().unflatten(1, (-1, self.group_size)) - 8  # (out, groups, group_size)
+        scales = self.scales.float().transpose(0, 1)  # (out, groups, 1 or 2)
+        groups = codes * scales[..., :1]
+        if not self.symmetric:
+            groups = groups + scales[..., 1:]
+        return groups.flatten(1).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """As :meth:`dequantize`, in the model's dtype, for code that reads a layer's weights. Made anew each time."""
+        return self.dequantize(self.dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 32, method: str = "rtn", symmetric: bool = False):
@@ -85,6 +108,8 @@ class Int4Linear(nn.Module):
             ValueError: a group size that does not divide, an unknown method, weights that are not finite.
         """
         one_of(METHODS, method=method)
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(f"weight: got {weight.dtype} {tuple(weight.shape)}, expected floats (out, in)")
         rows, columns = weight.shape
         options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         layer = cls(columns, rows, group_size, symmetric, **options)
@@ -101,40 +126,28 @@ class Int4Linear(nn.Module):
         layer.bias = None if bias is None else bias.detach().clone()
         return layer
 
-    def dequantize(self, dtype=torch.float32) -> Tensor:
-        """The weights that the codes stand for, (out, in)."""
-        codes = unpack(self.packed).float().unflatten(1, (-1, self.group_size)) - 8  # (out, groups, group_size)
-        scales = self.scales.float().transpose(0, 1)  # (out, groups, 1 or 2)
-        groups = codes * scales[..., :1]
-        if not self.symmetric:
-            groups = groups + scales[..., 1:]
-        return groups.flatten(1).to(dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """As :meth:`dequantize`, in the model's dtype, for code that reads a layer's weights. Made anew each time."""
-        return self.dequantize(self.like.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the dtype of ``x``: unpack all, multiply.
-
-        Raises:
-            ValueError: a last dimension other than ``in_features``.
-        """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {self.in_features})")
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
     def _apply(self, fn, recurse=True):
         """Moves with the model, but scales stay in bfloat16, which is what the kernel reads and codes were made for."""
         scales = self.scales
         super()._apply(fn, recurse)
-        self.scales = scales.to(self.scales.device)
+        if self.scales.dtype is not scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.in_features}, {self.out_features}, groups of {self.group_size}, {kind}"
+
+
+def check_input(x: Tensor, in_features: int, device: torch.device) -> None:
+    """Raise a ValueError unless ``x`` is of shape (..., in_features), of floats, on ``device``."""
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {in_features})")
+    if not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype}, expected floating-point numbers")
+    if x.device != device:
+        raise ValueError(f"x: got device {x.device}, expected the layer's {device}")
 
 
 class Int4Experts(nn.Module):
@@ -148,6 +161,8 @@ class Int4Experts(nn.Module):
         super().__init__()
         self.num_experts, self.hidden_size = experts.num_experts, experts.hidden_size
         self.intermediate_size = experts.intermediate_size
+        if len(experts.down_proj) != self.num_experts:
+            raise ValueError("experts: packed by fast.prepare, expected fast.release(model) before")
         for name in ("gate_up_proj", "down_proj"):
             stack = (Int4Linear.from_weight(w, group_size, method, symmetric) for w in getattr(experts, name))
             setattr(self, name, nn.ModuleList(stack))
@@ -184,34 +199,31 @@ def quantize_(model: nn.Module, group_size: int = 32, method: str = "rtn", symme
     :class:`Int4Experts`; routers, norms and embeddings stay. A head that was tied to the embedding and is not skipped
     becomes a 4-bit copy, and the configuration then says that the two are no longer tied.
 
+    In place means in every model that has these layers: a draft made by ``with_layers`` *is* some layers of its target,
+    which are quantised with it. That is what sharing promises, one copy of the weights; a draft in four bits beside a
+    target in sixteen needs layers of its own, ``quantize_(copy.deepcopy(draft))``.
+
     Args:
-        skip: names of modules to leave alone, with all that is in them: full names, or last parts of a name.
+        skip: names of modules to leave alone, with all that is in them: full names, or last parts of a name. One of
+            several names is enough.
         activations: ``"int8"`` lets prepared layers take the faster and less exact product of a few rows on a CPU.
 
     Raises:
-        ValueError: as :meth:`Int4Linear.from_weight`, naming the layer; unknown activations. The model is then
-            unchanged.
+        ValueError: as :meth:`Int4Linear.from_weight`, naming the layer; a layer that does something else than its class
+            (a subclass, hooks), which would be lost; unknown activations. The model is then unchanged.
     """
     one_of(ACTIVATIONS, activations=activations)
-    made = {}
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if any(part in skip for part in parts) or any(".".join(parts[: n + 1]) in skip for n in range(len(parts))):
-            continue
-        try:
-            if isinstance(module, nn.Linear):
-                made[name] = Int4Linear.from_linear(module, group_size, method, symmetric)
-            elif isinstance(module, Experts):
-                made[name] = Int4Experts(module, group_size, method, symmetric)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error} (or name it in skip)") from error
-    for name, layer in made.items():
-        for module in layer.modules():
+
+    def make(layer: nn.Linear | Experts) -> nn.Module:
+        kind = Int4Experts if isinstance(layer, Experts) else Int4Linear.from_linear
+        made = kind(layer, group_size, method, symmetric)
+        for module in made.modules():
             if isinstance(module, Int4Linear):
                 module.activations = activations
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
-    if "lm_head" in made and isinstance(getattr(model, "config", None), DecoderConfig):
+        return made
+
+    names = replace_layers(model, (nn.Linear, Experts), make, skip)
+    if "lm_head" in names and isinstance(getattr(model, "config", None), DecoderConfig):
         model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
     return model
 

@@ -44,10 +44,7 @@ class GatedCrossAttention(nn.Module):
     """Tokens ask, image features answer, a gate decides how much of the answer counts (Flamingo, section 2.2).
 
     ``x + gate * attention(norm(x), features)``, then, if wanted, the same with a feed-forward network. Positions play
-    no role here: those of the picture have to be in its features.
-
-    Args:
-        config: a :class:`~dslib.architecture.fusion.FusionConfig`.
+    no role here: those of the picture have to be in its features. Made from a ``FusionConfig``.
     """
 
     def __init__(self, config):
@@ -76,11 +73,12 @@ class GatedCrossAttention(nn.Module):
 
         Args:
             keys_values: from :meth:`keys_values`.
-            mask: bool (B, N), which features are real. A row without any leaves its sequence exactly as it was.
+            mask: bool (B, N), which features are real, or (B, T, N), which of them each token may see. A token that
+                sees none is left exactly as it was.
         """
-        seen = None if mask is None else mask.any(-1)[:, None, None]  # (B, 1, 1)
+        seen = None if mask is None else (mask if mask.ndim == 3 else mask.unsqueeze(1)).any(-1, keepdim=True)
         answer, gate = self.answer(x, keys_values, mask)
-        x = x + gate * (answer if seen is None else answer.where(seen, 0.0))
+        x = x + gate * (answer if seen is None else answer.where(seen, 0.0))  # seen: (B, 1 or T, 1)
         if self.mlp is not None:
             h = self.post_attention_layernorm(x)
             more = self.mlp_gate(h) * self.mlp(h)
@@ -94,8 +92,9 @@ class GatedCrossAttention(nn.Module):
         h = self.input_layernorm(x)
         q = self.q_proj(h).unflatten(-1, (self.query_heads, self.head_dim)).transpose(1, 2)  # (B, Hq, T, D)
         if mask is not None:
-            # A sequence without a picture looks at everything, as softmax needs something; `forward` drops the result.
-            mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, N)
+            mask = mask if mask.ndim == 3 else mask.unsqueeze(1)  # (B, 1 or T, N)
+            # A token without a picture looks at everything, as softmax needs something; `forward` drops the result.
+            mask = (mask | ~mask.any(-1, keepdim=True)).unsqueeze(1)  # (B, 1, 1 or T, N)
         y = F.scaled_dot_product_attention(
             q, *keys_values, attn_mask=mask, enable_gqa=self.query_heads != self.kv_heads
         )
@@ -109,7 +108,8 @@ class ImageContext:
     Attributes:
         keys_values: for cross-attention, keys and values of every block, each (B, Hk, N, D).
         tokens: for the projector, (B, N, hidden_size).
-        mask: bool (B, N), True for real features; None if all are.
+        mask: bool, None if all features are real and seen by all tokens; (B, N), True for real ones; or (B, T, N), True
+            for what the token at each position may see. Later tokens see what the last one does.
     """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -126,8 +126,27 @@ class ImageContext:
         return 0 if self.tokens is None else self.tokens.shape[1]
 
     def enters(self, cache: KVCache | None) -> bool:
-        """Whether the picture's own tokens stand before the text of this call: at the first one, with a projector."""
-        return self.prefix > 0 and (cache is None or cache.length == 0)
+        """Whether the picture's own tokens stand before the text of this call: at the first one, with a projector.
+
+        Raises:
+            ValueError: a cache that holds tokens, but not those of this picture.
+        """
+        if self.prefix == 0 or cache is None or cache.length == 0:
+            return self.prefix > 0
+        held = getattr(cache, "picture", None)  # where a model notes what it has put there
+        if cache.length < self.prefix or not (held is self.tokens or _equal(held, self.tokens)):
+            raise ValueError(
+                f"image: the cache holds {cache.length} tokens that do not begin with this picture's {self.prefix}; "
+                "a projector's picture has to be handed over at the first call, when the cache is empty"
+            )
+        return False
+
+    def mask_at(self, positions: Tensor) -> Tensor | None:
+        """The mask for tokens at these positions, int64 (1 or B, T), as blocks take it: (B, N) or (B, T, N)."""
+        if self.mask is None or self.mask.ndim == 2:
+            return self.mask
+        rows = torch.arange(len(self.mask), device=positions.device).unsqueeze(1)
+        return self.mask[rows, positions.clamp(max=self.mask.shape[1] - 1)]
 
     @property
     def nbytes(self) -> int:
@@ -136,11 +155,25 @@ class ImageContext:
         return sum(t.numel() * t.element_size() for t in kept)
 
 
+def _equal(held: Tensor | None, tokens: Tensor) -> bool:
+    return held is not None and held.shape == tokens.shape and bool((held.to(tokens) == tokens).all())
+
+
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless bool of this shape, (B,) or (B, N), or with a row for each token, (B, T, N)."""
+    batch, things = (*shape, 1)[:2]
+    by_token = mask.ndim == 3 and mask.shape[1] > 0 and mask.shape[::2] == (batch, things)
+    if mask.dtype is not torch.bool or not (by_token or mask.shape == shape):
+        expected = f"bool {tuple(shape)}, or ({batch}, tokens, {things}) for tokens that see different ones"
+        raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected {expected}")
+
+
 @dataclass
 class SeeingStep(Step):
-    """A step that knows what the model has seen."""
+    """A step that knows what the model has seen, and which of it these tokens may see."""
 
     image: ImageContext | None = None
+    image_mask: Tensor | None = None
 
 
 class SeeingBlock(Block):
@@ -152,7 +185,7 @@ class SeeingBlock(Block):
     def forward(self, x: Tensor, rope, step: Step, cache: KVCache | None, layer: int, input_ids: Tensor | None = None):
         image = getattr(step, "image", None)
         if image is not None and image.keys_values:
-            x = self.cross(x, image.keys_values[self.number], image.mask)
+            x = self.cross(x, image.keys_values[self.number], step.image_mask)
         return super().forward(x, rope, step, cache, layer, input_ids)
 
 

@@ -52,10 +52,7 @@ class _Source:
 
 def _sources(config: DecoderConfig, layout: str) -> dict[str, _Source]:
     """Our tensor name -> where it comes from."""
-    names = {
-        "embed_tokens.weight": _Source(("model.embed_tokens.weight",)),
-        "norm.weight": _Source(("model.norm.weight",)),
-    }
+    names = {f"{name}.weight": _Source((f"model.{name}.weight",)) for name in ("embed_tokens", "norm")}
     sparse = isinstance(config, SparseConfig)
     for layer in range(config.num_hidden_layers):
         here = f"layers.{layer}."
@@ -95,10 +92,11 @@ def _latent_attention(config: SparseConfig) -> Iterator[tuple[str, _Source]]:
     for name in plain:
         yield _same(f"self_attn.{name}.weight")
     rotated = config.qk_rope_head_dim
-    for name, before, heads in (
+    turned = (
         (queries, config.qk_nope_head_dim, config.num_attention_heads),
         ("kv_a_proj_with_mqa", config.kv_lora_rank, 1),
-    ):
+    )
+    for name, before, heads in turned:
         name = f"self_attn.{name}.weight"
         yield name, _Source((name,), order=_pairs_apart(before, rotated, heads))
 
@@ -163,45 +161,44 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
 
     Experts may be stacked or apart. A tied model may come with or without ``lm_head.weight``; if it comes, it must
     equal the embedding. Buffers of old checkpoints (``rotary_emb.inv_freq``) and modules for multi-token prediction are
-    passed over.
+    passed over, as is the prefix that ``torch.compile`` puts before names.
 
     Raises:
-        ValueError: naming the missing, the extra and the misshapen tensors, and 8-bit ones. The model is then left as
-            it was.
+        ValueError: naming the missing, the extra and the misshapen tensors, 8-bit ones, and those without memory (on
+            the meta device); a model that is no decoder, or with weights in another form (four bits). The model is then
+            left as it was.
     """
-    config = model.config
-    sources = _sources(config, _layout(state_dict))
-    skipped = _prediction_layers(state_dict)
-    given = {
-        name: tensor
-        for name, tensor in state_dict.items()
-        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(skipped)
+    given = {name.replace(_COMPILED, ""): tensor for name, tensor in state_dict.items()}
+    placed, skipped = _placed(model, _layout(given)), _prediction_layers(given)
+    given = {n: t for n, t in given.items() if not n.endswith("rotary_emb.inv_freq") and not n.startswith(skipped)}
+    pieces = {  # their name -> the place in our model
+        part: (piece, source.order)
+        for _, source, tensor in placed
+        for part, piece in zip(source.parts, source.split(tensor), strict=True)
     }
-    wanted = {part for source in sources.values() for part in source.parts}
-    extra = sorted(set(given) - wanted)
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
+    extra = sorted(set(given) - set(pieces))
+    head, embedding = (given.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if tied_head := model.config.tie_word_embeddings and head is not None:
         extra.remove("lm_head.weight")
-        embedding = given.get("model.embed_tokens.weight")
-        if embedding is not None and not torch.equal(given["lm_head.weight"], embedding):
-            raise ValueError("lm_head.weight: differs from model.embed_tokens.weight, but the config ties them")
-    problems = _listed("missing", sorted(wanted - set(given))) + _listed("extra", extra)
-    eight_bit = [name for name, tensor in given.items() if tensor.is_floating_point() and tensor.element_size() == 1]
-    if eight_bit:
+    problems = _listed("missing", sorted(set(pieces) - set(given))) + _listed("extra", extra)
+    bytes_each = {name: tensor.element_size() for name, tensor in given.items()}
+    if eight_bit := [name for name, size in bytes_each.items() if size == 1]:
         problems = _listed("in 8 bits, to be multiplied out with their scales first", eight_bit)
-    ours = _tensors(model)
+    problems += _listed("without memory", [name for name, tensor in given.items() if tensor.is_meta])
     if not problems:
-        misshapen = []
-        for name, source in sources.items():
-            for part, piece in zip(source.parts, source.split(ours[name]), strict=True):
-                if given[part].shape != piece.shape:
-                    misshapen.append(f"{part} {tuple(given[part].shape)}, expected {tuple(piece.shape)}")
+        misshapen = [
+            f"{name} {tuple(given[name].shape)}, expected {tuple(piece.shape)}"
+            for name, (piece, _) in pieces.items()
+            if given[name].shape != piece.shape
+        ]
         problems = _listed("misshapen", misshapen)
     if problems:
         raise ValueError("state dict does not fit the config: " + "; ".join(problems))
+    if tied_head and not torch.equal(head, embedding.to(head)):
+        raise ValueError("lm_head.weight: differs from model.embed_tokens.weight, but the config ties them")
     with torch.no_grad():
-        for name, source in sources.items():
-            for part, piece in zip(source.parts, source.split(ours[name]), strict=True):
-                piece.copy_(given[part] if source.order is None else given[part][source.order])
+        for name, (piece, order) in pieces.items():
+            piece.copy_(given[name] if order is None else given[name][order])
     return model
 
 
@@ -214,20 +211,39 @@ def to_hf_state_dict(model: Decoder, layout: str = "stacked") -> dict[str, Tenso
         layout: of experts: ``"stacked"`` as in transformers 5, ``"apart"`` or ``"mixtral"`` as in files.
 
     Raises:
-        ValueError: unknown layout.
+        ValueError: unknown layout; a model that is no decoder, or has weights in another form (four bits) or more than
+            such a checkpoint holds (an adapter's, an image stream's).
     """
     one_of(_LAYOUTS, layout=layout)
-    ours, out = _tensors(model), {}
-    for name, source in _sources(model.config, layout).items():
-        tensor = ours[name].detach()
+    placed, out = _placed(model, layout), {}
+    if others := sorted(set(_tensors(model)) - {name for name, _, _ in placed}):
+        raise ValueError("model: " + _listed("that such a checkpoint has no place for", others)[0])
+    for _, source, tensor in placed:
+        tensor = tensor.detach()
         tensor = tensor if source.order is None else tensor[source.order.argsort()]
         out.update(zip(source.parts, source.split(tensor), strict=True))
     return out
 
 
+_COMPILED = "_orig_mod."  # what torch.compile puts into names
+
+
 def _tensors(model: Decoder) -> dict[str, Tensor]:
     """Parameters and buffers (of routers) by name, tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name.replace(_COMPILED, ""): tensor for name, tensor in named}
+
+
+def _placed(model: Decoder, layout: str) -> list[tuple[str, _Source, Tensor]]:
+    """Name, source and tensor of all that a checkpoint holds; a ValueError for a model in which that is not there."""
+    if not isinstance(config := getattr(model, "config", None), DecoderConfig):
+        raise ValueError(f"model: got a {type(model).__name__}, expected a Decoder")
+    sources, ours = _sources(config, layout), _tensors(model)
+    if absent := sorted(set(sources) - set(ours)):
+        raise ValueError("model: " + _listed("missing, as in a quantised or wrapped model", absent)[0])
+    if empty := [name for name in sources if ours[name].is_meta]:
+        raise ValueError("model: " + _listed("without memory, expected to_empty() before", empty)[0])
+    return [(name, source, ours[name]) for name, source in sources.items()]
 
 
 def decoder_from_hf(config: Any, state_dict: Mapping[str, Tensor], *, dtype=torch.float32, device="cpu") -> Decoder:

