@@ -135,18 +135,39 @@ def test_batches_shots_and_preparing_change_nothing(model):
 
 
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+MODELS = {
+    "plain": decoder.preset("tiny"),
+    "window": decoder.preset("tiny", sliding_window=16),
+    "experts": sparse_decoder.preset("tiny-moe"),
+    "latent attention": sparse_decoder.preset("tiny-moe", **LATENT),
+}
 
 
-@pytest.mark.parametrize("changes", [{}, LATENT], ids=["plain attention", "latent attention"])
-def test_a_model_with_experts(changes):
-    config = sparse_decoder.preset("tiny-moe", **changes)
-    model = decoder.build(config, seed=0).eval()
-    rows = [Row([5, 6, 7, 8] * 3 + [9], [[1, 2], [3], [4, 5, 6]]), Row([5, 6, 7, 8] * 3, [[2], [2, 2], [7]])]
-    got = log_likelihoods(model, rows)
-    with torch.inference_mode():
-        logs = model(torch.tensor([[*rows[0].context, 4, 5]])).log_softmax(-1)[0, -3:]
-    wanted = logs.gather(1, torch.tensor([[4], [5], [6]])).sum().item()
-    assert got[0, 2].item() == pytest.approx(wanted, abs=2e-4)
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_rows_of_any_model_equal_one_continuation_at_a_time(config, prepared):
+    """The plainest way: each continuation alone behind its context. torch's default dtype has no say in it."""
+    model, generator = decoder.build(config, seed=0).eval(), torch.Generator().manual_seed(0)
+    draw = lambda size: torch.randint(256, (size,), generator=generator).tolist()  # noqa: E731
+    start = draw(12)
+    rows = [Row(start + draw(length), [draw(size) for size in (1, 3, 2, 5)]) for length in (4, 9, 30, 17)]
+    wanted = torch.empty(len(rows), 4)
+    for i, row in enumerate(rows):
+        for j, end in enumerate(row.ends):
+            with torch.inference_mode():
+                logs = model(torch.tensor([row.context + end[:-1]]))[0, len(row.context) - 1 :].log_softmax(-1)
+            wanted[i, j] = logs.gather(1, torch.tensor(end).unsqueeze(1)).sum()
+    if prepared:
+        fast.prepare(model)
+    before = torch.get_default_dtype()
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = log_likelihoods(model, rows, batch_tokens=64)
+        finally:
+            torch.set_default_dtype(before)
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-5)
 
 
 ONE_END, TWO_ENDS = Row([1], [[1]]), Row([1], [[1], [2]])
@@ -246,18 +267,3 @@ def test_runs_are_plain_data(monkeypatch, model):
     hits = accuracy.right(run, "tokens")
     assert hits == [given == key for given, key in zip(run["answers"]["tokens"], "DC", strict=True)]
     assert accuracy.written_run(max_new_tokens=2)["answers"].keys() == {"written"}
-
-
-@pytest.mark.parametrize("prepared", [False, True])
-def test_another_default_dtype_changes_nothing(model, prepared):
-    (fast.prepare if prepared else fast.release)(model)
-    rows = [Row([5, 6, 7], [[1, 2], [3]]), Row([5, 6], [[4], [1]])]
-    wanted, before = log_likelihoods(model, rows), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = log_likelihoods(model, rows)
-    finally:
-        torch.set_default_dtype(before)
-        fast.release(model)
-    assert found.dtype is torch.float32
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
