@@ -1,9 +1,8 @@
 """Four-choice questions put to a language model: how likely is each answer, and which letter does it write?
 
 A question becomes a *context*; each choice becomes a *continuation*, either its letter or its full text. The score of a
-choice is the log-likelihood of the continuation after the context, and the highest score is the model's answer. That is
-how lm-eval scores too, and the tests compare the two item by item. A prepared model does not compute anything twice,
-see :mod:`dslib.fast.scoring`.
+choice is the log-likelihood of the continuation after the context, as in lm-eval, with which the tests compare item by
+item. A prepared model does not compute anything twice, see :mod:`dslib.fast.scoring`.
 
 Book: ``chapters/performance/accuracy.ipynb``, with :mod:`~dslib.performance.statistics`. Sources: MMLU (arXiv
 2009.03300) for letters, GPT-3 (arXiv 2005.14165, section 2.4) for full answers, their length and their prior.
@@ -117,15 +116,13 @@ def score(
     """Score the four choices of every question.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        shots: how many others of the same subject stand before each question, answered.
-        examples: where these are taken from; None takes them from the ``questions`` themselves.
+        tokenizer: a transformers tokenizer. What it puts behind a text, such as an end token, is left out.
+        shots: how many others of the same subject stand before each question, answered; from ``examples``, if given.
         with_prior: also score every continuation after the lead alone, for ``normalisation="prior"``.
         batch_tokens: of a prepared model, see :func:`dslib.fast.scoring.log_likelihoods`.
 
-    Raises:
-        ValueError: no question; a subject with too few others for ``shots``; a prompt longer than
-            ``max_position_embeddings``; a continuation that has no token of its own.
+    Raises ValueError for no question, a subject with too few others for ``shots``, a prompt longer than
+    ``max_position_embeddings``, and a continuation that has no token of its own.
     """
     questions = tuple(questions)
     if not questions:

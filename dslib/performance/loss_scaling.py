@@ -1,10 +1,8 @@
 """Dynamic loss scaling: how float16 gradients are kept from vanishing, and what happens when one grows too large.
 
-float16 has no number but zero below 2**-24 = 6e-8, and many gradients are smaller. Multiplying the loss by a large
-number multiplies every gradient by it; dividing before the update gives the true ones back, in float32. How large a
-number? As large as goes without an overflow, and that is found by trial: an overflow costs one step and halves the
-scale, a long run of clean steps doubles it. The rule is that of ``torch.amp.GradScaler``, and the tests hold the two
-together step by step.
+float16 has no number but zero below 2**-24 = 6e-8, and many gradients are smaller. So the loss is multiplied by a large
+number, and the gradients are divided by it in float32. How large? An overflow costs one step and halves the scale, a
+long run of clean steps doubles it. The rule is that of ``torch.amp.GradScaler``; the tests hold the two together.
 
 Book: ``chapters/performance/training.ipynb``. Source: Mixed Precision Training (arXiv 1710.03740, section 3.2).
 """

@@ -1,12 +1,9 @@
 """Checkpoints of a training run, from which it goes on as if it had never stopped.
 
-Weights are not enough. The next step also depends on the optimiser's two moments, on the place in the schedule, on the
-loss scale, and on what the random generators (torch's, Python's and numpy's) will draw next. All of it is in one file,
-together with the settings of the run: a run that goes on with another learning rate would be neither the old run nor a
-new one, so it is refused.
-
-A file is written beside the old one and put in its place only when it is whole and on the disk. Whoever pulls the plug
-at any moment finds the last whole one.
+The next step depends on the weights, the optimiser's two moments, the place in the schedule, the loss scale, and on
+what the random generators (torch's, Python's and numpy's) will draw next. All of it is in one file, with the settings
+of the run: one that went on with another learning rate would be neither the old run nor a new one, so it is refused.
+Whoever pulls the plug at any moment finds the last whole file.
 
 Book: ``chapters/performance/training.ipynb``.
 """
@@ -82,10 +79,8 @@ class Checkpoint:
         pairs = {name: (self.settings.get(name), found.get(name)) for name in {**self.settings, **found}}
         other = [f"{name}: got {own}, expected {kept}" for name, (own, kept) in pairs.items() if own != kept]
         if other:
-            raise ValueError(
-                f"{'; '.join(other)}, as in checkpoint {self.path.name}. A resumed run keeps its settings; for other "
-                "ones name another file"
-            )
+            where = f"as in checkpoint {self.path.name}. A resumed run keeps its settings; for others name another file"
+            raise ValueError(f"{'; '.join(other)}, {where}")
 
 
 def random_state() -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """What is asked of a server, and what one copy of a model can do: two rates, one for prompts and one for answers.
 
-A prompt is read many tokens at a time, an answer is written one token a step, so a server has two speeds. A request
-then takes ``tokens_in / prefill + tokens_out / decode`` seconds of a server, whatever else is batched with it. That is
-a line where the truth is a curve (long prompts cost more a token, small batches less), and :func:`rates` fits it to
-measured runs. Published deployments of V3 and R1 are ready under :func:`published_replica`.
+A request takes ``tokens_in / prefill + tokens_out / decode`` seconds of a server, whatever else is batched with it.
+That is a line where the truth is a curve (long prompts cost more a token, small batches less), and :func:`rates` fits
+it to measured runs. Published deployments of V3 and R1 are ready under :func:`published_replica`.
 
 Chapter: ``chapters/performance/cost.ipynb``.
 """

@@ -1,8 +1,8 @@
 """Speculative decoding: cheap guesses, checked by the model several at a time, without any change to what comes out.
 
-Decoding one token reads every weight. Feeding five tokens reads them once as well, so *checking* four guesses costs
-hardly more than making one token. A draft guesses, the model looks at all guesses in one pass, and as many stay as the
-model would have produced itself. What it costs when guesses fail is the draft's time and a slightly wider pass.
+Feeding five tokens reads every weight once, as feeding one does, so *checking* four guesses costs hardly more than
+making one token. A draft guesses, the model looks at all guesses in one pass, and as many stay as it would have made
+itself.
 
 * Greedy: a guess stays if it is the model's own choice. The text is the one that greedy decoding gives.
 * Sampling: a guess with probability q under the draft and p under the model stays with probability ``min(1, p / q)``;

@@ -103,18 +103,11 @@ def mcnemar(a: Iterable[bool], b: Iterable[bool]) -> float:
 def questions_needed(low: float, high: float, *, disagreement: float | None = None, power: float = 0.8) -> int:
     """How many questions it takes to tell two shares of right answers apart (5 % level, two-sided).
 
-    Args:
-        low, high: the two true shares.
-        disagreement: None if each model answers its own questions; otherwise both answer the same ones, and this is the
-            share of questions that exactly one of them gets right.
-        power: how often the difference should be found, from 0.5 on and below 1.
-
-    Returns:
-        Questions for each of the two models, by the usual normal approximation.
-
-    Raises:
-        ValueError: shares outside 0 to 1 or equal; a disagreement smaller than the difference, or above what the shares
-            allow; another power.
+    ``low`` and ``high`` are the two true shares, ``power`` is how often the difference should be found.
+    ``disagreement`` is None if each model answers its own questions; otherwise both answer the same ones, and this is
+    the share of questions that exactly one of them gets right. Returns questions for each of the two models, by the
+    usual normal approximation. Raises ValueError for shares outside 0 to 1 or not rising, a disagreement smaller than
+    the difference or above what the shares allow, and a power below 0.5 or from 1 on.
     """
     check.between(0, 1, low=low, high=high)
     if not low < high:

@@ -93,8 +93,7 @@ def fit(
         model: put into training mode and afterwards back, part by part, into the modes it had. Frozen parameters stay
             as they are.
         batch: called as ``batch(step)``, 0 to ``steps - 1`` in order; the tensors of one batch.
-        loss: called as ``loss(model, *tensors)``, those moved to the model's device; a scalar, the mean over what the
-            batch holds.
+        loss: called as ``loss(model, *tensors)``, those on the model's device; a scalar, the mean over the batch.
         learning_rate: the highest; reached after ``warmup`` (a share of the steps) along a line, then along a cosine
             down to a tenth.
         after_step: called as ``after_step(model)`` when the optimiser has moved the weights, gradients off. With
@@ -117,8 +116,7 @@ def fit(
         generator: what ``batch`` draws from, kept in the checkpoint, as torch's, Python's and numpy's global ones are.
         settings: more numbers and texts that a resumed run has to share.
 
-    Returns:
-        The loss at every step, before its update; those before a resumption included.
+    Returns the loss at every step, before its update; those before a resumption included.
 
     Raises:
         ValueError: numbers out of range, nothing to train, a loss that is no scalar, a batch that cannot be cut into
@@ -147,9 +145,8 @@ def fit(
         made |= {"clip": clip, "accumulate": accumulate, "precision": precision}
         made |= {"loss": _name(loss), "counts": counts and _name(counts)}
         made |= {f"scaler.{name}": value for name, value in (scaler.settings() if scaler else {}).items()}
-        kept = Checkpoint(
-            checkpoint, made | (settings or {}), model=model, optimizer=optimizer, scaler=scaler, generator=generator
-        )
+        held = {"model": model, "optimizer": optimizer, "scaler": scaler, "generator": generator}
+        kept = Checkpoint(checkpoint, made | (settings or {}), **held)
         losses = kept.restore()
     model.train()
     try:
@@ -182,10 +179,10 @@ def fit(
     return losses
 
 
-def _parts(
-    tensors: list[Tensor], accumulate: int, counts: Callable[..., int] | None
-) -> list[tuple[float, tuple[Tensor, ...]]]:
-    """The parts of a batch, each with its share in the mean."""
+Part = tuple[float, tuple[Tensor, ...]]  # its share in the mean of the batch, its tensors
+
+
+def _parts(tensors: list[Tensor], accumulate: int, counts: Callable[..., int] | None) -> list[Part]:
     if accumulate == 1:
         return [(1.0, tuple(tensors))]
     rows = len(tensors[0])
@@ -201,7 +198,7 @@ def _parts(
 
 
 def _backward(
-    model: nn.Module, loss: Callable[..., Tensor], parts: list, precision: str, scale: float, where: str
+    model: nn.Module, loss: Callable[..., Tensor], parts: list[Part], precision: str, scale: float, where: str
 ) -> float:
     """Add the gradients of all parts, times ``scale``, and return the loss of the whole batch."""
     total = 0.0

@@ -272,12 +272,3 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
         assert math.isnan(step.gradient_norm) == step.skipped
         assert after.scale in ({step.scale / 2} if step.skipped else {step.scale, 2 * step.scale})
     assert scaler.scale in (seen[-1].scale / 2, seen[-1].scale, 2 * seen[-1].scale)
-
-
-def test_the_scale_does_not_reach_the_update():
-    """Powers of two change no digit, so in float16 without flushed numbers any scale gives the same weights."""
-    models = [tiny(), tiny()]
-    for model, scale in zip(models, (2.0**10, 2.0**12), strict=True):
-        train(model, TOKENS, steps=3, precision="float16", scaler=LossScaler.fixed(scale), **SHORT)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
