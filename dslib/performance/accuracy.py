@@ -213,12 +213,10 @@ def write_letters(
     return Written(tuple(texts), torch.tensor([read_letter(text) for text in texts]))
 
 
-# "answer is" or "answer:", in any case, then a letter that stands alone; only marks and these words may come between. A
-# small "a" is a letter only where nothing follows: else it is a word.
-STATED = re.compile(
-    r"(?i:\banswer(?:\s+is\b|\s*[:=]))(?:[\W_]|(?i:the|option|choice|letter|boxed|text)\b)*"
-    r"([A-Db-d]|a(?=[\W_]*$))(?![^\W_]|['’])"
-)
+SAID = r"\banswer(?:\s+(?:is|was|(?:would|should|must|will)\s+be)\b|\s*[:=–—-])"
+BETWEEN = r"(?:[\W_]|(?:the|option|choice|letter|boxed|text)\b)*"
+# In any case, then a letter that stands alone. A small "a" with a word behind it is no letter.
+STATED = re.compile(rf"(?i:{SAID}{BETWEEN})([A-Db-d]|a(?![ \t]+[^\W_]))(?![^\W_]|['’])")
 FIRST = re.compile(r"[\W_]*([A-D])(?![^\W_]|['’])")
 
 

@@ -142,10 +142,12 @@ def speculate(
 
 
 def feed(model: Decoder, tokens: Sequence[int], cache: KVCache) -> Tensor:
-    """Logits after each of the new tokens, (tokens, vocab_size). Raises ValueError where they are not numbers."""
+    """Logits after each of the new tokens, (tokens, vocab_size). Raises ValueError where none is the largest."""
     logits = model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
-    if logits.isnan().any():
-        raise ValueError(f"logits: got what is not a number (NaN) after tokens {list(tokens)[-5:]}, expected numbers")
+    if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
+        raise ValueError(
+            f"logits: not a number or infinite after tokens {list(tokens)[-5:]}, expected a finite largest"
+        )
     return logits
 
 

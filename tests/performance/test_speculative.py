@@ -186,9 +186,9 @@ def test_the_gain_is_a_sum_over_lengths():
     assert speculative.expected_gain(0.5, 2, 0.25, 1.5) == pytest.approx(1.75 / 2)
 
 
-def broken():
+def broken(value=math.nan):
     model = noisy(CONFIGS["V1"])
-    model.norm.weight.data[0] = math.nan
+    model.norm.weight.data[0] = value
     return model
 
 
@@ -216,6 +216,7 @@ FAR = Oracle([1, 2] + [999] * 7)
         (lambda m: speculate(broken(), [1], 4, Wrong()), "logits: .*not a number"),
         (lambda m: speculate(broken(), [1], 4, Wrong(), sampling=Sampling(1.0)), "logits: .*not a number"),
         (lambda m: speculate(m, [1], 4, ModelDraft(broken(), 9, Sampling(1.0))), "logits: .*not a number"),
+        (lambda m: speculate(broken(math.inf), [1], 4, Wrong(), sampling=Sampling(1.0)), "logits: .*infinite"),
         (lambda m: accept(torch.ones(2, 4), [1, 2]), "probabilities: got 2 rows for 2 guesses"),
         (lambda m: with_layers(m, [4]), r"layers: got \[4\], expected some of 0 to 3"),
         (lambda m: with_layers(m, []), r"layers: got \[\]"),
