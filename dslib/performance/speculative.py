@@ -145,9 +145,8 @@ def feed(model: Decoder, tokens: Sequence[int], cache: KVCache) -> Tensor:
     """Logits after each of the new tokens, (tokens, vocab_size). Raises ValueError where none is the largest."""
     logits = model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
     if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
-        raise ValueError(
-            f"logits: not a number or infinite after tokens {list(tokens)[-5:]}, expected a finite largest"
-        )
+        after = f"after tokens {list(tokens)[-5:]}"
+        raise ValueError(f"logits: the largest is not a number, or infinite, {after}, expected a finite one")
     return logits
 
 

@@ -237,7 +237,7 @@ class Shifting(Characters):
         ("So the answer is \u201cB\u201d", 1), ("The answer is __B__.", 1), ("the final answer is\tC!", 2),
         # ... and more than a letter that begins a sentence; but a word is no letter.
         ("A good question. The answer is C.", 2), ("B is even, so the answer is D", 3), ("A\nAnswer: B", 1),
-        ("Answer - B", 1), ("The answer should be D.", 3), ("The answer is a. Because", 0), ("It must be: (c), the answer is c", 2),
+        ("Answer - B", 1), ("The answer should be D.", 3), ("The answer is a. So", 0), ("the answer is a\nSo", 0),
         ("The answer is a prime", -1), ("The answer is Because", -1), ("The answer is D'Alembert", -1),
         ("The answer is not B", -1), ("The answer isn't B", -1), ("Answers B", -1), ("manifold answering is B", -1),
     ],
