@@ -233,26 +233,20 @@ def test_the_test_sees_a_mean_of_means():
 # ---------------------------------------------------------------- 16 bits
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_16_bits_learn_too_and_weights_stay_in_32(precision):
-    model, seen = tiny(), []
-    losses = train(model, TOKENS, steps=60, learning_rate=1e-2, precision=precision, on_step=seen.append, **SHORT)
-    exact = train(tiny(), TOKENS, steps=60, learning_rate=1e-2, **SHORT)
-    assert losses[-1] == pytest.approx(exact[-1], abs=0.1) and losses != exact
-    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    assert {step.scale for step in seen} == ({2.0**16} if precision == "float16" else {1.0})
-
-
-def test_the_loss_runs_under_autocast():
-    seen = []
+@pytest.mark.parametrize(("precision", "scale"), [("float32", 1.0), ("bfloat16", 1.0), ("float16", 2.0**16)])
+def test_products_are_in_16_bits_weights_stay_in_32_and_learn_as_well(precision, scale):
+    model, seen, dtypes = tiny(), [], set()
 
     def loss(m, inputs, targets):
-        seen.append(m(inputs).dtype)
+        dtypes.add(m(inputs).dtype)
         return next_token_loss(m, inputs, targets)
 
-    for precision in ("float32", "bfloat16", "float16"):
-        train(tiny(), TOKENS, steps=1, precision=precision, loss=loss, **SHORT)
-    assert seen == [torch.float32, torch.bfloat16, torch.float16]
+    options = {"steps": 60, "learning_rate": 1e-2, **SHORT}
+    losses = train(model, TOKENS, precision=precision, on_step=seen.append, loss=loss, **options)
+    exact = train(tiny(), TOKENS, **options)
+    assert dtypes == {getattr(torch, precision)} and {step.scale for step in seen} == {scale}
+    assert losses[-1] == pytest.approx(exact[-1], abs=0.1) and (losses == exact) is (precision == "float32")
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
