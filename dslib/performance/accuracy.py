@@ -1,9 +1,8 @@
 """Four-choice questions put to a language model: how likely is each answer, and which letter does it write?
 
 A question becomes a *context*; each choice becomes a *continuation*, either its letter or its full text. The score of a
-choice is the log-likelihood of the continuation after the context, and the highest score is the model's answer. That is
-how lm-eval scores too, and the tests compare the two item by item. A prepared model does not compute anything twice,
-see :mod:`dslib.fast.scoring`.
+choice is the log-likelihood of the continuation after the context, as in lm-eval, with which the tests compare item by
+item. A prepared model does not compute anything twice, see :mod:`dslib.fast.scoring`.
 
 Book: ``chapters/performance/accuracy.ipynb``, with :mod:`~dslib.performance.statistics`. Sources: MMLU (arXiv
 2009.03300) for letters, GPT-3 (arXiv 2005.14165, section 2.4) for full answers, their length and their prior.
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dslib import check
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.generation import generate
 from dslib.data.questions import LETTERS, Question
@@ -26,31 +26,19 @@ NORMALISATIONS = ("none", "tokens", "characters", "bytes", "prior")
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a question becomes text.
+    """How a question becomes text."""
 
-    Attributes:
-        answer: ``"letter"`` or ``"text"``: what is scored.
-        listed: whether the four choices are shown before the answer.
-        header: first lines; ``{subject}`` in it becomes the subject.
-        stem: stands before the question.
-        label: how a letter is written before a choice.
-        lead: stands before the answer.
-        reply: how an answer follows the lead; the letter or the text takes the place of ``{}``.
-        chat: wrap it all as a user's message in the tokenizer's chat template.
-    """
-
-    answer: str = "letter"
-    listed: bool = True
-    header: str = ""
-    stem: str = ""
-    label: str = "{}."
-    lead: str = "Answer:"
-    reply: str = " {}"
-    chat: bool = False
+    answer: str = "letter"  # or "text": what is scored
+    listed: bool = True  # whether the four choices are shown before the answer
+    header: str = ""  # first lines; {subject} in it becomes the subject
+    stem: str = ""  # stands before the question
+    label: str = "{}."  # how a letter is written before a choice
+    lead: str = "Answer:"  # stands before the answer
+    reply: str = " {}"  # how an answer follows the lead; the letter or the text takes the place of {}
+    chat: bool = False  # wrap it all as a user's message in the tokenizer's chat template
 
     def __post_init__(self):
-        if self.answer not in ("letter", "text"):
-            raise ValueError(f"answer: got {self.answer!r}, expected 'letter' or 'text'")
+        check.one_of(("letter", "text"), answer=self.answer)
         if self.answer == "letter" and not self.listed:
             raise ValueError("listed: got False with answer='letter'; a letter means nothing without the list")
 
@@ -85,37 +73,31 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-likelihoods of the choices, and what they were given for.
-
-    Attributes:
-        questions: the n questions.
-        log_likelihoods: float32 (n, 4), in nats: the sum over the tokens of a choice's continuation.
-        sizes: per unit of length (``"tokens"``, ``"characters"``, ``"bytes"``) int64 (n, 4).
-        prior: float32 (n, 4), the log-likelihoods after the lead alone; None if not asked for.
-    """
+    """Log-likelihoods of the choices of n questions, in nats, and what they were given for."""
 
     questions: tuple[Question, ...]
-    log_likelihoods: Tensor
-    sizes: dict[str, Tensor]
-    prior: Tensor | None = None
+    log_likelihoods: Tensor  # float32 (n, 4): the sum over the tokens of a choice's continuation
+    sizes: dict[str, Tensor]  # per unit of length ("tokens", "characters", "bytes") int64 (n, 4)
+    prior: Tensor | None = None  # float32 (n, 4), the log-likelihoods after the lead alone; None if not asked for
 
     def values(self, normalisation: str = "none") -> Tensor:
         """(n, 4): what the choices are compared by.
 
-        Args:
-            normalisation: ``"none"`` is the sum; ``"tokens"``, ``"characters"`` and ``"bytes"`` divide it by the length
-                of the choice (lm-eval's ``acc_norm`` divides by characters); ``"prior"`` subtracts what the choice
-                scores when the question is hidden.
+        ``"none"`` is the sum; ``"tokens"``, ``"characters"`` and ``"bytes"`` divide it by the length of the choice
+        (lm-eval's ``acc_norm`` divides by characters); ``"prior"`` subtracts what the choice scores when the question
+        is hidden. Raises ValueError for another name, and for NaN, which would count as the best.
         """
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation: got {normalisation!r}, expected one of {', '.join(NORMALISATIONS)}")
-        if normalisation == "none":
-            return self.log_likelihoods
+        check.one_of(NORMALISATIONS, normalisation=normalisation)
+        if normalisation == "prior" and self.prior is None:
+            raise ValueError("normalisation: got 'prior', but these were scored without with_prior=True")
+        values = self.log_likelihoods
         if normalisation == "prior":
-            if self.prior is None:
-                raise ValueError("normalisation: got 'prior', but these were scored without with_prior=True")
-            return self.log_likelihoods - self.prior
-        return self.log_likelihoods / self.sizes[normalisation]
+            values = values - self.prior
+        elif normalisation != "none":
+            values = values / self.sizes[normalisation]
+        if broken := values.isnan().any(1).nonzero().flatten().tolist():
+            raise ValueError(f"log_likelihoods: got NaN for question {broken[0]}, expected numbers")
+        return values
 
     def answers(self, normalisation: str = "none") -> Tensor:
         """int64 (n,): the choice with the highest value; the first of equals."""
@@ -134,15 +116,13 @@ def score(
     """Score the four choices of every question.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        shots: how many others of the same subject stand before each question, answered.
-        examples: where these are taken from; None takes them from the ``questions`` themselves.
+        tokenizer: a transformers tokenizer. What it puts behind a text, such as an end token, is left out.
+        shots: how many others of the same subject stand before each question, answered; from ``examples``, if given.
         with_prior: also score every continuation after the lead alone, for ``normalisation="prior"``.
         batch_tokens: of a prepared model, see :func:`dslib.fast.scoring.log_likelihoods`.
 
-    Raises:
-        ValueError: no question; a subject with too few others for ``shots``; a prompt longer than
-            ``max_position_embeddings``; a continuation that has no token of its own.
+    Raises ValueError for no question, a subject with too few others for ``shots``, a prompt longer than
+    ``max_position_embeddings``, and a continuation that has no token of its own.
     """
     questions = tuple(questions)
     if not questions:
@@ -177,15 +157,30 @@ def _row(tokenizer, text: str, ends: Sequence[str], chat: bool) -> Row:
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         special = {"add_special_tokens": False}
+    behind = 0 if chat else _tokens_behind(tokenizer)
+
+    def ids(text: str) -> list[int]:
+        found = list(tokenizer(text, **special).input_ids)
+        return found[: len(found) - behind]
+
     # A space at the end would be a token of its own, which the model never saw before a word: it moves to the answer.
     kept = text.rstrip(" ")
-    context, found = tokenizer(kept, **special).input_ids, []
+    context, found = ids(kept), []
     for end in ends:
         # Together, then cut: a word's first token depends on what stands before it.
-        found.append(tokenizer(kept + text[len(kept) :] + end, **special).input_ids[len(context) :])
+        found.append(ids(text + end)[len(context) :])
         if not found[-1]:
             raise ValueError(f"reply: {end!r} after {kept[-20:]!r} has no token of its own; put a space between them")
     return Row(context, found)
+
+
+def _tokens_behind(tokenizer) -> int:
+    """How many special tokens, such as that of the end, a tokenizer puts behind every text. No answer follows those."""
+    whole, bare = (list(tokenizer("A b", **extra).input_ids) for extra in ({}, {"add_special_tokens": False}))
+    places = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+    if not places:
+        raise ValueError(f"tokenizer: got {whole} for 'A b', expected {bare} inside, as without special tokens")
+    return len(whole) - len(bare) - places[-1]
 
 
 @dataclass(frozen=True)
@@ -197,32 +192,38 @@ class Written:
 
 
 def write_letters(
-    model: Decoder,
-    tokenizer,
-    questions: Sequence[Question],
-    prompt: Prompt = PROMPTS["mmlu"],
-    *,
-    max_new_tokens: int = 8,
-    batch_size: int = 16,
-) -> Written:
-    """Let the model continue greedily, and read the letter from what it writes.
+    model: Decoder, tokenizer, questions: Sequence[Question], prompt: Prompt = PROMPTS["mmlu"], *,
+    max_new_tokens: int = 8, batch_size: int = 16,
+) -> Written:  # fmt: skip
+    """Let the model continue greedily, and read the letter from what it writes, see :func:`read_letter`.
 
-    A reply counts if it begins with a letter from A to D that stands alone, or says "answer is" and such a letter.
+    Raises ValueError for no question.
     """
-    contexts = [_row(tokenizer, prompt.text(one), ["\n."], prompt.chat).context for one in questions]
+    if not questions:
+        raise ValueError("questions: got none, expected at least one")
+    contexts = [_row(tokenizer, prompt.text(one), (), prompt.chat).context for one in questions]
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]), reverse=True)
     texts = [""] * len(contexts)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         options = {"eos_token_id": tokenizer.eos_token_id}
-        for index, result in zip(
-            batch, generate(model, [contexts[i] for i in batch], max_new_tokens, **options), strict=True
-        ):
+        written = generate(model, [contexts[i] for i in batch], max_new_tokens, **options)
+        for index, result in zip(batch, written, strict=True):
             texts[index] = tokenizer.decode(result.tokens, skip_special_tokens=True)
     return Written(tuple(texts), torch.tensor([read_letter(text) for text in texts]))
 
 
+SAID = r"\banswer(?:\s+(?:is|was|(?:would|should|must|will)\s+be)\b|\s*[:=–—-])"
+BETWEEN = r"(?:[\W_]|(?:the|option|choice|letter|boxed|text)\b)*"
+# In any case, then a letter that stands alone. A small "a" with a word behind it is no letter.
+STATED = re.compile(rf"(?i:{SAID}{BETWEEN})([A-Db-d]|a(?![ \t]+[^\W_]))(?![^\W_]|['’])")
+FIRST = re.compile(r"[\W_]*([A-D])(?![^\W_]|['’])")
+
+
 def read_letter(text: str) -> int:
-    """The choice that a reply names, 0 to 3; -1 if it names none."""
-    match = re.match(r"\W*([A-D])(?![\w'’])", text) or re.search(r"answer is:?\W*([A-D])(?![\w'’])", text)
-    return LETTERS.index(match[1]) if match else -1
+    """The choice that a reply names, 0 to 3; -1 if it names none.
+
+    It names one if it says "answer is" and a letter from A to D that stands alone, or else begins with such a letter.
+    """
+    match = STATED.search(text) or FIRST.match(text)
+    return LETTERS.index(match[1].upper()) if match else -1

@@ -1,10 +1,8 @@
 """Dynamic loss scaling: how float16 gradients are kept from vanishing, and what happens when one grows too large.
 
-float16 has no number but zero below 2**-24 = 6e-8, and many gradients are smaller. Multiplying the loss by a large
-number multiplies every gradient by it; dividing before the update gives the true ones back, in float32. How large a
-number? As large as goes without an overflow, and that is found by trial: an overflow costs one step and halves the
-scale, a long run of clean steps doubles it. The rule is that of ``torch.amp.GradScaler``, and the tests hold the two
-together step by step.
+float16 has no number but zero below 2**-24 = 6e-8, and many gradients are smaller. So the loss is multiplied by a large
+number, and the gradients are divided by it in float32. How large? An overflow costs one step and halves the scale, a
+long run of clean steps doubles it. The rule is that of ``torch.amp.GradScaler``; the tests hold the two together.
 
 Book: ``chapters/performance/training.ipynb``. Source: Mixed Precision Training (arXiv 1710.03740, section 3.2).
 """
@@ -25,25 +23,16 @@ class LossScaler:
     """The scale of the loss, and the rule by which it moves.
 
     One step is: multiply the loss by :attr:`scale`, run the backward pass, :meth:`unscale` the gradients, then clip and
-    move the weights unless a gradient had overflowed, and tell :meth:`update` which of the two it was.
-
-    Attributes:
-        scale: what the loss is multiplied by; best a power of two, which changes no digit.
-        growth_factor: the scale is multiplied by it after ``growth_interval`` clean steps in a row; 1 or more.
-        backoff_factor: the scale is multiplied by it at an overflow; above 0, at most 1.
-        smallest: a scale below it is given up on: then the gradients are not finite for another reason.
-        clean_steps: steps since the last overflow or growth.
-
-    Raises:
-        ValueError: a number out of range.
+    move the weights unless a gradient had overflowed, and tell :meth:`update` which of the two it was. Raises
+    ValueError for a number out of range.
     """
 
-    scale: float = 2.0**16
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
+    scale: float = 2.0**16  # best a power of two, which changes no digit
+    growth_factor: float = 2.0  # 1 or more; multiplies the scale after ``growth_interval`` clean steps in a row
+    backoff_factor: float = 0.5  # above 0, at most 1; multiplies it at an overflow
     growth_interval: int = 2000
-    smallest: float = 2.0**-24
-    clean_steps: int = 0
+    smallest: float = 2.0**-24  # a scale below it is given up on: then the gradients are not finite for another reason
+    clean_steps: int = 0  # since the last overflow or growth
 
     def __post_init__(self):
         check.above(0, scale=self.scale, backoff_factor=self.backoff_factor, smallest=self.smallest)
@@ -62,12 +51,8 @@ class LossScaler:
     def unscale(self, parameters: Iterable[Tensor]) -> bool:
         """Divide every gradient by the scale, in place.
 
-        Returns:
-            Whether any of them is NaN or infinite; then the step must be skipped.
-
-        Raises:
-            ValueError: a gradient that is not float32. What has been flushed to zero in 16 bits stays zero, and
-                dividing in 16 bits would flush the rest.
+        Returns whether any of them is NaN or infinite; then the step must be skipped. Raises ValueError for a gradient
+        that is not float32: dividing in 16 bits would flush small ones to zero.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for gradient in gradients:
@@ -82,11 +67,7 @@ class LossScaler:
         return not finite.item()
 
     def update(self, overflowed: bool) -> None:
-        """Move the scale after a step.
-
-        Raises:
-            FloatingPointError: the scale has fallen below ``smallest``.
-        """
+        """Move the scale after a step; FloatingPointError if it falls below ``smallest``."""
         if overflowed:
             self.scale *= self.backoff_factor
             self.clean_steps = 0

@@ -3,7 +3,6 @@
 Book: ``chapters/architecture/decoder.ipynb``, ``chapters/architecture/int4.ipynb``.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +15,10 @@ from dslib.performance.statistics import mean_interval
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean loss) over slices of text, with a 95 % interval over slices.
+    """exp(mean loss) over ``n`` slices of text, with a 95 % interval over slices.
 
-    Attributes:
-        value: perplexity; a model that guesses among k equally likely tokens has perplexity k.
-        low, high: 95 % interval (Student's t over the mean losses of the slices); equal to ``value`` if n = 1.
-        n: number of slices.
+    A model that guesses among k equally likely tokens has perplexity k. The interval (``low`` to ``high``) is Student's
+    t over the mean losses of the slices; it has no width if n = 1. What is too large for a float is infinite.
     """
 
     value: float
@@ -34,10 +31,9 @@ class Perplexity:
 def token_losses(model: Decoder, tokens: Tensor) -> Tensor:
     """Loss of every token but the first, in nats: (n, T) token ids -> (n, T - 1), float32.
 
-    Raises:
-        ValueError: fewer than two tokens a slice.
+    Raises ValueError for no slice, or fewer than two tokens a slice.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
         raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected (slices, at least 2 tokens)")
     # One slice at a time: the logits of a large vocabulary are the biggest tensor here.
     rows = [
@@ -48,19 +44,28 @@ def token_losses(model: Decoder, tokens: Tensor) -> Tensor:
 
 
 def perplexity(losses: Tensor) -> Perplexity:
-    """Perplexity of (n, T) token losses, every slice counting the same; the slices are the sample."""
-    mean = mean_interval(losses.double().mean(dim=1).tolist())
-    return Perplexity(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)
+    """Perplexity of (n, T) token losses, every slice counting the same; the slices are the sample.
+
+    Raises ValueError for another shape, and for losses that are not finite.
+    """
+    losses = torch.as_tensor(losses, dtype=torch.float64)
+    if losses.ndim != 2 or not losses.numel():
+        raise ValueError(f"losses: got shape {tuple(losses.shape)}, expected (slices, losses), at least one of each")
+    if not losses.isfinite().all():
+        raise ValueError(f"losses: got {losses[~losses.isfinite()][0]:g}, expected finite numbers")
+    mean = mean_interval(losses.mean(1))
+    # torch's exp, because Python's raises where the result is too large for a float.
+    numbers = torch.tensor([mean.value, mean.low, mean.high], dtype=torch.float64).exp()
+    return Perplexity(*numbers.tolist(), mean.n)
 
 
 def perplexity_ratio(losses: Tensor, baseline: Tensor) -> Perplexity:
     """How many times the baseline's perplexity, from losses on the same slices: (n, T) each.
 
-    The interval is of the paired differences, so it is not widened by some slices being harder than others.
-
-    Raises:
-        ValueError: the two have different shapes.
+    The interval is of the paired differences, so it is not widened by some slices being harder than others. Raises
+    ValueError as :func:`perplexity`, and for two different shapes.
     """
+    losses, baseline = (torch.as_tensor(one, dtype=torch.float64) for one in (losses, baseline))
     if losses.shape != baseline.shape:
         raise ValueError(f"baseline: got shape {tuple(baseline.shape)}, expected {tuple(losses.shape)}")
     return perplexity(losses - baseline)

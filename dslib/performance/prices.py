@@ -70,11 +70,7 @@ class TokenPrice:
 
 
 def gpu_prices(gpu: str | None = None) -> list[Price]:
-    """Every known price of a GPU (all GPUs if None), cheapest first.
-
-    Raises:
-        ValueError: no price for this GPU; names the nearest GPUs that have one.
-    """
+    """Every known price of a GPU (all GPUs if None), cheapest first. A ValueError names the nearest that have one."""
     rows = sorted((Price(**row) for row in _rows("gpu_hours")), key=lambda row: row.usd)
     found = [row for row in rows if gpu is None or row.gpu == gpu_key(gpu)]
     if not found:
@@ -85,8 +81,7 @@ def gpu_prices(gpu: str | None = None) -> list[Price]:
 def gpu_price(gpu: str, provider: str | None = None) -> Price:
     """The median of the known prices of a GPU (the lower one of two), or the newest one of a provider.
 
-    Raises:
-        ValueError: no price for this GPU, or none of this provider; names the nearest ones.
+    Raises ValueError for a GPU or a provider without a price; it names the nearest ones.
     """
     rows = gpu_prices(gpu)
     if provider is None:
@@ -101,8 +96,7 @@ def gpu_price(gpu: str, provider: str | None = None) -> Price:
 def api_prices(model: str | None = None) -> list[TokenPrice]:
     """Every known API price, oldest first; ``model`` is the name of the API (``deepseek-chat``) or what it serves.
 
-    Raises:
-        ValueError: unknown model; names the nearest ones.
+    Raises ValueError for an unknown model; it names the nearest ones.
     """
     rows = sorted((TokenPrice(**row) for row in _rows("api_tokens")), key=lambda row: row.date)
     found = [row for row in rows if model is None or str(model).lower() in (row.model.lower(), row.serves.lower())]
@@ -115,8 +109,7 @@ def api_prices(model: str | None = None) -> list[TokenPrice]:
 def api_price(model: str, date: str | None = None) -> TokenPrice:
     """The newest price of an API, or the newest one not later than ``date`` (``"2025-09-17"``).
 
-    Raises:
-        ValueError: unknown model, or no price as old as that.
+    Raises ValueError for an unknown model, or no price as old as that.
     """
     known = api_prices(model)
     rows = known if date is None else [row for row in known if row.date <= str(date)]
@@ -146,13 +139,10 @@ def memory(gpu: str) -> float:
 def least_gpus(weight_bytes: float, gpu: str, cache_bytes: float = 0.0, reserve: float = 0.0, multiple: int = 1) -> int:
     """The fewest GPUs that hold the weights and the caches. It says nothing about speed.
 
-    Args:
-        weight_bytes, cache_bytes: of the whole model, and of the keys and values of all sequences that run at once.
-        reserve: share of each GPU's memory that is kept for the runtime, activations and fragmentation, below 1.
-        multiple: round up to a multiple, for instance 8 where only nodes of eight can be had.
-
-    Raises:
-        ValueError: unknown GPU, negative or infinite sizes, a reserve that leaves nothing.
+    ``weight_bytes`` are those of the whole model, ``cache_bytes`` of the keys and values of all sequences that run at
+    once, ``reserve`` is the share of each GPU's memory kept for the runtime, activations and fragmentation. The answer
+    is a multiple of ``multiple``, for instance of 8 where only nodes of eight can be had. Raises ValueError for an
+    unknown GPU, negative or infinite sizes, a reserve that leaves nothing.
     """
     check.above(0, weight_bytes=weight_bytes)
     check.at_least(0, cache_bytes=cache_bytes)

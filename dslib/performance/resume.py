@@ -1,39 +1,34 @@
 """Checkpoints of a training run, from which it goes on as if it had never stopped.
 
-Weights are not enough. The next step also depends on the optimiser's two moments, on the place in the schedule, on the
-loss scale, and on what the random generators will draw next. All of it is in one file, together with the settings of
-the run: a run that goes on with another learning rate would be neither the old run nor a new one, so it is refused.
-
-A file is written beside the old one and put in its place only when it is whole and on the disk. Whoever pulls the plug
-at any moment finds the last whole one.
+The next step depends on the weights, the optimiser's two moments, the place in the schedule, the loss scale, and on
+what the random generators (torch's, Python's and numpy's) will draw next. All of it is in one file, with the settings
+of the run: one that went on with another learning rate would be neither the old run nor a new one, so it is refused.
+Whoever pulls the plug at any moment finds the last whole file.
 
 Book: ``chapters/performance/training.ipynb``.
 """
 
 import hashlib
 import os
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-KIND = "dslib training checkpoint, format 1"
+KIND = "dslib training checkpoint, format 2"
 PARTS = ("kind", "settings", "losses", "model", "optimizer", "scaler", "generator", "random")
 
 
 class Checkpoint:
     """The file of one run, and the objects whose state it keeps.
 
-    Args:
-        path: the file; its folder must exist.
-        settings: name -> number or text. All have to be the same when a run is resumed.
-        model, optimizer, scaler: whatever has ``state_dict`` and ``load_state_dict``; the scaler may be None.
-        generator: the one that draws the batches, or None.
-
-    Raises:
-        ValueError: no such folder, or the path is a folder.
+    ``settings`` (name -> number or text) all have to be the same when a run is resumed. Model, optimiser and scaler are
+    whatever has ``state_dict`` and ``load_state_dict``; ``generator`` draws the batches. Raises ValueError for a path
+    that is a folder, or in none.
     """
 
     def __init__(
@@ -49,7 +44,6 @@ class Checkpoint:
 
     def save(self, losses: list[float]) -> None:
         """Write the state after ``len(losses)`` steps, whole or not at all."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
         state = {
             "kind": KIND,
             "settings": self.settings,
@@ -58,18 +52,15 @@ class Checkpoint:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},  # the global generators: dropout draws from them
+            "random": random_state(),
         }
         write_whole(self.path, state)
 
     def restore(self) -> list[float]:
         """Load the file into model, optimiser, scaler and generators; nothing happens if there is no file.
 
-        Returns:
-            The losses of the steps already taken, so their number is the next step.
-
-        Raises:
-            ValueError: a file that is damaged or something else, or a run with other settings, naming which.
+        Returns the losses of the steps already taken, so their number is the next step. Raises ValueError for a file
+        that is damaged or something else, or of a run with other settings, naming which.
         """
         if not self.path.exists():
             return []
@@ -81,19 +72,32 @@ class Checkpoint:
             self.scaler.load_state_dict(state["scaler"])
         if self.generator is not None:
             self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        set_random_state(state["random"])
         return state["losses"]
 
     def _compare(self, found: dict[str, Any]) -> None:
         pairs = {name: (self.settings.get(name), found.get(name)) for name in {**self.settings, **found}}
         other = [f"{name}: got {own}, expected {kept}" for name, (own, kept) in pairs.items() if own != kept]
         if other:
-            raise ValueError(
-                f"{'; '.join(other)}, as in checkpoint {self.path.name}. A resumed run keeps its settings; for other "
-                "ones name another file"
-            )
+            where = f"as in checkpoint {self.path.name}. A resumed run keeps its settings; for others name another file"
+            raise ValueError(f"{'; '.join(other)}, {where}")
+
+
+def random_state() -> dict[str, Any]:
+    """States of all global generators: dropout draws from torch's, a ``batch`` perhaps from Python's or numpy's."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    own = {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    return own | {"numpy": (kind, keys.tolist(), *rest)}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`random_state` gave; of GPUs, as many as there are here."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
 
 
 def write_whole(path: Path, state: dict[str, Any]) -> None:
@@ -115,8 +119,7 @@ def write_whole(path: Path, state: dict[str, Any]) -> None:
 def read_whole(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint; tensors and plain values only, so a foreign file can run nothing.
 
-    Raises:
-        ValueError: not a checkpoint of ours, or not a whole one.
+    Raises ValueError for what is no checkpoint of ours, or not a whole one.
     """
     wanted = "expected a whole training checkpoint; remove it to begin anew"
     try:

@@ -1,9 +1,8 @@
 """What is asked of a server, and what one copy of a model can do: two rates, one for prompts and one for answers.
 
-A prompt is read many tokens at a time, an answer is written one token a step, so a server has two speeds. A request
-then takes ``tokens_in / prefill + tokens_out / decode`` seconds of a server, whatever else is batched with it. That is
-a line where the truth is a curve (long prompts cost more a token, small batches less), and :func:`rates` fits it to
-measured runs. Published deployments of V3 and R1 are ready under :func:`published_replica`.
+A request takes ``tokens_in / prefill + tokens_out / decode`` seconds of a server, whatever else is batched with it.
+That is a line where the truth is a curve (long prompts cost more a token, small batches less), and :func:`rates` fits
+it to measured runs. Published deployments of V3 and R1 are ready under :func:`published_replica`.
 
 Chapter: ``chapters/performance/cost.ipynb``.
 """
@@ -20,20 +19,13 @@ from dslib.performance.prices import gpu_id
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests a day and what one is on average.
-
-    Attributes:
-        requests_per_day: mean number.
-        tokens_in, tokens_out: tokens of the prompt and of the answer.
-        cached: share of the prompt that a prefix cache holds, from 0 to 1.
-        peak: arrivals at the busiest time over the mean, at least 1.
-    """
+    """Requests a day and what one is on average."""
 
     requests_per_day: float
-    tokens_in: float
-    tokens_out: float
-    cached: float = 0.0
-    peak: float = 1.0
+    tokens_in: float  # of the prompt
+    tokens_out: float  # of the answer
+    cached: float = 0.0  # share of the prompt that a prefix cache holds, from 0 to 1
+    peak: float = 1.0  # arrivals at the busiest time over the mean, at least 1
 
     def __post_init__(self) -> None:
         check.above(0, requests_per_day=self.requests_per_day)
@@ -50,25 +42,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Replica:
-    """One copy of a model, or one node of a large deployment, kept busy all the time.
+    """One copy of a model, or one node of a large deployment, kept busy all the time."""
 
-    Attributes:
-        gpu: an id of ``data/hardware.yml`` or ``data/prices.yml``.
-        gpus: how many of them it takes.
-        prefill: prompt tokens a second while it does nothing else (tokens found in the prefix cache are not counted).
-        decode: answer tokens a second, over all users, while it does nothing else.
-        apart: prompts and answers are worked on by different machines, each of which does only one of the two.
-        at_least: with fewer such nodes these rates are not reached, because experts are spread over all of them.
-        source: keys of ``references.bib`` for the rates.
-    """
-
-    gpu: str
-    gpus: int
-    prefill: float
-    decode: float
-    apart: bool = False
-    at_least: int = 1
-    source: tuple[str, ...] = ()
+    gpu: str  # an id of data/hardware.yml or data/prices.yml
+    gpus: int  # how many of them it takes
+    prefill: float  # prompt tokens a second while it does nothing else; those found in the prefix cache do not count
+    decode: float  # answer tokens a second, over all users, while it does nothing else
+    apart: bool = False  # prompts and answers are worked on by different machines, each for one of the two
+    at_least: int = 1  # with fewer such nodes these rates are not reached: experts are spread over all of them
+    source: tuple[str, ...] = ()  # keys of references.bib for the rates
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gpu", gpu_id(self.gpu))
@@ -84,10 +66,8 @@ class Replica:
 def rates(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Prefill and decode rate, in tokens a second, from two measured runs (tokens in, tokens out, seconds).
 
-    Solves ``tokens_in / prefill + tokens_out / decode = seconds`` for both runs. Their mixes have to differ.
-
-    Raises:
-        ValueError: a run with a number that is not above 0, or two runs that no pair of positive rates explains.
+    Solves ``tokens_in / prefill + tokens_out / decode = seconds`` for both runs. Their mixes have to differ. Raises
+    ValueError for a number that is not above 0, and for two runs that no pair of positive rates explains.
     """
     runs = {"first": first, "second": second}
     for name, run in runs.items():
@@ -112,10 +92,8 @@ def published_replica(name: str) -> Replica:
 
     ``h200`` one node of 8 H200, FP8 (GPUStack); ``h100-4bit`` one node of 8 H100 with 4-bit weights (one user's runs);
     ``h100-large`` 12 nodes of 8 H100 with prompts and answers apart (SGLang team); ``h800-deepseek`` a node in
-    DeepSeek's own service, which had 227 of them, with prompts from the cache counted as work.
-
-    Raises:
-        ValueError: another name.
+    DeepSeek's own service, which had 227 of them, with prompts from the cache counted as work. Raises ValueError for
+    another name.
     """
     if name not in _BUILDERS:
         raise check.unknown("name", name, _BUILDERS, "a published deployment")

@@ -1,8 +1,8 @@
 """Speculative decoding: cheap guesses, checked by the model several at a time, without any change to what comes out.
 
-Decoding one token reads every weight. Feeding five tokens reads them once as well, so *checking* four guesses costs
-hardly more than making one token. A draft guesses, the model looks at all guesses in one pass, and as many stay as the
-model would have produced itself. What it costs when guesses fail is the draft's time and a slightly wider pass.
+Feeding five tokens reads every weight once, as feeding one does, so *checking* four guesses costs hardly more than
+making one token. A draft guesses, the model looks at all guesses in one pass, and as many stay as it would have made
+itself.
 
 * Greedy: a guess stays if it is the model's own choice. The text is the one that greedy decoding gives.
 * Sampling: a guess with probability q under the draft and p under the model stays with probability ``min(1, p / q)``;
@@ -20,15 +20,48 @@ text is known as prompt lookup.
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dslib import check
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, build
 from dslib.architecture.generation import Sampling
-from dslib.check import whole
+
+
+def accept(
+    probabilities: Tensor, guesses: Sequence[int], drawn_from: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> list[int]:  # fmt: skip
+    """Which guesses stay, and the token after them, so that each has exactly the model's distribution.
+
+    Args:
+        probabilities: (K + 1, vocab_size), the model's, for each of K guesses and for the token behind them.
+        guesses: K token ids. drawn_from: (K, vocab_size), the draft's; None for guesses that were certain.
+
+    Returns 1 to K + 1 tokens. Raises ValueError for shapes that do not fit.
+    """
+    rows, count = len(probabilities), len(guesses)
+    if rows != count + 1 or (drawn_from is not None and drawn_from.shape != (count, probabilities.shape[-1])):
+        drawn = None if drawn_from is None else tuple(drawn_from.shape)
+        raise ValueError(f"probabilities: got {rows} rows for {count} guesses drawn from {drawn}, expected one more")
+    for place, guess in enumerate(guesses):
+        p = probabilities[place]
+        q = None if drawn_from is None else drawn_from[place]
+        chance = p[guess] if q is None else p[guess] / q[guess]
+        if torch.rand((), generator=generator, device=p.device) < chance:
+            continue
+        left = p.clone()
+        if q is None:
+            left[guess] = 0
+        else:
+            left = (left - q).clamp_(min=0)
+            left = left if left.any() else p  # equal but for the last digit
+        return [*guesses[:place], int(torch.multinomial(left, 1, generator=generator))]
+    return [*guesses, int(torch.multinomial(probabilities[-1], 1, generator=generator))]
 
 
 class Draft(Protocol):
@@ -43,17 +76,12 @@ class Draft(Protocol):
 
 @dataclass
 class Speculation:
-    """A text and what it took.
+    """A text and what it took."""
 
-    Attributes:
-        tokens: the new ones. passes: forward passes of the model, the prompt's not counted.
-        proposed, accepted: guesses made, and those that stayed.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    passes: int = 0
-    proposed: int = 0
-    accepted: int = 0
+    tokens: list[int] = field(default_factory=list)  # the new ones
+    passes: int = 0  # forward passes of the model, the prompt's not counted
+    proposed: int = 0  # guesses made
+    accepted: int = 0  # those that stayed
 
     @property
     def acceptance(self) -> float:
@@ -66,17 +94,72 @@ class Speculation:
         return (len(self.tokens) - 1) / self.passes if self.passes else 1.0
 
 
+@torch.inference_mode()
+def speculate(
+    model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, draft: Draft, count: int = 4, *,
+    sampling: Sampling | None = None, seed: int = 0, eos_token_id: int | Collection[int] | Tensor | None = None,
+) -> Speculation:  # fmt: skip
+    """Continue one prompt, with at most ``count`` guesses a pass.
+
+    ``sampling`` None is greedy: the same tokens as :func:`~dslib.architecture.generation.generate`. ``eos_token_id`` is
+    the id or ids that end the text.
+
+    Raises:
+        ValueError: an empty prompt, an id outside the vocabulary, ``max_new_tokens`` or ``count`` below 1, prompt and
+            new tokens together longer than ``max_position_embeddings`` (unless the model has a window), a draft with
+            another vocabulary, logits that are not a number.
+    """
+    text, result = _ids("prompt", prompt), Speculation()
+    ends = frozenset(() if eos_token_id is None else _ids("eos_token_id", eos_token_id))
+    _check_request(model, text, max_new_tokens, count)
+    sampling = sampling or Sampling()
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    cache = model.make_cache("preallocated", batch_size=1, max_length=len(text) + max_new_tokens)
+
+    def kept(logits: Tensor, guesses: list[int], drawn_from: Tensor | None) -> list[int]:
+        if sampling.temperature == 0:
+            own = sampling.choose(logits).tolist()
+            stay = next((i for i, guess in enumerate(guesses) if guess != own[i]), len(guesses))
+            return own[: stay + 1]
+        return accept(sampling.probabilities(logits), guesses, drawn_from, generator)
+
+    new = kept(feed(model, text, cache)[-1:], [], None)
+    while True:
+        for token in new:
+            text.append(token)
+            result.tokens.append(token)
+            if token in ends or len(result.tokens) == max_new_tokens:
+                return result
+        wanted = min(count, max_new_tokens - len(result.tokens) - 1)  # the pass itself gives one more
+        guesses, drawn_from = draft.propose(text, wanted) if wanted else ([], None)
+        if any(not 0 <= guess < model.config.vocab_size for guess in guesses):
+            raise ValueError(f"draft: guessed {guesses}, expected ids below {model.config.vocab_size}")
+        new = kept(feed(model, [text[-1], *guesses], cache), guesses, drawn_from)
+        cache.truncate(len(text) + len(new) - 1)  # what was fed and stayed; the last new token was not fed yet
+        result.passes += 1
+        result.proposed += len(guesses)
+        result.accepted += len(new) - 1
+
+
+def feed(model: Decoder, tokens: Sequence[int], cache: KVCache) -> Tensor:
+    """Logits after each of the new tokens, (tokens, vocab_size). Raises ValueError where none is the largest."""
+    logits = model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
+    if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
+        after = f"after tokens {list(tokens)[-5:]}"
+        raise ValueError(f"logits: the largest is not a number, or infinite, {after}, expected a finite one")
+    return logits
+
+
 class PromptLookup:
     """Guess that the text repeats itself: what followed the last few tokens when they came before? Costs nothing.
 
-    Args:
-        longest, shortest: how many of the last tokens have to be the same; the longest that is found counts, and of
-            several places the latest.
+    ``longest`` and ``shortest`` say how many of the last tokens have to be the same; the longest match that is found
+    counts, and of several places the latest.
     """
 
     def __init__(self, longest: int = 3, shortest: int = 1):
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest, longest: got {shortest} and {longest}, expected 1 <= shortest <= longest")
+        check.whole(1, longest=longest, shortest=shortest)
+        check.between(1, longest, shortest=shortest)
         self.longest, self.shortest = longest, shortest
 
     def propose(self, text, count):
@@ -92,13 +175,12 @@ class PromptLookup:
 class ModelDraft:
     """Guesses of a smaller, or coarser, model with the same vocabulary. It keeps a cache of its own.
 
-    Args:
-        sampling: how it draws; None is greedy (its guesses then count as certain).
-        max_length: longest text, guesses included.
+    ``max_length`` is that of the longest text, guesses included. ``sampling`` says how it draws; greedy guesses (None,
+    or temperature 0) count as certain.
     """
 
     def __init__(self, model: Decoder, max_length: int, sampling: Sampling | None = None, seed: int = 0):
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling = model, sampling or Sampling()
         self.cache = model.make_cache("preallocated", batch_size=1, max_length=max_length)
         self.held: list[int] = []  # the tokens that the cache stands for
         self.generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
@@ -112,8 +194,8 @@ class ModelDraft:
         logits = feed(self.model, text[self.cache.length :], self.cache)[-1:]  # (1, V)
         guesses, drawn_from = [], []
         while True:
-            if self.sampling is None:
-                guesses.append(int(logits.argmax(-1)))
+            if self.sampling.temperature == 0:
+                guesses.append(int(self.sampling.choose(logits)))
             else:
                 drawn_from.append(self.sampling.probabilities(logits))
                 guesses.append(int(torch.multinomial(drawn_from[-1], 1, generator=self.generator)))
@@ -124,112 +206,57 @@ class ModelDraft:
         return guesses, torch.cat(drawn_from) if drawn_from else None
 
 
-@torch.inference_mode()
-def speculate(
-    model: Decoder, prompt: Sequence[int], max_new_tokens: int, draft: Draft, count: int = 4, *,
-    sampling: Sampling | None = None, seed: int = 0, eos_token_id: int | Collection[int] | None = None,
-) -> Speculation:  # fmt: skip
-    """Continue one prompt, with guesses.
-
-    Args:
-        count: guesses a pass at most.
-        sampling: None is greedy: the same tokens as :func:`~dslib.architecture.generation.generate`.
-        eos_token_id: the id or ids that end the text.
-
-    Raises:
-        ValueError: an empty prompt, ``max_new_tokens`` or ``count`` below 1, a draft with another vocabulary.
-    """
-    whole(1, prompt=len(prompt), max_new_tokens=max_new_tokens, count=count)
-    ends = frozenset(() if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-    greedy = sampling is None or sampling.temperature == 0
-    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
-    cache = model.make_cache("preallocated", batch_size=1, max_length=len(prompt) + max_new_tokens)
-    text, result = list(prompt), Speculation()
-
-    def check(logits: Tensor, guesses: list[int], drawn_from: Tensor | None) -> list[int]:
-        if greedy:
-            own = logits.argmax(-1).tolist()
-            stay = next((i for i, guess in enumerate(guesses) if guess != own[i]), len(guesses))
-            return own[: stay + 1]
-        return accept(sampling.probabilities(logits), guesses, drawn_from, generator)
-
-    new = check(feed(model, text, cache)[-1:], [], None)
-    while True:
-        for token in new:
-            text.append(token)
-            result.tokens.append(token)
-            if token in ends or len(result.tokens) == max_new_tokens:
-                return result
-        wanted = min(count, max_new_tokens - len(result.tokens) - 1)  # the pass itself gives one more
-        guesses, drawn_from = draft.propose(text, wanted) if wanted else ([], None)
-        if any(not 0 <= guess < model.config.vocab_size for guess in guesses):
-            raise ValueError(f"draft: guessed {guesses}, expected ids below {model.config.vocab_size}")
-        new = check(feed(model, [text[-1], *guesses], cache), guesses, drawn_from)
-        cache.truncate(len(text) + len(new) - 1)  # what was fed and stayed; the last new token was not fed yet
-        result.passes += 1
-        result.proposed += len(guesses)
-        result.accepted += len(new) - 1
-
-
-def accept(
-    probabilities: Tensor, guesses: Sequence[int], drawn_from: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> list[int]:  # fmt: skip
-    """Which guesses stay, and the token after them, so that each has exactly the model's distribution.
-
-    Args:
-        probabilities: (K + 1, vocab_size), the model's, for each of K guesses and for the token behind them.
-        guesses: K token ids. drawn_from: (K, vocab_size), the draft's; None for guesses that were certain.
-
-    Returns:
-        1 to K + 1 tokens.
-
-    Raises:
-        ValueError: numbers of rows that do not fit.
-    """
-    if len(probabilities) != len(guesses) + 1 or (drawn_from is not None and len(drawn_from) != len(guesses)):
-        raise ValueError(f"probabilities: got {len(probabilities)} rows for {len(guesses)} guesses, expected one more")
-    for index, guess in enumerate(guesses):
-        p = probabilities[index]
-        q = None if drawn_from is None else drawn_from[index]
-        chance = p[guess] if q is None else p[guess] / q[guess]
-        if torch.rand((), generator=generator, device=p.device) < chance:
-            continue
-        left = p.clone()
-        if q is None:
-            left[guess] = 0
-        else:
-            left = (left - q).clamp_(min=0)
-            left = left if left.any() else p  # equal but for the last digit
-        return [*guesses[:index], int(torch.multinomial(left, 1, generator=generator))]
-    return [*guesses, int(torch.multinomial(probabilities[-1], 1, generator=generator))]
-
-
 def with_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
     """A draft from the model itself: only some of its layers, the weights shared and not copied.
 
-    Raises:
-        ValueError: no layer, or one that the model has not.
+    Raises ValueError for no layer, or one that the model has not.
     """
-    most = model.config.num_hidden_layers
-    if not layers or any(not 0 <= layer < most for layer in layers):
-        raise ValueError(f"layers: got {list(layers)}, expected some of 0 to {most - 1}")
-    twin = build(dataclasses.replace(model.config, num_hidden_layers=len(layers)), device="meta")
+    config, chosen = model.config, list(layers)
+    if not chosen or any(not 0 <= layer < config.num_hidden_layers for layer in chosen):
+        raise ValueError(f"layers: got {chosen}, expected some of 0 to {config.num_hidden_layers - 1}")
+    # Fields that count layers count those that are left of theirs.
+    counts, dense = {"num_hidden_layers": len(chosen)}, getattr(config, "first_k_dense_replace", 0)
+    if hasattr(config, "first_k_dense_replace"):
+        hashed = range(dense, dense + config.num_hash_layers)
+        counts["first_k_dense_replace"] = sum(layer < dense for layer in chosen)
+        counts["num_hash_layers"] = sum(layer in hashed for layer in chosen)
+    twin = build(dataclasses.replace(config, **counts), device="meta")
     twin.embed_tokens, twin.norm, twin.lm_head = model.embed_tokens, model.norm, model.lm_head
-    twin.layers = nn.ModuleList(model.layers[layer] for layer in layers)
-    return twin.train(model.training)
+    twin.layers = nn.ModuleList(model.layers[layer] for layer in chosen)
+    twin.training = twin.layers.training = model.training  # what is shared keeps its own mode
+    return twin
 
 
 def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: float = 1.0) -> float:
     """How many times as fast as plain decoding, if each guess stays with the same chance (Leviathan, theorem 3.8).
 
-    Args:
-        draft_cost: time of one guess. pass_cost: time of a checking pass. Both in times of one plain step.
+    ``draft_cost`` is the time of one guess, ``pass_cost`` that of a checking pass, both in times of one plain step.
     """
+    check.between(0, 1, acceptance=acceptance)
+    check.whole(0, count=count)
+    check.at_least(0, draft_cost=draft_cost)
+    check.above(0, pass_cost=pass_cost)
     tokens = sum(acceptance**power for power in range(count + 1))
     return tokens / (count * draft_cost + pass_cost)
 
 
-def feed(model: Decoder, tokens: Sequence[int], cache: KVCache) -> Tensor:
-    """Logits after each of the new tokens, (tokens, vocab_size)."""
-    return model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
+def _ids(name: str, tokens: int | Collection[int] | Tensor) -> list[int]:
+    """Token ids from one number, a list or a set, an array or a tensor."""
+    plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    try:
+        return [index(token) for token in ([plain] if hasattr(plain, "__index__") else plain)]
+    except TypeError as error:
+        raise ValueError(f"{name}: got {tokens!r:.80}, expected token ids in one row") from error
+
+
+def _check_request(model: Decoder, text: list[int], max_new_tokens: int, count: int) -> None:
+    config = model.config
+    check.whole(1, prompt=len(text), max_new_tokens=max_new_tokens, count=count)
+    if bad := [token for token in text if not 0 <= token < config.vocab_size]:
+        raise ValueError(f"prompt: got token id {bad[0]}, expected 0 to {config.vocab_size - 1}")
+    total, most = len(text) + max_new_tokens, config.max_position_embeddings
+    if config.sliding_window is None and total > most:
+        raise ValueError(
+            f"prompt: {len(text)} tokens and {max_new_tokens} new ones make {total}, more than the model's "
+            f"max_position_embeddings={most}"
+        )

@@ -19,6 +19,7 @@ from functools import cache
 
 from torch import nn
 
+from dslib import check
 from dslib.architecture.decoder import Decoder, DecoderConfig, build
 from dslib.architecture.fusion import ImageContext
 from dslib.architecture.moe import MoE
@@ -45,7 +46,7 @@ def _used(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
     try:
         return _used_once(config)
     except TypeError:  # a configuration that holds a dict, as that of an image stream, cannot be looked up
-        return tuple(_count(build(config, device="meta")))
+        return _used_once.__wrapped__(config)
 
 
 @cache
@@ -108,15 +109,12 @@ def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
     """How many different experts ``tokens`` tokens use together, on average, if all are equally likely.
 
     A token leaves a given expert out with probability ``1 - top_k / num_experts``; with n tokens, n times over. A real
-    router is less even than that, and then the number is lower.
-
-    Raises:
-        ValueError: ``top_k`` outside 1 to ``num_experts``, or fewer than 0 tokens.
+    router is less even than that, and then the number is lower. Raises ValueError for ``top_k`` outside 1 to
+    ``num_experts``, or fewer than 0 tokens.
     """
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k: got {top_k}, expected 1 to num_experts={num_experts}")
-    if tokens < 0:
-        raise ValueError(f"tokens: got {tokens}, expected 0 or more")
+    check.whole(1, num_experts=num_experts, top_k=top_k)
+    check.between(1, num_experts, top_k=top_k)
+    check.whole(0, tokens=tokens)
     return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
 
 
@@ -151,9 +149,7 @@ def cache_bytes(model: Decoder, context: int, image: ImageContext | None = None)
 def bytes_per_token(model: Decoder, context: int = 0, batch_size: int = 1, image: ImageContext | None = None) -> int:
     """Bytes that one decoding step reads to give each of ``batch_size`` sequences its next token.
 
-    Args:
-        context: tokens already in the cache of each sequence.
-        image: what a vision-language model has seen; cross-attention reads it at every token.
+    ``context`` tokens are already in the cache of each; cross-attention reads the ``image`` at every token.
     """
     return round(weight_bytes(model, batch_size) + batch_size * cache_bytes(model, context, image))
 

@@ -8,7 +8,7 @@ The distributions are scipy's, imported where they are needed: recordings are ma
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,73 +36,62 @@ class Mean:
         return f"{value} ({low} to {high})"
 
 
-def mean_interval(values: Sequence[float]) -> Mean:
+def mean_interval(values: Iterable[float]) -> Mean:
     """Mean of independent values, such as one a seed, with Student's t interval (no width if there is one value).
 
-    For two designs with the same seeds, pass their differences.
-
-    Raises:
-        ValueError: no value.
+    For two designs with the same seeds, pass their differences. Raises ValueError for no value, or one that is not
+    finite.
     """
-    if not values:
-        raise ValueError("values: got none, expected at least one")
-    centre, n = statistics.fmean(values), len(values)
+    numbers = _numbers("values", values).tolist()
+    centre, n = statistics.mean(numbers), len(numbers)
     if n == 1:
         return Mean(centre, centre, centre, 1)
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(numbers) / math.sqrt(n)
     return Mean(centre, centre - half, centre + half, n)
 
 
-def share(right: Sequence[bool] | Tensor) -> Mean:
+def share(right: Iterable[bool]) -> Mean:
     """The share of right answers with Wilson's interval, which never leaves 0 to 1, not even with few questions.
 
-    Args:
-        right: one truth value a question.
-
-    Raises:
-        ValueError: no question.
+    ``right`` holds one truth value a question. Raises ValueError for no question, or what is no truth value.
     """
-    n, hits = len(right), int(sum(bool(one) for one in right))
-    if n == 0:
-        raise ValueError("right: got no question, expected at least one")
+    answers = _truths("right", right)
     from scipy.stats import binomtest
 
+    n, hits = len(answers), int(answers.sum())
     interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return Mean(hits / n, interval.low, interval.high, n)
+    return Mean(hits / n, float(interval.low), float(interval.high), n)
 
 
-def paired_difference(
-    a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor, *, resamples: int = 10_000, seed: int = 0
-) -> Mean:
+def paired_difference(a: Iterable[bool], b: Iterable[bool], *, resamples: int = 10_000, seed: int = 0) -> Mean:
     """Share of right answers of ``a`` minus that of ``b`` on the same questions, with a bootstrap interval.
 
     Questions are drawn with replacement and both answers of a question go together: a question that is hard for both
-    then says nothing about the difference. The interval is the middle 95 % of the resampled differences.
-
-    Raises:
-        ValueError: different numbers of answers, or none.
+    then says nothing about the difference. The interval is the middle 95 % of the resampled differences. Raises
+    ValueError for different numbers of answers, none, or what is no truth value.
     """
+    check.whole(1, resamples=resamples)
+    gap = _gap(a, b).numpy()  # (n,): 1, 0 or -1
+    centre, n = gap.mean().item(), len(gap)
+    if (gap == gap[0]).all():
+        return Mean(centre, centre, centre, n)
     from scipy.stats import bootstrap
 
-    gap = (_answers("a", a) - _answers("b", b, len(a))).numpy()  # (n,): 1, 0 or -1
-    if (gap == gap[0]).all():
-        return Mean(gap[0].item(), gap[0].item(), gap[0].item(), len(gap))
-    found = bootstrap((gap,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed))
-    low, high = found.confidence_interval
-    return Mean(gap.mean().item(), float(low), float(high), len(gap))
+    rows = max(1, 10_000_000 // n)  # resamples at once: 80 MB, however many questions there are
+    options = {"n_resamples": resamples, "method": "percentile", "batch": rows, "rng": np.random.default_rng(seed)}
+    low, high = bootstrap((gap,), np.mean, **options).confidence_interval
+    return Mean(centre, float(low), float(high), n)
 
 
-def mcnemar(a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor) -> float:
+def mcnemar(a: Iterable[bool], b: Iterable[bool]) -> float:
     """p-value of "a and b are equally good" from the questions that only one of them got right (exact, two-sided).
 
     Under that hypothesis each of these questions is a fair coin. Questions that both got right or wrong do not count.
-
-    Raises:
-        ValueError: different numbers of answers, or none.
+    Raises ValueError as :func:`paired_difference`.
     """
-    gap = _answers("a", a) - _answers("b", b, len(a))
+    gap = _gap(a, b)
     only_a, only_b = int((gap == 1).sum()), int((gap == -1).sum())
     if only_a + only_b == 0:
         return 1.0
@@ -114,21 +103,15 @@ def mcnemar(a: Sequence[bool] | Tensor, b: Sequence[bool] | Tensor) -> float:
 def questions_needed(low: float, high: float, *, disagreement: float | None = None, power: float = 0.8) -> int:
     """How many questions it takes to tell two shares of right answers apart (5 % level, two-sided).
 
-    Args:
-        low, high: the two true shares.
-        disagreement: None if each model answers its own questions; otherwise both answer the same ones, and this is the
-            share of questions that exactly one of them gets right.
-        power: how often the difference should be found.
-
-    Returns:
-        Questions for each of the two models, by the usual normal approximation.
-
-    Raises:
-        ValueError: shares outside 0 to 1 or equal; a disagreement smaller than the difference, or above what the shares
-            allow; a power not between 0.5 and 1.
+    ``low`` and ``high`` are the two true shares, ``power`` is how often the difference should be found.
+    ``disagreement`` is None if each model answers its own questions; otherwise both answer the same ones, and this is
+    the share of questions that exactly one of them gets right. Returns questions for each of the two models, by the
+    usual normal approximation. Raises ValueError for shares outside 0 to 1 or not rising, a disagreement smaller than
+    the difference or above what the shares allow, and a power below 0.5 or from 1 on.
     """
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"low, high: got {low}, {high}, expected 0 <= low < high <= 1")
+    check.between(0, 1, low=low, high=high)
+    if not low < high:
+        raise ValueError(f"low, high: got {low}, {high}, expected low < high")
     check.below(0.5, 1, power=power)
     gap, (z_level, z_power) = high - low, map(statistics.NormalDist().inv_cdf, (0.975, power))
     if disagreement is None:
@@ -143,10 +126,30 @@ def questions_needed(low: float, high: float, *, disagreement: float | None = No
     return math.ceil(((z_level * math.sqrt(by_chance) + z_power * math.sqrt(by_truth)) / gap) ** 2)
 
 
-def _answers(name: str, right: Sequence[bool] | Tensor, n: int | None = None) -> Tensor:
-    """Truth values as (n,) float64; ``n`` is how many there should be."""
-    values = torch.as_tensor(right).double()
-    if values.ndim != 1 or len(values) == 0 or (n is not None and len(values) != n):
-        wanted = "one truth value a question" if n is None else f"{n} answers, to the same questions"
-        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {wanted}")
-    return values
+def _gap(a: Iterable[bool], b: Iterable[bool]) -> Tensor:
+    """(n,) float64: 1 where only ``a`` is right, -1 where only ``b`` is, else 0."""
+    first, second = _truths("a", a), _truths("b", b)
+    if len(first) != len(second):
+        raise ValueError(f"b: got {len(second)} answers, expected {len(first)}, to the same questions as a")
+    return first - second
+
+
+def _truths(name: str, values: Iterable[bool]) -> Tensor:
+    found = _numbers(name, values)
+    other = found[(found != 0) & (found != 1)]
+    if len(other):
+        raise ValueError(f"{name}: got {other[0]:g}, expected one truth value (True or False) a question")
+    return found
+
+
+def _numbers(name: str, values: Iterable[float]) -> Tensor:
+    """(n,) float64 from a list, a generator, an array or a tensor."""
+    try:
+        found = torch.tensor(values.tolist() if hasattr(values, "tolist") else list(values), dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: got {values!r:.80}, expected numbers in one row") from error
+    if found.ndim != 1 or not len(found):
+        raise ValueError(f"{name}: got shape {tuple(found.shape)}, expected at least one number, in one row")
+    if not found.isfinite().all():
+        raise ValueError(f"{name}: got {found[~found.isfinite()][0]:g}, expected finite numbers")
+    return found

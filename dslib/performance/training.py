@@ -25,30 +25,30 @@ from dslib.performance.loss_scaling import LossScaler
 from dslib.performance.resume import Checkpoint, fingerprint
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+IGNORED = -100  # a target that is not there
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What ``on_step`` is told.
+    """What ``on_step`` is told."""
 
-    Attributes:
-        number: 0 to ``steps - 1``. loss: before the update. learning_rate: used in this step.
-        gradient_norm: of all gradients together, before clipping; NaN where they overflowed.
-        scale: what the loss was multiplied by. skipped: whether an overflow left the weights as they were.
-    """
-
-    number: int
-    loss: float
+    number: int  # 0 to steps - 1
+    loss: float  # before the update
     learning_rate: float
-    gradient_norm: float
-    scale: float
-    skipped: bool
+    gradient_norm: float  # of all gradients together, before clipping; NaN where they overflowed
+    scale: float  # what the loss was multiplied by
+    skipped: bool  # whether an overflow left the weights as they were
 
 
 def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats: (B, T) inputs and (B, T) targets, int64 -> scalar."""
-    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+    """Mean cross-entropy in nats: (B, T) inputs and (B, T) targets, int64 -> scalar. Targets of -100 do not count."""
+    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def real_targets(inputs: Tensor, targets: Tensor) -> int:
+    """Over how many terms :func:`next_token_loss` takes its mean."""
+    return int((targets != IGNORED).sum())
 
 
 def train(
@@ -64,8 +64,7 @@ def train(
         loss: called as ``loss(model, inputs, targets)`` with two (B, T) tensors on the model's device; a scalar.
         options: every other argument of :func:`fit`, such as ``learning_rate``.
 
-    What is returned and what is raised: see :func:`fit`. Raises ValueError as well for tokens of another shape or dtype
-    and for too short a text.
+    Returns and raises what :func:`fit` does; ValueError as well for tokens of another shape or dtype, or too few.
     """
     if tokens.ndim != 1 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, expected int64, 1-D")
@@ -91,31 +90,33 @@ def fit(
     """Train ``model`` in place on batches of any kind.
 
     Args:
-        model: put into training mode and afterwards back into the mode it had. Frozen parameters stay as they are.
+        model: put into training mode and afterwards back, part by part, into the modes it had. Frozen parameters stay
+            as they are.
         batch: called as ``batch(step)``, 0 to ``steps - 1`` in order; the tensors of one batch.
-        loss: called as ``loss(model, *tensors)``, those moved to the model's device; a scalar, the mean over what the
-            batch holds.
+        loss: called as ``loss(model, *tensors)``, those on the model's device; a scalar, the mean over the batch.
         learning_rate: the highest; reached after ``warmup`` (a share of the steps) along a line, then along a cosine
             down to a tenth.
-        after_step: called as ``after_step(model)`` when the optimiser has moved the weights, gradients off.
+        after_step: called as ``after_step(model)`` when the optimiser has moved the weights, gradients off. With
+            ``accumulate``, what a module remembers of its last call (a mixture's ``last_routing``) is of the last part
+            only: a rule that needs the load of the whole batch has to add it up in ``loss``.
         weight_decay: of matrices; vectors (norms, biases) have none.
         clip: largest norm of all gradients together.
         accumulate: cut each batch along its first dimension into so many equal parts, run them one after another and
             add up their gradients. The step is that of the whole batch, in the memory of one part. (Terms that are no
             mean over rows, such as balance losses, are then taken from each part.)
         counts: called as ``counts(*tensors)`` for each part: over how many terms ``loss`` takes its mean, where that
-            differs from part to part (padding). A part then weighs as much as it has terms.
+            differs from part to part (padding). A part then weighs as much as it has terms. For
+            :func:`next_token_loss` that is known.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``, in which autocast runs the matrix products. Weights,
             their gradients and the optimiser stay in float32.
         scaler: for ``"float16"``; a new :class:`~dslib.performance.loss_scaling.LossScaler` by default. It is changed.
         on_step: called with a :class:`TrainingStep` after each.
         checkpoint: file to write after every ``every`` steps and at the end. If it is there already, the run goes on
             from it, bit for bit as if it had not stopped (same machine, threads and torch).
-        generator: what ``batch`` draws from, kept in the checkpoint.
+        generator: what ``batch`` draws from, kept in the checkpoint, as torch's, Python's and numpy's global ones are.
         settings: more numbers and texts that a resumed run has to share.
 
-    Returns:
-        The loss at every step, before its update; those before a resumption included.
+    Returns the loss at every step, before its update; those before a resumption included.
 
     Raises:
         ValueError: numbers out of range, nothing to train, a loss that is no scalar, a batch that cannot be cut into
@@ -131,20 +132,21 @@ def fit(
     if not parameters:
         raise ValueError("model: got no parameter that requires a gradient, expected at least one")
     scaler = _scaler(precision, scaler)
+    if counts is None and loss is next_token_loss:
+        counts = real_targets
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
-    device, was_training, losses, kept = parameters[0].device, model.training, [], None
+    device, modes, losses, kept = parameters[0].device, {part: part.training for part in model.modules()}, [], None
     if checkpoint is not None:
         made = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup}
         made |= {"clip": clip, "accumulate": accumulate, "precision": precision}
         made |= {"loss": _name(loss), "counts": counts and _name(counts)}
         made |= {f"scaler.{name}": value for name, value in (scaler.settings() if scaler else {}).items()}
-        kept = Checkpoint(
-            checkpoint, made | (settings or {}), model=model, optimizer=optimizer, scaler=scaler, generator=generator
-        )
+        held = {"model": model, "optimizer": optimizer, "scaler": scaler, "generator": generator}
+        kept = Checkpoint(checkpoint, made | (settings or {}), **held)
         losses = kept.restore()
     model.train()
     try:
@@ -172,14 +174,15 @@ def fit(
             if kept and ((step + 1) % every == 0 or step + 1 == steps):
                 kept.save(losses)
     finally:
-        model.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
     return losses
 
 
-def _parts(
-    tensors: list[Tensor], accumulate: int, counts: Callable[..., int] | None
-) -> list[tuple[float, tuple[Tensor, ...]]]:
-    """The parts of a batch, each with its share in the mean."""
+Part = tuple[float, tuple[Tensor, ...]]  # its share in the mean of the batch, its tensors
+
+
+def _parts(tensors: list[Tensor], accumulate: int, counts: Callable[..., int] | None) -> list[Part]:
     if accumulate == 1:
         return [(1.0, tuple(tensors))]
     rows = len(tensors[0])
@@ -195,7 +198,7 @@ def _parts(
 
 
 def _backward(
-    model: nn.Module, loss: Callable[..., Tensor], parts: list, precision: str, scale: float, where: str
+    model: nn.Module, loss: Callable[..., Tensor], parts: list[Part], precision: str, scale: float, where: str
 ) -> float:
     """Add the gradients of all parts, times ``scale``, and return the loss of the whole batch."""
     total = 0.0

@@ -1,11 +1,12 @@
 """Our scores of four-choice questions are lm-eval's, item by item: same weights, same text, its Hugging Face model."""
 
+import copy
 import importlib.util
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from dslib.architecture.decoder import build, preset
 from dslib.architecture.weights.pretrained import SMOLLM2_PACKAGE, load_smollm2
 from dslib.architecture.weights.twin import hf_twin
 from dslib.data.files import cache_root
@@ -15,19 +16,22 @@ from dslib.performance.accuracy import PROMPTS, score
 COMPARED = [name for name, prompt in PROMPTS.items() if not prompt.chat]  # lm-eval wraps chats by itself
 
 
-def harness_scores(model, tokenizer, texts, replies, batch_size=4):
-    """(n, 4) log-likelihoods and whether each reply is what greedy decoding gives, by lm-eval."""
+@pytest.fixture(scope="module")
+def harness(smollm2):
+    """lm-eval's (n, 4) log-likelihoods of the replies to texts."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=hf_twin(model), tokenizer=tokenizer, batch_size=batch_size, device="cpu")
-    requests = [
-        Instance("loglikelihood", {}, (text, reply), index)
-        for index, (text, four) in enumerate(zip(texts, replies, strict=True))
-        for reply in four
-    ]
-    found = harness.loglikelihood(requests, disable_tqdm=True)
-    return torch.tensor([value for value, _ in found]).view(len(texts), -1)
+    model, tokenizer = smollm2
+    lm = HFLM(pretrained=hf_twin(model), tokenizer=tokenizer, batch_size=4, device="cpu")
+
+    def scores(texts, replies):
+        pairs = [(text, reply) for text, four in zip(texts, replies, strict=True) for reply in four]
+        requests = [Instance("loglikelihood", {}, pair, index // 4) for index, pair in enumerate(pairs)]
+        found = lm.loglikelihood(requests, disable_tqdm=True)
+        return torch.tensor([value for value, _ in found]).view(len(texts), 4)
+
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -45,52 +49,30 @@ def questions():
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_smollm2_scores_equal_lm_evals(smollm2, questions, name):
-    model, tokenizer = smollm2
+def test_smollm2_scores_equal_lm_evals(smollm2, harness, questions, name):
     prompt = PROMPTS[name]
-    texts, replies = [prompt.text(one) for one in questions], [prompt.replies(one) for one in questions]
-    wanted = harness_scores(model, tokenizer, texts, replies)
-    got = score(model, tokenizer, questions, prompt)
+    wanted = harness([prompt.text(one) for one in questions], [prompt.replies(one) for one in questions])
+    got = score(*smollm2, questions, prompt)
     # Sums over up to fifty tokens; measured 3e-4 at -200.
     assert torch.allclose(got.log_likelihoods, wanted, rtol=2e-5, atol=5e-4)
     assert got.log_likelihoods.min() < -10 or prompt.answer == "letter"
     assert torch.equal(got.answers(), wanted.argmax(1))
     # What lm-eval calls acc_norm: divided by the length of the choice in characters.
-    bare = "ABCD" if prompt.answer == "letter" else None
-    lengths = torch.tensor([[len(choice) for choice in (bare or one.choices)] for one in questions])
+    bare = ["ABCD" if prompt.answer == "letter" else one.choices for one in questions]
+    lengths = torch.tensor([[len(choice) for choice in four] for four in bare])
     assert torch.equal(got.answers("characters"), (wanted / lengths).argmax(1))
 
 
-def test_a_common_beginning_is_computed_once_and_changes_nothing(smollm2, questions):
-    """With examples in front, which lm-eval computes again for every question."""
+def test_a_common_beginning_is_computed_once_and_changes_nothing(smollm2, harness):
+    """With examples in front, which lm-eval computes again for every question; and with a tokenizer that ends texts."""
     model, tokenizer = smollm2
     subject = [one for one in mmlu_examples() if one.subject == "global_facts"]
     asked, shown = subject[2:], subject[:2]
     texts = [PROMPTS["mmlu"].text(one, shown) for one in asked]
-    wanted = harness_scores(model, tokenizer, texts, [PROMPTS["mmlu"].replies(one) for one in asked])
-    got = score(model, tokenizer, asked, shots=2, examples=shown)
-    assert torch.allclose(got.log_likelihoods, wanted, rtol=2e-5, atol=5e-4)
-
-
-@pytest.mark.parametrize("window", [None, 16])
-def test_a_random_model_with_and_without_a_window_equals_one_continuation_at_a_time(window):
-    """Not against lm-eval but against the plainest way: each continuation alone behind its context."""
-    from dslib.fast.scoring import Row
-    from dslib.performance.accuracy import log_likelihoods
-
-    model = build(preset("tiny", sliding_window=window), seed=0).eval()
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randint(256, (12,), generator=generator).tolist()
-    rows = [
-        Row(
-            start + torch.randint(256, (length,), generator=generator).tolist(),
-            [torch.randint(256, (size,), generator=generator).tolist() for size in (1, 3, 2, 5)],
-        )
-        for length in (4, 9, 30, 17)
-    ]
-    for row, got in zip(rows, log_likelihoods(model, rows, batch_tokens=64), strict=True):
-        for end, value in zip(row.ends, got, strict=True):
-            with torch.inference_mode():
-                logits = model(torch.tensor([row.context + end[:-1]]))[0, len(row.context) - 1 :]
-            wanted = logits.log_softmax(-1).gather(1, torch.tensor(end).unsqueeze(1)).sum()
-            assert value == pytest.approx(wanted.item(), abs=2e-4)
+    wanted = harness(texts, [PROMPTS["mmlu"].replies(one) for one in asked])
+    ending, end = copy.deepcopy(tokenizer), (tokenizer.eos_token, tokenizer.eos_token_id)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert ending("x").input_ids == [*tokenizer("x").input_ids, end[1]]
+    for one, some in ((tokenizer, len(asked)), (ending, 1)):
+        got = score(model, one, asked[:some], shots=2, examples=shown)
+        assert torch.allclose(got.log_likelihoods, wanted[:some], rtol=2e-5, atol=5e-4)

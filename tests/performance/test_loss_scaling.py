@@ -1,4 +1,4 @@
-"""Our loss scaler takes the course of torch's, step by step, and its gradients are those of the unscaled loss."""
+"""Our loss scaler takes the course of torch's, step by step, and a training with it is the one with torch's."""
 
 import math
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dslib.performance.loss_scaling import LARGEST, LossScaler
+from dslib.performance.training import fit
 
 
 def course_of_both(overflows, **rule):
@@ -50,75 +51,57 @@ def test_the_course_is_that_of_torch(overflows, interval, growth):
 
 
 def test_growth_ends_where_torchs_ends():
-    rule = {"scale": 2.0**126, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 1}
-    scaler, tracker = torch.full((), 2.0**126), torch.zeros((), dtype=torch.int32)
-    ours = LossScaler(**rule)
+    scale, tracker = torch.full((), 2.0**126), torch.zeros((), dtype=torch.int32)
+    ours = LossScaler(2.0**126, growth_interval=1)
     for _ in range(3):
-        torch._amp_update_scale_(scaler, tracker, torch.zeros(()), 2.0, 0.5, 1)
+        torch._amp_update_scale_(scale, tracker, torch.zeros(()), 2.0, 0.5, 1)
         ours.update(False)
-        assert ours.scale == scaler.item()
+        assert ours.scale == scale.item()
     assert ours.scale == LARGEST
 
 
-def test_a_real_float16_training_takes_the_same_course_as_with_torchs_scaler():
-    """A weight so large that the scaled gradient overflows at first; both halve until it does not."""
-    results = []
-    for ours in (True, False):
-        torch.manual_seed(0)
-        layer = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
-        nn.init.constant_(layer[1].weight, 30.0)
-        optimizer, scales = torch.optim.AdamW(layer.parameters(), lr=1e-3), []
-        scaler = LossScaler(growth_interval=3) if ours else torch.amp.GradScaler("cpu", growth_interval=3)
-        for step in range(14):
-            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.float16):
-                loss = layer(x).float().mean()
-            if ours:
-                (loss * scaler.scale).backward()
-                overflowed = scaler.unscale(layer.parameters())
-                if not overflowed:
-                    optimizer.step()
-                scaler.update(overflowed)
-                scales.append(scaler.scale)
-            else:
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                scales.append(scaler.get_scale())
-        results.append((scales, [p.detach().clone() for p in layer.parameters()]))
-    assert results[0][0] == results[1][0]
-    assert len(set(results[0][0])) > 2  # it fell and rose
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+def float16_problem():
+    """A weight so large that the scaled gradient overflows at first; the scale halves until it does not."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    nn.init.constant_(layers[1].weight, 30.0)
+    return layers, lambda step: (torch.randn(16, 8, generator=torch.Generator().manual_seed(step)),)
+
+
+def test_a_float16_training_is_the_one_with_torchs_scaler():
+    """``fit`` against the loop of torch's own examples: scale, backward, unscale, clip, step, update."""
+    (ours, batch), seen = float16_problem(), []
+    fit(ours, batch, steps=14, loss=lambda m, x: m(x).float().mean(), learning_rate=1e-3, weight_decay=0.01,
+        precision="float16", scaler=LossScaler(growth_interval=3), on_step=seen.append)  # fmt: skip
+    torchs, batch = float16_problem()
+    groups = [{"params": [p for p in torchs.parameters() if (p.ndim > 1) is matrix], "weight_decay": 0.01 * matrix}
+              for matrix in (True, False)]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    scaler, scales = torch.amp.GradScaler("cpu", growth_interval=3), []
+    for step in range(14):
+        for group in optimizer.param_groups:
+            group["lr"] = seen[step].learning_rate
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = torchs(*batch(step)).float().mean()
+        scales.append(scaler.get_scale())
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(torchs.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert [step.scale for step in seen] == scales and len(set(scales)) > 2  # it fell and rose
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_bad_number_anywhere_is_an_overflow(value):
     good, bad, none = (nn.Parameter(torch.ones(4)) for _ in range(3))
     good.grad, bad.grad = torch.ones(4), torch.ones(4)
-    assert not LossScaler(scale=4.0).unscale([good, bad, none])
+    assert not LossScaler(scale=4.0).unscale([good, bad, none]) and not LossScaler().unscale([none])
     assert torch.equal(good.grad, torch.full((4,), 0.25))
     bad.grad[2] = value
     assert LossScaler().unscale([good, bad, none])
-
-
-def test_without_gradients_there_is_no_overflow():
-    assert not LossScaler().unscale([nn.Parameter(torch.ones(2))])
-
-
-def test_gradients_in_16_bits_are_refused():
-    weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
-    weight.grad = torch.ones_like(weight)
-    with pytest.raises(ValueError, match=r"parameters: got a gradient in torch.float16, expected torch.float32"):
-        LossScaler().unscale([weight])
-
-
-def test_gradients_that_are_never_finite_end_in_an_error_and_not_in_a_scale_of_zero():
-    scaler = LossScaler(scale=4.0, smallest=1.0)
-    scaler.update(True)
-    scaler.update(True)
-    with pytest.raises(FloatingPointError, match="at every loss scale down to 1"):
-        scaler.update(True)
 
 
 def test_a_fixed_scale_stays():
@@ -137,19 +120,33 @@ def test_state_comes_back():
     assert set(scaler.settings()) == {"growth_factor", "backoff_factor", "growth_interval", "smallest"}
 
 
+def in_16_bits():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    weight.grad = torch.ones_like(weight)
+    LossScaler().unscale([weight])
+
+
+def never_finite():
+    scaler = LossScaler(scale=4.0, smallest=1.0)
+    for _ in range(3):
+        scaler.update(True)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("call", "error", "message"),
     [
-        ({"scale": 0.0}, "scale: got 0.0, expected a number above 0"),
-        ({"scale": math.inf}, "scale: got inf"),
-        ({"scale": math.nan}, "scale: got nan"),
-        ({"growth_factor": 0.5}, "growth_factor: got 0.5, expected at least 1"),
-        ({"backoff_factor": 2.0}, "backoff_factor: got 2.0, expected 0 to 1"),
-        ({"growth_interval": 0}, "growth_interval: got 0"),
-        ({"smallest": 2.0**20}, "smallest: got 1048576.0"),
-        ({"clean_steps": -1}, "clean_steps: got -1"),
+        (lambda: LossScaler(scale=0.0), ValueError, "scale: got 0.0, expected a number above 0"),
+        (lambda: LossScaler(scale=math.inf), ValueError, "scale: got inf"),
+        (lambda: LossScaler(scale=math.nan), ValueError, "scale: got nan"),
+        (lambda: LossScaler(growth_factor=0.5), ValueError, "growth_factor: got 0.5, expected at least 1"),
+        (lambda: LossScaler(backoff_factor=2.0), ValueError, "backoff_factor: got 2.0, expected 0 to 1"),
+        (lambda: LossScaler(growth_interval=0), ValueError, "growth_interval: got 0"),
+        (lambda: LossScaler(smallest=2.0**20), ValueError, "smallest: got 1048576.0"),
+        (lambda: LossScaler(clean_steps=-1), ValueError, "clean_steps: got -1"),
+        (in_16_bits, ValueError, "parameters: got a gradient in torch.float16, expected torch.float32"),
+        (never_finite, FloatingPointError, "at every loss scale down to 1"),
     ],
 )
-def test_bad_input_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        LossScaler(**change)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,8 +1,10 @@
 """Guesses change the time and nothing else: greedy tokens are equal, sampled ones have the model's distribution."""
 
+import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,11 +59,17 @@ def test_greedy_tokens_are_those_of_the_ordinary_loop(name, count):
         "layers": ModelDraft(with_layers(model, [0, 1]), 60),
         "itself": ModelDraft(model, 60),
     }
-    for draft, made in ((draft, speculate(model, prompt, 40, drafts[draft], count)) for draft in drafts):
+    for draft, guesses in drafts.items():
+        made = speculate(model, prompt, 40, guesses, count)
         assert made.tokens == want, draft
         assert made.accepted + made.passes + 1 == 40
         if draft in ("oracle", "itself"):
             assert made.acceptance == 1 and made.passes == math.ceil(39 / (count + 1))
+
+
+def ids_in_any_form(end):
+    return [end, [end], {end, 999}, (end,), torch.tensor(end), torch.tensor([7_000, end]), np.int64(end),
+            np.array(end), np.array([end]), [torch.tensor(end)], iter([end])]  # fmt: skip
 
 
 def test_it_ends_where_it_should():
@@ -69,9 +77,43 @@ def test_it_ends_where_it_should():
     want = generate(model, [prompt], 40)[0].tokens
     end = want[17]
     short = want[: want.index(end) + 1]
-    assert speculate(model, prompt, 40, Oracle(prompt + want), 5, eos_token_id=end).tokens == short
+    for ends in ids_in_any_form(end):
+        assert speculate(model, prompt, 40, Oracle(prompt + want), 5, eos_token_id=ends).tokens == short
     assert generate(model, [prompt], 40, eos_token_id=end)[0].tokens == short
-    assert speculate(model, prompt, 1, Wrong()).tokens == want[:1]
+    for same in (torch.tensor(prompt), np.array(prompt), [torch.tensor(token) for token in prompt]):
+        assert speculate(model, same, 1, Wrong()).tokens == want[:1]
+
+
+def test_a_text_may_fill_the_model_and_no_more():
+    model = noisy(decoder.preset("tiny", max_position_embeddings=12))
+    assert len(speculate(model, [1, 2, 3, 4], 8, Wrong()).tokens) == 8
+    with pytest.raises(ValueError, match=r"4 tokens and 9 new ones make 13, more than .*max_position_embeddings=12"):
+        speculate(model, [1, 2, 3, 4], 9, Wrong())
+    windowed = noisy(decoder.preset("tiny", max_position_embeddings=12, sliding_window=4))
+    assert len(speculate(windowed, [1, 2, 3, 4], 9, Wrong()).tokens) == 9
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(), Sampling(temperature=0.0, top_k=3), Sampling(0.7)])
+def test_how_a_draft_draws_does_not_change_a_greedy_text(sampling):
+    model, prompt = noisy(CONFIGS["V1"]), [3, 1, 4, 1, 5]
+    made = speculate(model, prompt, 20, ModelDraft(model, 40, sampling), 3, sampling=Sampling())
+    assert made.tokens == generate(model, [prompt], 20)[0].tokens
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2], [0, 1, 2, 3, 4], [2, 4]])
+def test_drafts_of_some_layers_whatever_the_first_ones_are(layers):
+    """Embedding, those layers, norm and head; nothing is copied, and nothing else changes, not even a mode."""
+    config = sparse_decoder.preset("tiny-moe", num_hidden_layers=5, first_k_dense_replace=2, num_hash_layers=1)
+    model, ids = noisy(config), torch.tensor([[3, 1, 4, 1, 5]])
+    model.layers[0].train()
+    twin = with_layers(model, layers)
+    assert model.layers[0].training and not model.layers[1].training and not twin.training
+    plain = copy.deepcopy(model)
+    plain.layers = torch.nn.ModuleList(plain.layers[layer] for layer in layers)
+    torch.testing.assert_close(twin(ids), plain(ids))
+    assert {id(p) for p in twin.parameters()} <= {id(p) for p in model.parameters()}
+    assert twin.config.first_k_dense_replace == sum(layer < 2 for layer in layers)
+    assert len(speculate(model, [3, 1], 6, ModelDraft(twin, 16)).tokens) == 6
 
 
 def test_lookup_finds_the_latest_place_of_the_longest_match():
@@ -144,22 +186,49 @@ def test_the_gain_is_a_sum_over_lengths():
     assert speculative.expected_gain(0.5, 2, 0.25, 1.5) == pytest.approx(1.75 / 2)
 
 
-def test_bad_input_is_named():
+def broken(value=math.nan):
     model = noisy(CONFIGS["V1"])
-    for arguments, message in (
-        (([], 4, Wrong()), "prompt: got 0"),
-        (([1], 0, Wrong()), "max_new_tokens: got 0"),
-        (([1], 4, Wrong(), 0), "count: got 0"),
-        (([1], 9, Oracle([1, 2, 999, 999, 999, 999, 999, 999, 999])), "draft: guessed"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            speculate(model, *arguments)
-    with pytest.raises(ValueError, match="got 2 rows for 2 guesses"):
-        accept(torch.ones(2, 4), [1, 2])
-    with pytest.raises(ValueError, match=r"layers: got \[4\], expected some of 0 to 3"):
-        with_layers(model, [4])
-    with pytest.raises(ValueError, match="got 3 and 2"):
-        PromptLookup(2, 3)
+    model.norm.weight.data[0] = value
+    return model
+
+
+def other_vocabulary(model):
+    other = noisy(decoder.preset("tiny", vocab_size=300))
+    return speculate(model, [1], 9, ModelDraft(other, 20, Sampling(1.0)), sampling=Sampling(1.0), seed=1)
+
+
+FAR = Oracle([1, 2] + [999] * 7)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: speculate(m, [], 4, Wrong()), "prompt: got 0"),
+        (lambda m: speculate(m, [1, 256], 4, Wrong()), "prompt: got token id 256, expected 0 to 255"),
+        (lambda m: speculate(m, [1.5], 4, Wrong()), r"prompt: got \[1.5\], expected token ids"),
+        (lambda m: speculate(m, [[1, 2]], 4, Wrong()), r"prompt: got \[\[1, 2\]\], expected token ids"),
+        (lambda m: speculate(m, [1], 0, Wrong()), "max_new_tokens: got 0"),
+        (lambda m: speculate(m, [1], 4, Wrong(), 0), "count: got 0"),
+        (lambda m: speculate(m, [1], 4, Wrong(), eos_token_id=1.5), "eos_token_id: got 1.5, expected token ids"),
+        (lambda m: speculate(m, [1], 4, Wrong(), eos_token_id="</s>"), "eos_token_id: got '</s>'"),
+        (lambda m: speculate(m, [1], 9, FAR), "draft: guessed"),
+        (other_vocabulary, r"got \d rows for \d guesses drawn from \(\d, 300\)"),
+        (lambda m: speculate(broken(), [1], 4, Wrong()), "logits: .*not a number"),
+        (lambda m: speculate(broken(), [1], 4, Wrong(), sampling=Sampling(1.0)), "logits: .*not a number"),
+        (lambda m: speculate(m, [1], 4, ModelDraft(broken(), 9, Sampling(1.0))), "logits: .*not a number"),
+        (lambda m: speculate(broken(math.inf), [1], 4, Wrong(), sampling=Sampling(1.0)), "logits: .*infinite"),
+        (lambda m: accept(torch.ones(2, 4), [1, 2]), "probabilities: got 2 rows for 2 guesses"),
+        (lambda m: with_layers(m, [4]), r"layers: got \[4\], expected some of 0 to 3"),
+        (lambda m: with_layers(m, []), r"layers: got \[\]"),
+        (lambda m: PromptLookup(2, 3), "shortest: got 3, expected 1 to 2"),
+        (lambda m: PromptLookup(2, 0), "shortest: got 0"),
+        (lambda m: speculative.expected_gain(1.1, 2, 0.1), "acceptance: got 1.1"),
+        (lambda m: speculative.expected_gain(0.5, 2, 0.0, 0.0), "pass_cost: got 0.0"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(noisy(CONFIGS["V1"]))
 
 
 def test_the_table_of_drafts_adds_up(monkeypatch):
