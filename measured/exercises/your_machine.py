@@ -43,6 +43,8 @@ def decode_floor(parameters: float, bytes_per_weight: float, bandwidth: float) -
         {"m": 4096, "k": 4096, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 110, "k": 4096, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 120, "k": 512, "n": 512, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
+        {"m": 4096, "k": 100, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
+        {"m": 4096, "k": 4096, "n": 100, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 64, "k": 1024, "n": 1024, "bytes_per_number": 4, "bandwidth": 50e9, "flops": 1e12},
         {"m": 30, "k": 1024, "n": 1024, "bytes_per_number": 4, "bandwidth": 50e9, "flops": 1e12},
     ],
@@ -52,6 +54,8 @@ def decode_floor(parameters: float, bytes_per_weight: float, bandwidth: float) -
         "compute" if 2 * m * k * n / flops >= bytes_per_number * k * n / bandwidth else "bandwidth"
             You counted the bytes of the (k, n) matrix only. The input is read and the result written too; for small
             matrices that decides.
+        "compute" if 2 * m * k * n / flops >= bytes_per_number * (m * k + k * n) / bandwidth else "bandwidth"
+            You counted what is read. The result has to be written, and where k is small it is the largest of the three.
         which_bound(m, k, n, 1, bandwidth, flops)
             You counted numbers, not bytes. Each number takes bytes_per_number bytes.
         {"compute": "bandwidth", "bandwidth": "compute"}[which_bound(m, k, n, bytes_per_number, bandwidth, flops)]
