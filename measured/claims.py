@@ -19,6 +19,7 @@ text                  equal
 Book: chapters/reference/ledger.ipynb shows the whole table; chapters/start/how_to_read explains the verdicts.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,9 +70,9 @@ TOLERANCE = 0.01
 def _found(value: Any) -> bool | int | float | str | tuple[float, float]:
     """A value that a row may have under ``found``; ``[low, high]`` becomes a pair."""
     if isinstance(value, list) and len(value) == 2 and {type(end) for end in value} <= {int, float}:
-        if value[0] <= value[1]:
+        if -math.inf < value[0] <= value[1] < math.inf:
             return tuple(value)
-    if not isinstance(value, bool | int | float | str):
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError("wanted a number, a truth value, text or [low, high]")
     return value
 
