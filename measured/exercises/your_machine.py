@@ -39,8 +39,6 @@ def decode_floor(parameters: float, bytes_per_weight: float, bandwidth: float) -
     # The roofs: one with ridge 100 FLOP/byte, one with ridge 20. The shapes lie on both sides of each ridge, and
     # between the true intensity and what each mistake would take for it.
     cases=[
-        {"m": 1, "k": 2048, "n": 2048, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
-        {"m": 4096, "k": 4096, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 110, "k": 4096, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 120, "k": 512, "n": 512, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 4096, "k": 100, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
