@@ -82,29 +82,18 @@ def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
         ax.plot(placed.intensity, height, marker, color=INK, markersize=8, zorder=3)
         offset, align = ((9, -13), "left") if placed.intensity < placed.ridge else ((0, -19), "center")
         # The paper behind the words keeps a roof that passes under them from striking them through.
-        ax.annotate(
-            placed.workload.name,
-            (placed.intensity, height),
-            offset,
-            textcoords="offset points",
-            ha=align,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
-        )
+        paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+        place = {"xy": (placed.intensity, height), "xytext": offset, "textcoords": "offset points", "ha": align}
+        ax.annotate(placed.workload.name, **place, bbox=paper)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure with its text alternative; the last line of a cell shows it.
-
-    Attributes:
-        png: the picture.
-        alt: what the figure shows, in words.
-        width: shown width in CSS pixels; the picture has more, for sharp screens.
-    """
+    """A drawn figure with its text alternative; the last line of a cell shows it."""
 
     png: bytes
-    alt: str
-    width: int
+    alt: str  # what the figure shows, in words
+    width: int  # shown, in CSS pixels; the picture has more, for sharp screens
 
     def to_html(self) -> str:
         source = base64.b64encode(self.png).decode("ascii")

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from measured.answers import around_the_difference, cut, difference, text
+from measured.exercises_compare import around_the_difference, cut, difference, text
 
 if TYPE_CHECKING:
     from torch import Tensor
