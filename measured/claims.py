@@ -23,8 +23,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,10 +252,10 @@ def _agrees(got: object, want: Found) -> bool:
         return got is want
     if isinstance(want, str):
         return got == want
-    if not isinstance(got, int | float):
+    if not isinstance(got, Real | Decimal):
         return False
     if isinstance(want, tuple):
         return want[0] <= got <= want[1]
     if isinstance(want, int):
         return got == want
-    return abs(got - want) <= TOLERANCE * abs(want)
+    return abs(float(got) - want) <= TOLERANCE * abs(want)

@@ -217,7 +217,7 @@ def _agrees(wrong: Callable[..., Any], exercise: Exercise, answers: list[Any]) -
 # What a body that does nothing is compiled to: `...`, `pass`, `return None`, a text, `raise NotImplementedError`.
 IDLE = {
     "RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "LOAD_GLOBAL", "PUSH_NULL", "PRECALL", "CALL",
-    "RAISE_VARARGS",
+    "RAISE_VARARGS", "LOAD_COMMON_CONSTANT",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def replicas(requests_per_day: float, peak: float, seconds: float, utilisation: 
     "cost/break-even",
     cases=[
         {"usd_per_day": 700.0, "capacity": 350_000.0, "usd_per_request": 0.004},
-        {"usd_per_day": 700.0, "capacity": 350_000.0, "usd_per_request": 0.0005},
+        {"usd_per_day": 700.0, "capacity": 90_000.0, "usd_per_request": 0.004},
         {"usd_per_day": 512.0, "capacity": 1024.0, "usd_per_request": 0.5},
     ],
     mistakes="""

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,7 @@ def test_check_accepts_what_the_row_says(ledger):
         {"share": 0.5049, "speed": 2},
         {"layers": np.int64(5), "share": np.float32(0.5), "fits": np.bool_(True)},
         {"layers": torch.tensor(5), "share": torch.tensor(0.5)},
+        {"layers": Fraction(5), "share": Fraction(1, 2), "speed": Decimal("2.5")},
     ):
         assert repr(claims.check("s9.9-01", **{**FOUND, **near})) == repr(claims.check("s9.9-01", **FOUND))
 
@@ -257,6 +260,7 @@ SECOND = "row 's9.9-02', field"
         ("said: It is cheap.", "said: Cheap: yes", "line 14: not valid YAML"),
         ("said: It is cheap.", "said: \tnot: fine", "line 14: not valid YAML"),
         ("said: It is cheap.", "said: !!python/name:os.system", "line 14: not valid YAML"),
+        ("[arithmetic]", "&all [*all]", "line 6: not valid YAML: found unconstructable recursive node"),
         ("said: It is cheap.", "said: *nobody", "line 14: not valid YAML: found undefined alias"),
         ("cheap", "ch\x00ap", "not valid YAML"),
         ("said: It is cheap.", "said: " + "[" * 100_000 + "]" * 100_000, "line 14: nested 9 deep, wanted at most 8"),

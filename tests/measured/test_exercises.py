@@ -1,5 +1,6 @@
 """The graders, graded: right answers pass in every form, wrong ones do not, and the usual ones get their hint."""
 
+import inspect
 import itertools
 import math
 import subprocess
@@ -204,6 +205,7 @@ WRONG = {
     ),
 }
 TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Decimal": Decimal, "Fraction": Fraction}
+MISLEADING = {"decoder/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
 TOOLS["unless_none"] = lambda value, then: None if value is None else then(value)
 
 
@@ -240,6 +242,21 @@ def test_another_wrong_answer_is_rejected_and_the_difference_in_sight(name, expr
     if report.status == "wrong":
         yours, wanted = (line.partition(": ")[2] for line in report.details[1:3])
         assert yours != wanted
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_argument_can_be_left_out_but_those_that_are_there_to_mislead(name):
+    """An answer that always takes an argument's value from one of the cases fails in another."""
+    exercise = ALL[name]
+    names = list(inspect.signature(exercise.reference).parameters)
+    cases = [dict(case) if isinstance(case, dict) else dict(zip(names, case, strict=True)) for case in exercise.cases]
+    for argument, case in itertools.product(set(names) - MISLEADING.get(name, set()), cases):
+
+        def frozen(*given, argument=argument, case=case, **named):
+            given = dict(zip(names, given, strict=False)) | named
+            return exercise.reference(**given | {argument: case[argument]})
+
+        assert not exercises.check(name, frozen).passed, argument
 
 
 def test_there_are_such_answers_to_every_exercise_and_names_begin_with_their_chapter():

@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from measured import machine as device
+from measured import probes
 from measured.machine import Machine
+
+NAN, THREADS = float("nan"), torch.get_num_threads()
 
 
 def machine(**changes):
@@ -73,3 +76,29 @@ def test_unknown_versions_are_left_out():
 def test_a_machine_that_hides_its_cache(monkeypatch):
     monkeypatch.setattr(device.Path, "glob", lambda self, pattern: iter(()))
     assert device.cpu_cache() is None or device.sys.platform == "darwin"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (lambda size=size: probes.copy_bandwidth("cpu", size=size), f"size: got {size}")
+            for size in (0, -4, 1.5, NAN)
+        ),
+        *(
+            (lambda size=size: probes.product_rate("float32", "cpu", size), f"size: got {size}")
+            for size in (0, -1, 64.0)
+        ),
+        *((lambda t=t: probes.read_bandwidth("cpu", 64, threads=t), f"threads: got {t}") for t in (0, -1, 0.5, NAN)),
+        *(
+            (lambda s=seconds: probes.measure_roof("cpu", ["float32"], max_seconds=s), "max_seconds: got")
+            for seconds in (0, -1.0, NAN, float("inf"))
+        ),
+        (lambda: probes.measure_roof("cpu", ["float7"]), "float7"),
+        (lambda: probes.launch_gap(side=16, rounds=-2), "seconds: got no readings"),
+    ],
+)
+def test_bad_input_of_the_probes_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert torch.get_num_threads() == THREADS
