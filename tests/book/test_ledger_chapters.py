@@ -202,63 +202,35 @@ def test_a_book_that_agrees_has_no_faults():
     assert faults(book('%matplotlib inline\nn = 4\nlab.claims.check("s1.1-04", parameters=n)')) == []
 
 
-SILENT = "does not call claims.check('s1.1-04')"
-DECODER = "architecture/decoder, cell"
+def also(code='claims.check("s1.1-04", parameters=n)', cell_id="claim-s1-1-04"):
+    return {**book(), **book(code, cell_id, chapter="scenarios/realtime")}
 
 
 @pytest.mark.parametrize(
-    ("notebooks", "messages"),
+    ("notebooks", "found"),
     [
         # A claim without evidence.
-        ({}, ["claim s1.1-04: evidence 'claim-s1-1-04', but chapters/architecture/decoder.ipynb does not exist"]),
-        (
-            book("n = 4", "count"),
-            ["claim s1.1-04: evidence 'claim-s1-1-04' is no code cell of chapters/architecture/decoder.ipynb"],
-        ),
-        (
-            book("n = 4"),
-            [
-                f"claim s1.1-04: cell 'claim-s1-1-04' of architecture/decoder {SILENT}",
-                f"{DECODER} 'claim-s1-1-04': is labelled as evidence and checks no claim",
-            ],
-        ),
+        ({}, "claim s1.1-04: evidence 'claim-s1-1-04', but chapters/architecture/decoder.ipynb does not exist"),
+        (book("n = 4", "count"), "evidence 'claim-s1-1-04' is no code cell of chapters/architecture/decoder.ipynb"),
+        (book("n = 4"), "cell 'claim-s1-1-04' of architecture/decoder does not call claims.check('s1.1-04')"),
+        (book("n = 4"), "architecture/decoder, cell 'claim-s1-1-04': is labelled as evidence and checks no claim"),
         # Pending ends when the chapter is written.
         (
             {**book(), "performance/speed": {"cells": []}},
-            ["claim s2.1-02: pending, but chapters/performance/speed.ipynb is written"],
+            "claim s2.1-02: pending, but chapters/performance/speed.ipynb is written",
         ),
         # Evidence without a claim, for a pending one, and elsewhere than its row says.
-        (
-            {**book(), **book('claims.check("s9.9-99")', "claim-s9-9-99", chapter="scenarios/realtime")},
-            ["scenarios/realtime, cell 'claim-s9-9-99': checks 's9.9-99', which the ledger does not have"],
-        ),
-        (
-            {**book(), **book('claims.check("s2.1-02")', "claim-s2-1-02", chapter="scenarios/realtime")},
-            ["scenarios/realtime, cell 'claim-s2-1-02': checks s2.1-02, which the ledger marks pending"],
-        ),
-        (
-            {**book(), **book(chapter="architecture/moe")},
-            ["architecture/moe, cell 'claim-s1-1-04': checks s1.1-04, whose evidence is 'claim-s1-1-04' in "
-             "architecture/decoder"],
-        ),
-        (
-            book(cell_id="count"),
-            [
-                "claim s1.1-04: evidence 'claim-s1-1-04' is no code cell of chapters/architecture/decoder.ipynb",
-                f"{DECODER} 'count': settles s1.1-04 and has to be labelled 'claim-s1-1-04'",
-                f"{DECODER} 'count': checks s1.1-04, whose evidence is 'claim-s1-1-04' in architecture/decoder",
-            ],
-        ),
+        (also('claims.check("s9.9-99")', "claim-s9-9-99"), "checks 's9.9-99', which the ledger does not have"),
+        (also('claims.check("s2.1-02")', "claim-s2-1-02"), "checks s2.1-02, which the ledger marks pending"),
+        (also(), "checks s1.1-04, whose evidence is 'claim-s1-1-04' in architecture/decoder"),
+        (book(cell_id="count"), "cell 'count': settles s1.1-04 and has to be labelled 'claim-s1-1-04'"),
         # The id has to be written out, in Python.
-        (
-            book('claims.check("s1.1-04", parameters=n)\nclaims.check(name)'),
-            [f"{DECODER} 'claim-s1-1-04': claims.check needs the id written out"],
-        ),
-        ({**book(), **book("claims.check(", "x", chapter="a/b")}, ["a/b, cell 'x': not Python: '(' was never closed"]),
+        (book('claims.check("s1.1-04")\nclaims.check(name)'), "claims.check needs the id written out"),
+        (also("claims.check(", "x"), "scenarios/realtime, cell 'x': not Python: '(' was never closed"),
     ],
-)  # fmt: skip
-def test_what_does_not_agree(notebooks, messages):
-    assert faults(notebooks) == messages
+)
+def test_what_does_not_agree(notebooks, found):
+    assert sum(found in fault for fault in faults(notebooks)) == 1
 
 
 def test_other_checks_are_not_mistaken_for_it():
