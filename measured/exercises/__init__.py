@@ -143,31 +143,17 @@ def check(name: str, fn: Callable[..., Any]) -> Report:
         given = copy.deepcopy(case)
         try:
             answers.append(_call(fn, given))
-        # The reader's code may raise anything; what it raised is the answer to show.
-        except Exception as error:
+        except Exception as error:  # the reader's code may raise anything; what it raised is the answer to show
             if isinstance(error, NotImplementedError) and _does_nothing(fn):
                 return stub
             return Report(name, "error", f"{type(error).__name__}: {error}", (f"case: {_arguments(case)}",))
         written = written or _first_changed(exercise, given, case)
     if all(answer is None or answer is ... for answer in answers) and _does_nothing(fn):
         return stub
-    wanted = _results(exercise.reference, exercise)
-    found = _differences(answers, wanted, exercise)
-    if not any(found) and written:
+    report = _judge(exercise, answers)
+    if report.passed and written:
         return Report(name, "mistake", f"The result is right, but {written} is changed on the way: work on a copy.")
-    if not any(found):
-        return Report(name, "passed", f"Agrees with the reference on every case ({len(found)}).")
-    for wrong, hint in exercise.wrong_answers():
-        if _agrees(wrong, exercise, answers):
-            return Report(name, "mistake", hint)
-    first = next(number for number, one in enumerate(found) if one)
-    nothing = [answer is None for answer in answers]
-    missing = all(nothing) or (nothing[first] and not any(want is None for want in wanted))
-    hint = "Your function returns nothing: is `return` missing?" if missing else exercise.hint
-    yours, right = around_the_difference(text(answers[first]), text(wanted[first]))
-    details = (f"case: {_arguments(exercise.cases[first])}", f"your answer: {yours}", f"wanted: {right}")
-    inside = () if found[first].startswith("yours") else (f"first difference: {found[first]}",)
-    return Report(name, "wrong", hint, details + inside)
+    return report
 
 
 def find(name: str) -> Exercise:
@@ -204,6 +190,25 @@ def _call(fn: Callable[..., Any], case: Mapping[str, Any] | Sequence[Any]) -> An
 
 def _results(fn: Callable[..., Any], exercise: Exercise) -> list[Any]:
     return [_call(fn, copy.deepcopy(case)) for case in exercise.cases]
+
+
+def _judge(exercise: Exercise, answers: list[Any]) -> Report:
+    """Compare a function's answers to all cases with the right ones, then with the known wrong ones."""
+    wanted = _results(exercise.reference, exercise)
+    found = _differences(answers, wanted, exercise)
+    if not any(found):
+        return Report(exercise.name, "passed", f"Agrees with the reference on every case ({len(found)}).")
+    for wrong, hint in exercise.wrong_answers():
+        if _agrees(wrong, exercise, answers):
+            return Report(exercise.name, "mistake", hint)
+    first = next(number for number, one in enumerate(found) if one)
+    nothing = [answer is None for answer in answers]
+    missing = all(nothing) or (nothing[first] and not any(want is None for want in wanted))
+    hint = "Your function returns nothing: is `return` missing?" if missing else exercise.hint
+    yours, right = around_the_difference(text(answers[first]), text(wanted[first]))
+    details = (f"case: {_arguments(exercise.cases[first])}", f"your answer: {yours}", f"wanted: {right}")
+    inside = () if found[first].startswith("yours") else (f"first difference: {found[first]}",)
+    return Report(exercise.name, "wrong", hint, details + inside)
 
 
 def _agrees(wrong: Callable[..., Any], exercise: Exercise, answers: list[Any]) -> bool:
