@@ -19,11 +19,14 @@ text                  equal
 Book: chapters/reference/ledger.ipynb shows the whole table; chapters/start/how_to_read explains the verdicts.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,9 +72,9 @@ TOLERANCE = 0.01
 def _found(value: Any) -> bool | int | float | str | tuple[float, float]:
     """A value that a row may have under ``found``; ``[low, high]`` becomes a pair."""
     if isinstance(value, list) and len(value) == 2 and {type(end) for end in value} <= {int, float}:
-        if value[0] <= value[1]:
+        if -math.inf < value[0] <= value[1] < math.inf:
             return tuple(value)
-    if not isinstance(value, bool | int | float | str):
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError("wanted a number, a truth value, text or [low, high]")
     return value
 
@@ -249,10 +252,10 @@ def _agrees(got: object, want: Found) -> bool:
         return got is want
     if isinstance(want, str):
         return got == want
-    if not isinstance(got, int | float):
+    if not isinstance(got, Real | Decimal):
         return False
     if isinstance(want, tuple):
         return want[0] <= got <= want[1]
     if isinstance(want, int):
         return got == want
-    return abs(got - want) <= TOLERANCE * abs(want)
+    return abs(float(got) - want) <= TOLERANCE * abs(want)

@@ -51,9 +51,9 @@ def as_device(device: str | torch.device | None = None) -> torch.device:
         return best_device()
     try:
         wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: got {device!r}, wanted one of {', '.join(KINDS)} (or e.g. 'cuda:1')") from error
-    if wanted.type not in KINDS:
+    except (RuntimeError, TypeError):
+        wanted = None
+    if wanted is None or wanted.type not in KINDS:
         raise ValueError(f"device: got {device!r}, wanted one of {', '.join(KINDS)} (or e.g. 'cuda:1')")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: got {device!r}, wanted one that is here; CUDA devices: {torch.cuda.device_count()}")
@@ -71,47 +71,36 @@ def synchronize(device: str | torch.device | None = None) -> None:
     if torch is None:
         return
     if device is not None:
-        wanted = as_device(device)
-        if wanted.type == "cuda":
-            torch.cuda.synchronize(wanted)
-        elif wanted.type == "mps":
+        used = [as_device(device)]
+    elif torch.cuda.is_available() and torch.cuda.is_initialized():
+        used = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    else:
+        used = [torch.device("mps")] if torch.backends.mps.is_available() else []
+    for one in used:
+        if one.type == "cuda":
+            torch.cuda.synchronize(one)
+        elif one.type == "mps":
             torch.mps.synchronize()
-        return
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a page has to say about the machine a number comes from.
+    """What a page has to say about the machine a number comes from; None is what the system does not tell.
 
-    Attributes:
-        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``.
-        name: the chip's own name, e.g. ``"NVIDIA A100-SXM4-80GB"``.
-        cores: CPU cores this process may use.
-        threads: threads PyTorch computes with on the CPU.
-        memory_bytes: the device's memory (for a CPU: the machine's), in bytes.
-        cache_bytes: last-level cache, in bytes; ``None`` where the system does not tell.
-        python, torch, transformers: versions.
-        cuda: version of the CUDA runtime PyTorch was built for; ``None`` on a CPU build.
-        driver: version of the NVIDIA driver; ``None`` without one.
-        isa: for a CPU, the newest of ``INSTRUCTION_SETS`` that it has; ``None`` for AVX2 or less, or where the system
-            does not tell. Cloud machines name generations of a chip alike, and this tells them apart.
+    Cloud machines name generations of a chip alike; ``isa``, the newest of ``INSTRUCTION_SETS`` that a CPU has (None
+    for AVX2 or less), tells them apart.
     """
 
-    kind: str
-    name: str
-    cores: int
-    threads: int
-    memory_bytes: int
-    cache_bytes: int | None
+    kind: str  # "cuda", "mps" or "cpu"
+    name: str  # the chip's own, e.g. "NVIDIA A100-SXM4-80GB"
+    cores: int  # CPU cores this process may use
+    threads: int  # that PyTorch computes with on the CPU
+    memory_bytes: int  # of the device; for a CPU, the machine's
+    cache_bytes: int | None  # of the last level
     python: str
     torch: str
     transformers: str | None
-    cuda: str | None = None
+    cuda: str | None = None  # version of the runtime PyTorch was built for
     driver: str | None = None
     isa: str | None = None
 
@@ -152,11 +141,7 @@ class Machine:
 
 
 def describe(device: str | torch.device | None = None) -> Machine:
-    """Describe this machine as seen from ``device`` (default: the best one).
-
-    Raises:
-        ValueError: the device is unknown or absent.
-    """
+    """Describe this machine as seen from ``device`` (default: the best one), which :func:`as_device` looks up."""
     import torch
 
     chosen = as_device(device)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dslib.check import above
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -34,10 +36,11 @@ LARGEST = 150_000  # bytes of one picture
 
 
 def use_style() -> None:
-    """Set the book's look for every figure drawn after this call (matplotlib's ``rcParams``)."""
+    """Set the book's look for every figure drawn after this call, whatever a matplotlibrc or style said before."""
     import matplotlib as mpl
     from cycler import cycler
 
+    mpl.rcdefaults()  # leaves the backend as it is
     mpl.rc("figure", figsize=(WIDTH, 3.9), facecolor=PAPER)
     mpl.rc("figure.constrained_layout", use=True)
     mpl.rc("savefig", facecolor=PAPER)
@@ -55,9 +58,10 @@ def use_style() -> None:
 def draw_roofs(ax: Any, roofs: Sequence[Roof], dtype: str, low: float = 0.5, high: float = 4096) -> None:
     """Draw the roofs for one number format: a slope (the memory) up to the ridge, then level (the arithmetic).
 
-    Args:
-        low, high: ends of the axis of operations per byte.
+    ``low`` and ``high`` are the ends of the axis of operations per byte, which is logarithmic.
     """
+    above(0, low=low)
+    above(low, high=high)
     for roof in roofs:
         corners = [low, roof.ridge(dtype), high]
         ax.plot(corners, [min(roof.bandwidth * x, roof.rate(dtype)) / 1e12 for x in corners], label=roof.name)
@@ -78,29 +82,18 @@ def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
         ax.plot(placed.intensity, height, marker, color=INK, markersize=8, zorder=3)
         offset, align = ((9, -13), "left") if placed.intensity < placed.ridge else ((0, -19), "center")
         # The paper behind the words keeps a roof that passes under them from striking them through.
-        ax.annotate(
-            placed.workload.name,
-            (placed.intensity, height),
-            offset,
-            textcoords="offset points",
-            ha=align,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
-        )
+        paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+        place = {"xy": (placed.intensity, height), "xytext": offset, "textcoords": "offset points", "ha": align}
+        ax.annotate(placed.workload.name, **place, bbox=paper)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure with its text alternative; the last line of a cell shows it.
-
-    Attributes:
-        png: the picture.
-        alt: what the figure shows, in words.
-        width: shown width in CSS pixels; the picture has more, for sharp screens.
-    """
+    """A drawn figure with its text alternative; the last line of a cell shows it."""
 
     png: bytes
-    alt: str
-    width: int
+    alt: str  # what the figure shows, in words
+    width: int  # shown, in CSS pixels; the picture has more, for sharp screens
 
     def to_html(self) -> str:
         source = base64.b64encode(self.png).decode("ascii")
@@ -212,7 +205,7 @@ def _default(name: str, control: Any) -> Any:
         return next(iter(control.values()))
     if isinstance(control, list) and control:
         return control[0]
-    if isinstance(control, tuple) and len(control) == 2 and all(isinstance(end, int) for end in control):
+    if isinstance(control, tuple) and [type(end) for end in control] == [int, int] and control[0] <= control[1]:
         return control[0]
     if hasattr(control, "value") and hasattr(control, "observe"):
         return control.value

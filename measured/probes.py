@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dslib.check import above
+from dslib.check import above, whole
 from dslib.roofline import Roof, dtype_name
 from measured.machine import as_device, describe
 from measured.timing import Stopwatch, Timing, measure
@@ -35,9 +35,12 @@ def copy_bandwidth(
         size: bytes of each buffer; by default larger than the last-level cache (:func:`buffer_bytes`).
         threads: CPU threads to copy with; ``None`` for the better of all and one. On a machine that is busy with other
             things, a second thread that has to wait for its turn makes the first one wait too.
+
+    Raises:
+        ValueError: a device that is absent, a size or a number of threads below 1, no time.
     """
     here = as_device(device)
-    source = _filled(size or buffer_bytes(here), here)
+    source = _filled(size, here)
     target = source.clone()
     return 2 * source.nbytes / _best(lambda: target.copy_(source), here, max_seconds, threads)
 
@@ -53,7 +56,7 @@ def read_bandwidth(
     Decoding does that: it reads the weights and writes one vector. The better of a sum and a dot product counts.
     """
     here = as_device(device)
-    a = _filled(size or buffer_bytes(here), here)
+    a = _filled(size, here)
     b = a.clone()
     total = _best(a.sum, here, max_seconds / 2, threads)
     both = _best(lambda: a.dot(b), here, max_seconds / 2, threads)
@@ -66,13 +69,12 @@ def product_rate(
     """Operations per second of a square matrix product, or ``None`` where the device cannot do one in ``dtype``.
 
     The size doubles until a product takes long enough, because a format without hardware support can be a thousand
-    times slower than its neighbour: at a fixed size that would take minutes.
+    times slower than its neighbour: at a fixed size that would take minutes. ``size`` fixes it, rows and columns.
     """
     import torch
 
-    here = as_device(device)
-    best = None
-    side = size or 128
+    here, side, best = as_device(device), 128 if size is None else size, None
+    whole(1, size=side)
     while True:
         pair = _pair(side, dtype, here)
         if pair is None:
@@ -132,37 +134,30 @@ def _best(fn: Callable[[], Any], device: torch.device, max_seconds: float, threa
     """
     import torch
 
-    before = torch.get_num_threads()
+    above(0, max_seconds=max_seconds)
+    before, times = torch.get_num_threads(), []
     counts = [before] if device.type != "cpu" else [before, 1] if threads is None else [threads]
-    best = float("inf")
+    limits = {"max_seconds": max_seconds / len(counts), "min_runs": 2, "max_runs": 300}
     try:
         for count in counts:
-            above(0, threads=count)
+            whole(1, threads=count)
             torch.set_num_threads(count)
-            timing = measure(
-                fn,
-                device=device,
-                max_seconds=max_seconds / len(counts),
-                min_runs=2,
-                max_runs=300,
-                warmup=1,
-                target_spread=1e-9,
-            )
-            best = min(best, timing.best)
+            times.append(measure(fn, device=device, warmup=1, target_spread=1e-9, **limits).best)
     finally:
         torch.set_num_threads(before)
-    return best
+    return min(times)
 
 
-def _filled(size: int, device: torch.device) -> torch.Tensor:
-    """A float32 buffer of ``size`` bytes that has been written.
+def _filled(size: int | None, device: torch.device) -> torch.Tensor:
+    """A float32 buffer of ``size`` bytes (None: :func:`buffer_bytes`) that has been written.
 
     Memory that was asked for but never written has no pages of its own: every read of it is served from one shared page
     of zeros, which sits in the cache, and the bandwidth comes out too good to be true.
     """
     import torch
 
-    above(0, size=size)
+    size = buffer_bytes(device) if size is None else size
+    whole(1, size=size)
     return torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
 
 
@@ -209,18 +204,14 @@ def measure_roof(
         dtypes: number formats to try; one in which the device cannot multiply is left out.
     """
     here = as_device(device)
-    flops = {}
-    for dtype in dtypes:
-        rate = product_rate(dtype, here, max_seconds=max_seconds)
-        if rate:
-            flops[dtype_name(dtype)] = rate
+    rates = {dtype_name(dtype): product_rate(dtype, here, max_seconds=max_seconds) for dtype in dtypes}
     machine, copied = describe(here), copy_bandwidth(here, max_seconds=max_seconds)
     return Roof(
         name=machine.name,
         bandwidth=copied,
         # What a memory moves both ways it can also move one way; a busy moment may have hidden it.
         read_bandwidth=max(copied, read_bandwidth(here, max_seconds=max_seconds)),
-        flops=flops,
+        flops={name: rate for name, rate in rates.items() if rate},
         memory_bytes=machine.memory_bytes,
         source="measured here",
     )

@@ -16,12 +16,12 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dslib.check import above, whole
+from dslib.check import above, at_least, whole
 from measured.machine import synchronize
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # A run shorter than this is repeated inside one reading, so that the clock's own cost stays below about 0.1 %.
 SHORTEST_READING = 200e-6
+UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"), (1e9, "ns"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Timing:
     """How long one call takes, in seconds: ``median`` with the quartiles ``low`` and ``high`` of ``n`` readings.
 
     ``settled`` says whether the quartiles came closer together than the spread asked for. Where they did not, the
-    number is still the best there is, and the text says so.
+    number is still the best there is, and the text says so. A reading that is no time is a ValueError.
     """
 
     seconds: tuple[float, ...]
@@ -49,8 +50,9 @@ class Timing:
     def __post_init__(self) -> None:
         if not self.seconds:
             raise ValueError("seconds: got no readings, wanted at least one")
-        low, median, high = quartiles(self.seconds)
-        for name, value in (("low", low), ("median", median), ("high", high)):
+        for reading in self.seconds:
+            at_least(0, seconds=reading)
+        for name, value in zip(("low", "median", "high"), quartiles(self.seconds), strict=True):
             object.__setattr__(self, name, value)
 
     @property
@@ -59,7 +61,7 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """The shortest reading. It says what the machine can do, where the median says what to expect."""
+        """The shortest reading: what the machine can do, where the median says what to expect."""
         return min(self.seconds)
 
     @property
@@ -73,10 +75,11 @@ class Timing:
 
     def per_second(self, amount: float) -> float:
         """The rate when one call handles ``amount`` of something (bytes, FLOPs, tokens)."""
+        above(0, median=self.median)
         return amount / self.median
 
     def __str__(self) -> str:
-        scale, unit = _unit(self.median)
+        scale, unit = next((unit for unit in UNITS if self.median * unit[0] >= 1), UNITS[-1])
         low, median, high = (_three(value * scale) for value in (self.low, self.median, self.high))
         note = "" if self.settled else ", not settled"
         return f"{median} {unit} ({low} to {high}, n={self.n}{note})"
@@ -111,13 +114,9 @@ def measure(
 ) -> Timing:
     """Time ``fn()`` until the quartiles of the readings lie within ``target_spread`` of each other.
 
-    Args:
-        fn: called without arguments; its result is dropped.
-        device: the device to wait for; ``None`` waits for every accelerator in use.
-        min_runs, max_runs: readings taken at least and at most.
-        max_seconds: after ``min_runs``, stop once the readings together took this long.
-        warmup: calls before the clock starts.
-        target_spread: (upper quartile − lower quartile) / median that counts as settled.
+    It takes ``min_runs`` readings at least and ``max_runs`` at most, and between the two it stops once they took
+    ``max_seconds`` together. ``warmup`` calls come before the clock starts. ``device`` is the one to wait for; None
+    waits for every accelerator in use.
 
     Raises:
         ValueError: ``fn`` is not callable, or a number is out of range.
@@ -135,11 +134,10 @@ def measure(
         while len(readings) < max_runs:
             readings.append(_reading(fn, device, calls))
             spent += readings[-1] * calls
-            if len(readings) < min_runs:
-                continue
-            if spent >= max_seconds or Timing(tuple(readings), calls, target_spread).settled:
+            timing = Timing(tuple(readings), calls, target_spread)
+            if timing.n >= min_runs and (spent >= max_seconds or timing.settled):
                 break
-    return Timing(tuple(readings), calls, target_spread)
+    return timing
 
 
 def compare(
@@ -153,10 +151,7 @@ def compare(
     """Time several functions side by side: every round runs each of them once.
 
     What slows the machine for a while then slows all of them alike, and :func:`ratio` cancels it. The order turns round
-    from one round to the next, so that none always runs in another's wake.
-
-    Raises:
-        ValueError: no functions, a value that is not callable, or a number out of range.
+    from one round to the next, so that none always runs in another's wake. Bad input raises as in :func:`measure`.
     """
     if not functions:
         raise ValueError("functions: got none, wanted at least one")
@@ -169,7 +164,7 @@ def compare(
         calls = {name: _warm(fn, device, warmup) for name, fn in functions.items()}
         readings: dict[str, list[float]] = {name: [] for name in functions}
         for turn in range(rounds):
-            for name in list(functions) if turn % 2 == 0 else reversed(list(functions)):
+            for name in functions if turn % 2 == 0 else reversed(functions):
                 readings[name].append(_reading(functions[name], device, calls[name]))
     return {name: Timing(tuple(readings[name]), calls[name], target_spread) for name in functions}
 
@@ -177,21 +172,20 @@ def compare(
 def ratio(a: Timing, b: Timing) -> Ratio:
     """How many times as fast ``b`` is as ``a``, round by round: the median of ``a.seconds[i] / b.seconds[i]``.
 
-    Raises:
-        ValueError: the two were not measured in the same rounds (their numbers of readings differ).
+    Raises ``ValueError`` if their numbers of readings differ, or if ``b`` took no time that the clock could see.
     """
     if a.n != b.n:
         raise ValueError(f"b: got {b.n} readings, wanted {a.n} as in a; measure both in one compare()")
+    above(0, b=min(b.seconds))
     low, median, high = quartiles([slow / fast for slow, fast in zip(a.seconds, b.seconds, strict=True)])
     return Ratio(median, low, high, a.n)
 
 
 class Stopwatch(AbstractContextManager):
-    """A clock for code that is not a function to repeat, such as a training run or a stream of tokens.
+    """A clock for code that is not a function to repeat: a training run, a stream of tokens, a ``with`` block.
 
-    ``lap()`` waits for the device and gives the seconds since the start; ``seconds`` is the last lap.
-    ``lap(wait=False)`` reads the clock while the device may still be at work: what a careless timing does.
-    ``with stopwatch() as watch: …`` takes a lap at the end of the block.
+    ``lap()`` waits for the device and gives the seconds since the start; ``seconds`` is the last lap, which a block
+    takes at its end. ``lap(wait=False)`` does not wait for the device: what a careless timing does.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
@@ -213,12 +207,11 @@ class Stopwatch(AbstractContextManager):
 stopwatch = Stopwatch
 
 
-def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile, by linear interpolation between the sorted values (NumPy's default)."""
     if len(values) == 1:
         return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def _warm(fn: Callable[[], Any], device: Any, warmup: int) -> int:
@@ -232,7 +225,7 @@ def _warm(fn: Callable[[], Any], device: Any, warmup: int) -> int:
 
 
 def _reading(fn: Callable[[], Any], device: Any, calls: int) -> float:
-    """Seconds of one call, averaged over ``calls`` calls in a row, with the device idle before and after."""
+    """Seconds of one call, mean of ``calls`` in a row, with the device idle before and after."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -252,13 +245,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * scale >= 1:
-            return scale, unit
-    return 1e9, "ns"
 
 
 def _three(value: float) -> str:

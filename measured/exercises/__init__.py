@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import copy
 import difflib
+import dis
 import html
 import importlib
 import inspect
 import itertools
-import math
 import pkgutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from measured.exercises_compare import around_the_difference, cut, difference, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +44,11 @@ class Exercise:
 
     Attributes:
         name: ``"<chapter>/<exercise>"``, e.g. ``"decoder/kv-bytes"``.
-        cases: arguments of each call: a mapping of keywords or a sequence of positional arguments. They are copied for
-            every call, so an answer that writes into its arguments harms nobody.
+        cases: arguments of each call: a mapping of keywords or a sequence of positional arguments.
         reference: the right answer.
         mistakes: the known wrong answers, as above.
-        tolerance: how far a float may be off, relative to the reference (absolute where that is 0).
+        tolerance: how far a number that is not whole may be off, relative to the reference (in a tensor, relative to
+            its largest number).
         hint: what to say about a wrong answer that is none of the known ones.
     """
 
@@ -57,14 +59,18 @@ class Exercise:
     tolerance: float = 1e-6
     hint: str = "Work the failing case through by hand and compare each step."
 
+    def answer(self, expression: str, **names: Any) -> Callable[..., Any]:
+        """The function that returns ``expression``, in the reference's arguments, the names of its module and these."""
+        arguments = ", ".join(inspect.signature(self.reference).parameters)
+        return eval(f"lambda {arguments}: {expression}", self.reference.__globals__ | names)
+
     def wrong_answers(self) -> Iterator[tuple[Callable[..., Any], str]]:
         """The known wrong answers as functions, each with its hint."""
-        arguments = ", ".join(inspect.signature(self.reference).parameters)
         lines = textwrap.dedent(self.mistakes).strip().splitlines()
         blocks = itertools.groupby(lines, key=lambda line: line.startswith(" "))
         texts = [" ".join(line.strip() for line in block) for _, block in blocks]
-        for answer, hint in zip(texts[::2], texts[1::2], strict=True):
-            yield eval(f"lambda {arguments}: {answer}", self.reference.__globals__), hint
+        for expression, hint in zip(texts[::2], texts[1::2], strict=True):
+            yield self.answer(expression), hint
 
 
 @dataclass(frozen=True)
@@ -122,37 +128,32 @@ def normal(*shape: int, seed: int, **kind: Any) -> Tensor:
 def check(name: str, fn: Callable[..., Any]) -> Report:
     """Check the reader's function against the exercise called ``name``.
 
+    Every call gets arguments of its own. Lists, tuples, ranges, arrays and tensors are one to it, and so are numbers
+    of all kinds, as long as shapes and values are right.
+
     Raises:
         ValueError: there is no such exercise (the message names the nearest ones).
     """
     exercise = find(name)
     if not callable(fn):
         return Report(name, "error", "Give the function itself, without calling it: check(name, my_function).")
-    answers, wanted = [], []
+    stub = Report(name, "todo", "Replace the stub with your answer, then run this cell again.")
+    answers, written = [], None
     for case in exercise.cases:
-        wanted.append(_call(exercise.reference, case))
+        given = copy.deepcopy(case)
         try:
-            answers.append(_call(fn, case))
-        except NotImplementedError:
-            return _todo(name)
-        # The reader's code may raise anything; what it raised is the answer to show.
-        except Exception as error:
+            answers.append(_call(fn, given))
+        except Exception as error:  # the reader's code may raise anything; what it raised is the answer to show
+            if isinstance(error, NotImplementedError) and _does_nothing(fn):
+                return stub
             return Report(name, "error", f"{type(error).__name__}: {error}", (f"case: {_arguments(case)}",))
-        if len(answers) == 1 and (answers[0] is None or answers[0] is ...) and wanted[0] is not None:
-            return _todo(name)
-    same = _compare(answers, wanted, exercise.tolerance)
-    if all(same):
-        return Report(name, "passed", f"Agrees with the reference on every case ({len(same)}).")
-    for wrong, hint in exercise.wrong_answers():
-        if _agrees(wrong, exercise, answers):
-            return Report(name, "mistake", hint)
-    first = same.index(False)
-    details = (
-        f"case: {_arguments(exercise.cases[first])}",
-        f"your answer: {_show(answers[first])}",
-        f"wanted: {_show(wanted[first])}",
-    )
-    return Report(name, "wrong", exercise.hint, details)
+        written = written or _first_changed(exercise, given, case)
+    if all(answer is None or answer is ... for answer in answers) and _does_nothing(fn):
+        return stub
+    report = _judge(exercise, answers)
+    if report.passed and written:
+        return Report(name, "mistake", f"The result is right, but {written} is changed on the way: work on a copy.")
+    return report
 
 
 def find(name: str) -> Exercise:
@@ -183,77 +184,69 @@ def _of_chapter(chapter: str) -> list[Exercise]:
     return [value.exercise for value in vars(module).values() if hasattr(value, "exercise")]
 
 
-def _todo(name: str) -> Report:
-    return Report(name, "todo", "Replace the stub with your answer, then run this cell again.")
-
-
 def _call(fn: Callable[..., Any], case: Mapping[str, Any] | Sequence[Any]) -> Any:
-    case = copy.deepcopy(case)
     return fn(**case) if isinstance(case, Mapping) else fn(*case)
+
+
+def _results(fn: Callable[..., Any], exercise: Exercise) -> list[Any]:
+    return [_call(fn, copy.deepcopy(case)) for case in exercise.cases]
+
+
+def _judge(exercise: Exercise, answers: list[Any]) -> Report:
+    """Compare a function's answers to all cases with the right ones, then with the known wrong ones."""
+    wanted = _results(exercise.reference, exercise)
+    found = _differences(answers, wanted, exercise)
+    if not any(found):
+        return Report(exercise.name, "passed", f"Agrees with the reference on every case ({len(found)}).")
+    for wrong, hint in exercise.wrong_answers():
+        if _agrees(wrong, exercise, answers):
+            return Report(exercise.name, "mistake", hint)
+    first = next(number for number, one in enumerate(found) if one)
+    nothing = [answer is None for answer in answers]
+    missing = all(nothing) or (nothing[first] and not any(want is None for want in wanted))
+    hint = "Your function returns nothing: is `return` missing?" if missing else exercise.hint
+    yours, right = around_the_difference(text(answers[first]), text(wanted[first]))
+    details = (f"case: {_arguments(exercise.cases[first])}", f"your answer: {yours}", f"wanted: {right}")
+    inside = () if found[first].startswith("yours") else (f"first difference: {found[first]}",)
+    return Report(exercise.name, "wrong", hint, details + inside)
 
 
 def _agrees(wrong: Callable[..., Any], exercise: Exercise, answers: list[Any]) -> bool:
     """Whether all answers are those of a known wrong one. One that cannot run on a case is not the one given."""
     try:
-        results = [_call(wrong, case) for case in exercise.cases]
+        return not any(_differences(answers, _results(wrong, exercise), exercise))
     except Exception:
         return False
-    return all(_compare(answers, results, exercise.tolerance))
 
 
-def _compare(got: Sequence[Any], want: Sequence[Any], tolerance: float) -> list[bool]:
-    return [_same(g, w, tolerance) for g, w in zip(got, want, strict=True)]
+# What a body that does nothing is compiled to: `...`, `pass`, `return None`, a text, `raise NotImplementedError`.
+IDLE = {
+    "RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "LOAD_GLOBAL", "PUSH_NULL", "PRECALL", "CALL",
+    "RAISE_VARARGS", "LOAD_COMMON_CONSTANT",
+}  # fmt: skip
 
 
-def _same(got: Any, want: Any, tolerance: float, scale: float | None = None) -> bool:
-    """Equality for what an exercise may ask for: numbers, booleans, text, sequences, mappings, tensors."""
-    if _is_array(want):
-        # Shapes first: broadcasting would make a wrong shape look right.
-        if not _is_array(got) or tuple(got.shape) != tuple(want.shape):
-            return False
-        # An element near zero is judged by the size of the whole: rounding errors come from the large terms.
-        got_flat, want_flat = _plain(got.reshape(-1)), _plain(want.reshape(-1))
-        sizes = [abs(value) for value in want_flat if not isinstance(value, bool) and math.isfinite(abs(value))]
-        scale = max(sizes, default=0.0) or 1.0
-        return all(_same(g, w, tolerance, scale) for g, w in zip(got_flat, want_flat, strict=True))
-    got, want = _plain(got), _plain(want)
-    if isinstance(want, (bool, str)) or want is None:
-        return type(got) is type(want) and got == want
-    if isinstance(want, (int, float, complex)):
-        if isinstance(got, bool) or not isinstance(got, (int, float, complex)):
-            return False
-        if isinstance(want, int) and isinstance(got, int):
-            return got == want
-        if not (math.isfinite(abs(want)) and math.isfinite(abs(got))):
-            return got == want or (got != got and want != want)  # infinities of one sign, or two NaNs
-        return abs(got - want) <= tolerance * (scale or abs(want) or 1.0)
-    if isinstance(want, Mapping):
-        alike = isinstance(got, Mapping) and got.keys() == want.keys()
-        return alike and all(_same(got[key], want[key], tolerance) for key in want)
-    if isinstance(want, (list, tuple)):
-        alike = isinstance(got, (list, tuple)) and len(got) == len(want)
-        return alike and all(_compare(got, want, tolerance))
-    return bool(got == want)
+def _does_nothing(fn: Callable[..., Any]) -> bool:
+    """Whether a function is an untouched stub. One that works something out and forgets to return it is none."""
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    if code is None or not set(code.co_names) <= {"NotImplementedError"}:
+        return False
+    return {instruction.opname for instruction in dis.get_instructions(code)} <= IDLE
 
 
-def _is_array(value: Any) -> bool:
-    """A torch tensor or NumPy array with at least one axis. Told by its shape, so that neither has to be imported."""
-    return hasattr(value, "tolist") and len(getattr(value, "shape", ())) > 0
+def _first_changed(exercise: Exercise, given: Any, case: Any) -> str | None:
+    """The name of an argument that a call has written into."""
+    if not isinstance(case, Mapping):
+        names = list(inspect.signature(exercise.reference).parameters)
+        given, case = dict(zip(names, given, strict=False)), dict(zip(names, case, strict=False))
+    return next((f"`{name}`" for name in case if difference(given[name], case[name], 0.0)), None)
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and NumPy values as Python numbers, nested as their shape says."""
-    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "shape") else value
+def _differences(got: Sequence[Any], want: Sequence[Any], exercise: Exercise) -> list[str | None]:
+    return [difference(g, w, exercise.tolerance) for g, w in zip(got, want, strict=True)]
 
 
 def _arguments(case: Mapping[str, Any] | Sequence[Any]) -> str:
     if isinstance(case, Mapping):
-        return ", ".join(f"{name}={_show(value)}" for name, value in case.items())
-    return ", ".join(_show(value) for value in case)
-
-
-def _show(value: Any) -> str:
-    """A value short enough for one line."""
-    shape = f"shape {tuple(value.shape)}: " if _is_array(value) else ""
-    text = f"{shape}{_plain(value)!r}"
-    return text if len(text) <= 120 else text[:117] + "..."
+        return ", ".join(f"{name}={cut(text(value))}" for name, value in case.items())
+    return ", ".join(cut(text(value)) for value in case)

@@ -1,12 +1,14 @@
 """Exercises of ``chapters/performance/accuracy.ipynb``."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from measured.exercises import exercise
 
 Z = 1.96
 _VOCABULARY = {"A": 0, "B": 1, "C": 2, "D": 3, " A": 4, " B": 5, " C": 6, " D": 7, " The": 8}
+_ANOTHER = {" D": 0, " The": 1, " B": 2, " A": 3, "C": 4, "A": 5, "B": 6, "D": 7, " C": 8}
 
 
 @exercise(
@@ -65,9 +67,9 @@ def difference(a: Sequence[int], b: Sequence[int]) -> tuple[float, float]:
 @exercise(
     "accuracy/choose",
     cases=[
-        ([[-1.0, -1.0, -1.0], [-2.0], [-1.5, -1.2], [-3.0, -0.2]],),
         ([[-4.0], [-0.5] * 9, [-3.0, -0.1], [-2.0, -2.0]],),
         ([[-0.2, -2.5], [-1.0, -0.9], [-1.2], [-0.9, -0.8, -0.7, -1.0]],),
+        ([[-0.3, -0.2, -6.0], [-1.0, -1.1, -1.2], [-0.25, -2.5]],),
     ],
     mistakes="""
         _best(token_logs, sum)
@@ -79,6 +81,8 @@ def difference(a: Sequence[int], b: Sequence[int]) -> tuple[float, float]:
             That is the mean of the probabilities. Likelihoods multiply, so their logarithms are averaged.
         _best(token_logs, lambda logs: logs[0])
             Only the first token of each choice is looked at.
+        _best(token_logs, _median)
+            That is the median. It does not see a token that is most unlikely, and the whole choice is then unlikely.
     """,
     hint="One number for each choice, its sum over its number of tokens; then the index of the largest.",
 )
@@ -91,8 +95,8 @@ def choose(token_logs: Sequence[Sequence[float]]) -> int:
     "accuracy/letter",
     cases=[
         {"logits": [5.0, 1.0, 2.0, 0.0, 1.0, 3.0, 2.0, 0.5, 4.0], "vocabulary": _VOCABULARY},
-        {"logits": [0.0, 1.0, 2.0, 6.0, 1.0, 0.0, 2.0, 0.5, 0.0], "vocabulary": _VOCABULARY},
         {"logits": [0.0, 7.0, 2.0, 1.0, 3.0, 0.0, 2.0, 0.5, 9.0], "vocabulary": _VOCABULARY},
+        {"logits": [4.0, 9.0, 1.0, 5.0, 6.0, 2.0, 8.0, 0.0, 3.0], "vocabulary": _ANOTHER},
     ],
     mistakes="""
         max(range(4), key=lambda at: logits[vocabulary["ABCD"[at]]])
@@ -110,6 +114,9 @@ def letter(logits: Sequence[float], vocabulary: Mapping[str, int]) -> int:
 
 def _best(items: Sequence, value: Callable) -> int:
     return max(range(len(items)), key=lambda at: value(items[at]))
+
+
+_median = statistics.median
 
 
 def _normal(right: int, n: int) -> tuple[float, float]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 
-from measured.exercises import exercise
+from measured.exercises import exercise, named
+
+
+def _tokens(prompts: float, cached: float, output: float) -> dict[str, float]:
+    return {"input": prompts, "cached": cached, "output": output}
 
 
 @exercise(
@@ -40,11 +44,13 @@ def per_million(usd_per_gpu_hour: float, gpus: int, tokens_per_second: float, ut
     cases=[
         {"requests_per_day": 100_000, "peak": 1.0, "seconds": 0.17, "utilisation": 0.7, "redundancy": 0},
         {"requests_per_day": 1_000_000, "peak": 2.5, "seconds": 0.17, "utilisation": 0.6, "redundancy": 1},
-        {"requests_per_day": 5_000_000, "peak": 1.2, "seconds": 0.3, "utilisation": 0.8, "redundancy": 2},
+        {"requests_per_day": 8 * 86_400, "peak": 2.0, "seconds": 0.25, "utilisation": 0.5, "redundancy": 2},
     ],
     mistakes="""
         math.floor(requests_per_day / 86_400 * peak * seconds / utilisation) + redundancy
             Rounded down: what is left over has to be served too. The smallest load needs one replica.
+        math.floor(requests_per_day / 86_400 * peak * seconds / utilisation) + 1 + redundancy
+            Rounded down and one more: a load that just fills its replicas gets one too many. math.ceil rounds up.
         requests_per_day / 86_400 * peak * seconds / utilisation + redundancy
             A fraction of a replica cannot be rented. Round up, before the spares are added or after.
         replicas(requests_per_day, 1.0, seconds, utilisation, redundancy)
@@ -66,8 +72,8 @@ def replicas(requests_per_day: float, peak: float, seconds: float, utilisation: 
     "cost/break-even",
     cases=[
         {"usd_per_day": 700.0, "capacity": 350_000.0, "usd_per_request": 0.004},
-        {"usd_per_day": 700.0, "capacity": 350_000.0, "usd_per_request": 0.0005},
-        {"usd_per_day": 19.2, "capacity": 90_000.0, "usd_per_request": 0.0014},
+        {"usd_per_day": 700.0, "capacity": 90_000.0, "usd_per_request": 0.004},
+        {"usd_per_day": 512.0, "capacity": 1024.0, "usd_per_request": 0.5},
     ],
     mistakes="""
         usd_per_day / usd_per_request
@@ -78,6 +84,8 @@ def replicas(requests_per_day: float, peak: float, seconds: float, utilisation: 
             than the rent, return None.
         capacity if usd_per_day / usd_per_request <= capacity else None
             The machine pays off before it is full: as soon as the API would have charged its rent.
+        usd_per_day / usd_per_request if usd_per_day / usd_per_request < capacity else None
+            A machine that is just full can serve that much, and costs no more than the API.
     """,
     hint="The volume at which the API charges the rent of one machine, if the machine can serve that much.",
 )
@@ -90,15 +98,11 @@ def break_even(usd_per_day: float, capacity: float, usd_per_request: float) -> f
 
 @exercise(
     "cost/profit-ratio",
-    cases=[
-        {
-            "usd_per_day": 87_072.0,
-            "tokens": {"input": 608_000.0, "cached": 342_000.0, "output": 168_000.0},
-            "prices": {"input": 0.55, "cached": 0.14, "output": 2.19},
-            "billed": billed,
-        }
-        for billed in (1.0, 0.25)
-    ],
+    cases=named(
+        "usd_per_day tokens prices billed",
+        (87_072.0, _tokens(608_000.0, 342_000.0, 168_000.0), _tokens(0.55, 0.14, 2.19), 1.0),
+        (900.0, _tokens(5_000.0, 1_000.0, 400.0), _tokens(0.25, 0.02, 1.0), 0.5),
+    ),
     mistakes="""
         1 - 1 / (1 + profit_ratio(usd_per_day, tokens, prices, billed))
             That is profit over revenue, a margin. Wanted is profit over cost, which can exceed 100 %.

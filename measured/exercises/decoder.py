@@ -29,7 +29,7 @@ def kv_bytes(layers: int, heads: int, kv_heads: int, head_dim: int, tokens: int,
 
 @exercise(
     "decoder/visible-keys",
-    cases=named("position window sinks", (9, 4, 0), (9, 4, 2), (2, 4, 2), (0, 1, 0), (6, 1, 1)),
+    cases=named("position window sinks", (9, 4, 0), (9, 4, 2), (2, 4, 2), (1, 2, 4), (6, 1, 1)),
     mistakes="""
         visible_keys(position, window + 1, sinks)
             One key too many: the window counts the token itself, so a window of 4 reaches back 3.
@@ -40,6 +40,8 @@ def kv_bytes(layers: int, heads: int, kv_heads: int, head_dim: int, tokens: int,
         [*range(min(sinks, position + 1)), *range(max(0, position - window + 1), position + 1)]
             Early in the text the window still covers the sinks. Then some keys are listed twice, and attention would
             count them twice.
+        sorted({*range(sinks), *range(max(0, position - window + 1), position + 1)})
+            At the very beginning some sinks lie ahead of the token. Nothing that comes later may be looked at.
     """,
 )
 def visible_keys(position: int, window: int, sinks: int) -> list[int]:
@@ -49,7 +51,7 @@ def visible_keys(position: int, window: int, sinks: int) -> list[int]:
 
 @exercise(
     "decoder/rolling-slot",
-    cases=named("position window sinks", (3, 4, 0), (11, 4, 0), (1, 4, 2), (8, 4, 2), (13, 5, 3)),
+    cases=named("position window sinks", (3, 4, 0), (13, 4, 0), (1, 4, 2), (8, 4, 2), (13, 5, 3)),
     mistakes="""
         position % window
             This ring runs over the sinks: their slots come first and are never written again.

@@ -9,7 +9,8 @@ from measured.exercises import exercise, normal
 @exercise(
     "fusion/gate",
     cases=[
-        {"x": normal(2, 3, 4, seed=0), "answer": normal(2, 3, 4, seed=1), "alpha": alpha} for alpha in (0.0, 0.5, -1.2)
+        {"x": normal(2, 3, 4, seed=seed), "answer": normal(2, 3, 4, seed=seed + 1), "alpha": alpha}
+        for seed, alpha in ((0, 0.0), (2, 0.5), (4, -1.2))
     ],
     mistakes="""
         x + torch.sigmoid(torch.tensor(alpha)) * answer

@@ -43,7 +43,7 @@ def choose(logits: Tensor, top_k: int) -> Tensor:
     cases=[
         {
             "scores": torch.tensor([[0.9, 0.8, 0.1, 0.3], [0.2, 0.3, 0.6, 0.5]], dtype=torch.float64),
-            "bias": torch.tensor([0.0, -0.6, 0.0, 0.1], dtype=torch.float64),
+            "bias": torch.tensor([0.0, -0.6, 0.0, 0.2], dtype=torch.float64),
             "top_k": 2,
         },
         {"scores": _random(6, 8, seed=3).sigmoid(), "bias": 0.3 * _random(8, seed=4), "top_k": 3},

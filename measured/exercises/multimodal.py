@@ -42,7 +42,7 @@ def resized(width: int, height: int, shorter: int) -> tuple[int, int]:
         {"width": 300, "height": 200, "tile": 384, "max_tiles": 9},
         {"width": 800, "height": 500, "tile": 384, "max_tiles": 9},
         {"width": 4000, "height": 500, "tile": 384, "max_tiles": 9},
-        {"width": 900, "height": 800, "tile": 224, "max_tiles": 6},
+        {"width": 700, "height": 600, "tile": 224, "max_tiles": 6},
     ],
     mistakes="""
         max(_grids(max_tiles), key=lambda grid: (grid[0] * grid[1], -abs(grid[0] / grid[1] - width / height)))

@@ -100,7 +100,10 @@ def batch_gradient(parts: list[list[float]]) -> float:
 
 @exercise(
     "training/warm-up",
-    cases=[{"step": step, "steps": 14, "rise": 4, "peak": 0.003} for step in (0, 1, 3, 4, 9, 13)],
+    cases=[
+        *({"step": step, "steps": 14, "rise": 4, "peak": 0.003} for step in (0, 3, 4, 13)),
+        *({"step": step, "steps": 60, "rise": 10, "peak": 0.02} for step in (5, 30)),
+    ],
     mistakes="""
         peak * step / rise if step < rise else learning_rate(step, steps, rise, peak)
             Off by one: the first step has a rate of zero, so a batch is computed and thrown away, and the step before

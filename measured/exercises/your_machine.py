@@ -39,10 +39,10 @@ def decode_floor(parameters: float, bytes_per_weight: float, bandwidth: float) -
     # The roofs: one with ridge 100 FLOP/byte, one with ridge 20. The shapes lie on both sides of each ridge, and
     # between the true intensity and what each mistake would take for it.
     cases=[
-        {"m": 1, "k": 2048, "n": 2048, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
-        {"m": 4096, "k": 4096, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 110, "k": 4096, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 120, "k": 512, "n": 512, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
+        {"m": 4096, "k": 100, "n": 4096, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
+        {"m": 4096, "k": 4096, "n": 100, "bytes_per_number": 2, "bandwidth": 1e12, "flops": 100e12},
         {"m": 64, "k": 1024, "n": 1024, "bytes_per_number": 4, "bandwidth": 50e9, "flops": 1e12},
         {"m": 30, "k": 1024, "n": 1024, "bytes_per_number": 4, "bandwidth": 50e9, "flops": 1e12},
     ],
@@ -52,6 +52,8 @@ def decode_floor(parameters: float, bytes_per_weight: float, bandwidth: float) -
         "compute" if 2 * m * k * n / flops >= bytes_per_number * k * n / bandwidth else "bandwidth"
             You counted the bytes of the (k, n) matrix only. The input is read and the result written too; for small
             matrices that decides.
+        "compute" if 2 * m * k * n / flops >= bytes_per_number * (m * k + k * n) / bandwidth else "bandwidth"
+            You counted what is read. The result has to be written, and where k is small it is the largest of the three.
         which_bound(m, k, n, 1, bandwidth, flops)
             You counted numbers, not bytes. Each number takes bytes_per_number bytes.
         {"compute": "bandwidth", "bandwidth": "compute"}[which_bound(m, k, n, bytes_per_number, bandwidth, flops)]

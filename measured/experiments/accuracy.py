@@ -160,17 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("sets", nargs="+", help=f"{', '.join(data.SETS)}, or a JSON Lines file")
     parser.add_argument("--prompt", choices=PROMPTS, default="mmlu")
     parser.add_argument("--shots", type=int, default=0, help="answered examples before each question")
-    parser.add_argument(
-        "--model", default=None, help="a model of the Hugging Face hub (default: SmolLM2-135M-Instruct)"
-    )
+    parser.add_argument("--model", help="a model of the Hugging Face hub (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     place = {"dtype": getattr(torch, options.dtype), "device": options.device}
     try:
-        chosen = {
-            name: data.load_questions(name) for name in options.sets
-        }  # before the model: a bad file should show at once
+        # Before the model: a bad file should show at once.
+        chosen = {name: data.load_questions(name) for name in options.sets}
         model, tokenizer = load_pretrained(options.model, **place) if options.model else load_smollm2(**place)
         fast.prepare(model)
         for name, asked in chosen.items():
@@ -195,9 +192,8 @@ def _report(name: str, scores: Scores, prompt: Prompt) -> None:
             if picked:
                 said = statistics.share(picked)
                 label = domain if prompt.answer == "letter" else f"{domain}, by {normalisation}"
-                print(
-                    f"  {label:30} {100 * said.value:5.1f}  ({100 * said.low:.1f} to {100 * said.high:.1f}, n={said.n})"
-                )
+                low, high = 100 * said.low, 100 * said.high
+                print(f"  {label:30} {100 * said.value:5.1f}  ({low:.1f} to {high:.1f}, n={said.n})")
 
 
 if __name__ == "__main__":

@@ -105,13 +105,9 @@ def decode_comparison(
     @torch.inference_mode()
     def theirs() -> list[int]:
         out = twin.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
         return out[0, len(prompt) :].tolist()
 
     def ours(quick_products: bool | None) -> Callable[[], list[int]]:

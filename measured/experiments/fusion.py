@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dslib.architecture.decoder import Decoder, build, preset
 from dslib.architecture.fusion import VisionLanguageDecoder
 from dslib.architecture.vision.swin import TINY_SWIN, SwinStream
+from dslib.check import one_of
 from dslib.data.pictures import LANGUAGES, load_emoji
 from dslib.data.scenes import NUMBERS, PLACES, SceneMaker, Stream, TextMaker, item_rng
 from dslib.data.text import Words
@@ -56,12 +57,8 @@ class Example:
 class World:
     """What there is to see and to say: sixteen things in scenes, numbers to read, and the words for both.
 
-    Args:
-        kinds: English names of emoji.
-
-    Attributes:
-        scenes: makes scenes. numbers: by whether held out, makes pictures of numbers; one number in seven is held out.
-        words: the vocabulary.
+    ``kinds`` are English names of emoji. ``scenes`` makes scenes; ``numbers``, by whether held out, pictures of
+    numbers, of which one in seven is held out; ``words`` is the vocabulary.
     """
 
     def __init__(self, kinds: Sequence[str] = KINDS):
@@ -194,14 +191,9 @@ def train_variant(
 ) -> tuple[Decoder, list[float]]:  # fmt: skip
     """Copy text model and stream, join them in one of ``VARIANTS``, and train all of it; same batches for all.
 
-    Returns:
-        The model in evaluation mode, and its loss at every step.
-
-    Raises:
-        ValueError: an unknown variant.
+    Returns the model in evaluation mode, and its loss at every step. An unknown variant is a ``ValueError``.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(map(repr, VARIANTS))}")
+    one_of(VARIANTS, variant=variant)
     model = copy.deepcopy(text)
     if VARIANTS[variant] is not None:
         torch.manual_seed(seed)  # the new blocks' weights

@@ -5,7 +5,7 @@ pictures and two captions that differ in one thing, so that whoever does not loo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,17 +91,13 @@ def exchanged(examples: Sequence[Example]) -> list[Example]:
     for sort in {item.sort for item in examples}:
         numbers = [i for i, item in enumerate(examples) if item.sort == sort]
         chosen |= dict(zip(numbers, [*numbers[1:], numbers[0]], strict=True))
-    return [
-        Example(examples[chosen[i]].image, item.sort, item.language, item.prompt, item.answer)
-        for i, item in enumerate(examples)
-    ]
+    return [replace(item, image=examples[chosen[i]].image) for i, item in enumerate(examples)]
 
 
 def choices(model: Decoder, world: World, given: Sequence[Pair], exchange: bool = False) -> list[float]:
     """Share of right choices in each pair, 0, ½ or 1: for each picture, which caption is the more likely one?
 
-    Args:
-        exchange: the control, in which each pair gets the pictures of the next one.
+    ``exchange`` is the control, in which each pair gets the pictures of the next one.
     """
     items = []
     for i, one in enumerate(given):

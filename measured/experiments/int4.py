@@ -23,6 +23,7 @@ from dslib.architecture.decoder import Decoder, build, preset
 from dslib.architecture.generation import generate
 from dslib.architecture.int4.levels import METHODS, check_group_size
 from dslib.architecture.weights.pretrained import load_smollm2
+from dslib.check import one_of
 from dslib.data.text import moby_dick, slices
 from dslib.performance.perplexity import perplexity, perplexity_ratio, token_losses
 from dslib.performance.statistics import mean_interval
@@ -53,15 +54,13 @@ def rounded(
     Raises:
         ValueError: an unknown method, or a group size that does not divide.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    one_of(METHODS, method=method)
     rows, columns = weight.shape
     order = torch.arange(columns)
     if shuffle is not None:
         order = torch.randperm(columns, generator=torch.Generator().manual_seed(shuffle))
     if isinstance(group_size, str):
-        if group_size not in ("row", "tensor"):
-            raise ValueError(f"group_size: got {group_size!r}, expected a number, 'row' or 'tensor'")
+        one_of(("row", "tensor"), group_size=group_size)
         group_size = columns if group_size == "row" else rows * columns
     else:
         check_group_size(columns, group_size)
@@ -77,15 +76,11 @@ def round_(model: nn.Module, parts: Sequence[str] = BLOCKS, shuffle: int | None 
 
     A head that shares its matrix with the embedding gets a copy of its own, so that each can be rounded alone.
 
-    Returns:
-        ``error``, the size of what was lost over that of the weights (root of sums of squares), and how many
-        ``weights`` were rounded.
-
-    Raises:
-        ValueError: an unknown part, or as :func:`rounded`.
+    Returns ``error``, the size of what was lost over that of the weights (root of sums of squares), and how many
+    ``weights`` were rounded. An unknown part is a ``ValueError``; others as in :func:`rounded`.
     """
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"parts: got {unknown[0]!r}, expected some of {', '.join(map(repr, PARTS))}")
+    for part in parts:
+        one_of(PARTS, parts=part)
     if {"head", "embedding"} & set(parts) and model.lm_head.weight is model.embed_tokens.weight:
         model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.clone())
         model.config = dataclasses.replace(model.config, tie_word_embeddings=False)

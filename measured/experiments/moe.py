@@ -33,22 +33,18 @@ HELD_OUT = (48, 257)  # slices of the rest, and their bytes
 class Design:
     """A feed-forward network, and what keeps it balanced.
 
-    Attributes:
-        experts: E, 0 for a dense network. active: how many of them run. shared: how many more always run.
-        inner: inner size of one expert (or of the dense network) as a share of the hidden size.
-        scaled: the weights of the chosen experts sum to their number, so that the sum of their outputs is as large as
-            the output of a dense network of their size; otherwise to 1.
-        switch, sequence: weights of the balance losses. bias: speed of the selection bias.
+    ``scaled``: the weights of the chosen experts sum to their number, so that the sum of their outputs is as large as
+    the output of a dense network of their size; otherwise to 1.
     """
 
-    experts: int = 16
-    active: int = 2
-    shared: int = 0
-    inner: float = 0.75
+    experts: int = 16  # 0 for a dense network
+    active: int = 2  # of them for a token
+    shared: int = 0  # that always run, besides
+    inner: float = 0.75  # inner size of an expert (or of the dense network) as a share of the hidden size
     scaled: bool = True
-    switch: float = 0.0
+    switch: float = 0.0  # weights of the balance losses
     sequence: float = 0.0
-    bias: float = 0.0
+    bias: float = 0.0  # speed of the selection bias
 
     def config(self, hidden_size: int, layers: int) -> DecoderConfig | SparseConfig:
         """The tiny decoder with this feed-forward network; scores are sigmoids, as in V3, whatever the cure."""
@@ -89,10 +85,9 @@ def train_design(
     design: Design, *, steps: int, hidden_size: int = 64, layers: int = 2, batch_size: int = 16, length: int = 32,
     learning_rate: float = 1e-3, seed: int = 0,
 ) -> tuple[Decoder, list[float]]:  # fmt: skip
-    """Build and train one model on the novel.
+    """Build and train one model on the novel; it comes in evaluation mode, with MaxVio at every step.
 
-    Returns:
-        The model in evaluation mode, and MaxVio of the training batch at every step, mean of the layers (dense: empty).
+    That is of the training batch, mean of the layers (dense: empty).
     """
     tokens, _ = text_parts()
     model, trace = build(design.config(hidden_size, layers), seed=seed), []
@@ -184,8 +179,7 @@ def choices_by_byte(model: Decoder, tokens: Tensor) -> Tensor:
 def explained(counts: Tensor) -> float:
     """Share of the uncertainty about the expert that goes when the byte is known: (256, E) counts -> 0 to 1.
 
-    The mutual information of byte and expert over the entropy of the expert. It is a little above 0 by chance, too:
-    shuffle the choices to see by how much.
+    Mutual information over the expert's entropy; a little above 0 by chance too: shuffle the choices to see how much.
     """
     joint = counts.double() / counts.sum()
     expert, byte = joint.sum(0), joint.sum(1)

@@ -48,13 +48,11 @@ def text_page(height: int, lines: int = 6, characters: int = 32, seed: int = 0) 
     ``height`` is the font's size, from the top of a "d" to the bottom of a "g". Font, place in the novel and margins
     follow from ``seed``.
 
-    Raises:
-        ValueError: a height below 4, or lines that do not fit on the page.
+    A height below 4, or lines that do not fit on the page, are a ``ValueError``.
     """
     if height < 4 or lines * height * 1.5 > PAGE[1] or characters * height * 0.7 > PAGE[0]:
-        raise ValueError(
-            f"height: got {height}, expected at least 4 and {lines} lines of {characters} to fit on the page"
-        )
+        fits = f"at least 4 and {lines} lines of {characters} to fit on the page"
+        raise ValueError(f"height: got {height}, expected {fits}")
     rng = np.random.default_rng((seed, height))
     words = moby_dick()[(start := int(rng.integers(200_000))) : start + 40 * characters * lines].split()[1:]
     font = ImageFont.truetype(str(plain_fonts()[int(rng.integers(4))]), height)
@@ -101,8 +99,7 @@ def _engine():
 def read(image: Image.Image) -> str:
     """The text that the engine finds in an RGB picture, from top to bottom, without spaces.
 
-    Raises:
-        WeightsNotFound: the engine is not installed.
+    Without the engine: ``WeightsNotFound``, which says what to install.
     """
     found, _ = _engine()(np.asarray(image)[..., ::-1].copy(), use_cls=False)  # it wants blue first
     boxes = sorted(found or [], key=lambda one: (one[0][0][1] + one[0][2][1], one[0][0][0]))

@@ -17,6 +17,7 @@ from dslib.architecture.decoder import Decoder, build
 from dslib.architecture.fusion import FusionConfig, ImageContext
 from dslib.architecture.generation import generate
 from dslib.architecture.int4.layers import nbytes, quantize_
+from dslib.check import one_of
 from dslib.fast.cuda_graph import StaticDecoding
 from dslib.fast.int8 import quantize_int8_, quickest_way
 from dslib.performance.speed import decode_work, prefill_work
@@ -46,12 +47,9 @@ def design(name: str, size: str) -> decoder.DecoderConfig:
     Equal size means: a token is multiplied by as many weights of feed-forward network in all three. V2 adds a Swin and
     a gated cross-attention before every fourth layer. V3 has 16 experts of half V1's feed-forward size, two for a
     token, so it is stored several times as large.
-
-    Raises:
-        ValueError: unknown name or size.
     """
-    if name not in ("V1", "V2", "V3") or size not in SIZES:
-        raise ValueError(f"name, size: got {name!r}, {size!r}, expected V1, V2 or V3, and one of {', '.join(SIZES)}")
+    one_of(("V1", "V2", "V3"), name=name)
+    one_of(SIZES, size=size)
     base, swin = SIZES[size]
     if name == "V1":
         return base
@@ -64,13 +62,8 @@ def design(name: str, size: str) -> decoder.DecoderConfig:
 
 
 def with_weights(model: Decoder, weights: str) -> Decoder:
-    """The model with its linear layers in 8 or 4 bits, changed in place; the output head stays.
-
-    Raises:
-        ValueError: an unknown format.
-    """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights: got {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    """The model with its linear layers in 8 or 4 bits, changed in place; the output head stays."""
+    one_of(WEIGHTS, weights=weights)
     if weights == "int8":
         quantize_int8_(model)
     elif weights == "int4":

@@ -49,10 +49,8 @@ def mix(models: Sequence[Decoder], seed: int = 0) -> SparseDecoder:
     """One mixture from dense models of equal shape: each one's feed-forward networks become an expert.
 
     All other weights are averaged. The routers are new, at random from ``seed``. Mixing copies of one model gives a
-    mixture that computes what the model computes, because a token's two weights sum to 1.
-
-    Raises:
-        ValueError: fewer than two models, or models of different shapes.
+    mixture that computes what the model computes, because a token's two weights sum to 1. Fewer than two models, or
+    models of different shapes, are a ``ValueError``.
     """
     if len(models) < 2 or any(model.config != models[0].config for model in models):
         raise ValueError(f"models: got {len(models)} of them, expected at least two, all of one configuration")

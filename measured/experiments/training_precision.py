@@ -36,15 +36,10 @@ ARMS: dict[str, tuple[str, Callable[[], LossScaler | None]]] = {
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of one batch, divided by the scale again: float32, 1-D.
+    """Gradients of one batch, divided by the scale again: float32, 1-D."""
 
-    Attributes:
-        activations: of the outputs of all linear layers; they travel through the backward pass in its number format.
-        weights: of all parameters, where they arrive, in float32.
-    """
-
-    activations: Tensor
-    weights: Tensor
+    activations: Tensor  # of all linear layers' outputs; they travel through the backward pass in its number format
+    weights: Tensor  # of all parameters, where they arrive, in float32
 
 
 def small_model(hidden_size: int = 64, layers: int = 2, seed: int = 0) -> Decoder:
@@ -102,11 +97,9 @@ def relative_error(exact: Tensor, rounded: Tensor) -> float:
 def scale_figures(
     model: nn.Module, inputs: Tensor, targets: Tensor, scales: Sequence[float], precision: str = "float16"
 ) -> list[dict[str, float]]:
-    """For each scale: the share of activation gradients flushed, the error of the weight gradients, what overflowed.
+    """For each scale a mapping with ``scale``; ``flushed`` and ``flushed_weights``, the shares of gradients lost.
 
-    Returns:
-        One mapping a scale with ``scale``, ``flushed`` and ``flushed_weights`` (shares), ``error`` (relative, of the
-        weights' gradients; None with an overflow), ``overflowed`` (whether a weight's gradient is NaN or infinite).
+    And ``error`` (relative, of the weights' gradients; None with an overflow) and ``overflowed`` (one is not finite).
     """
     exact, rows = gradients(model, inputs, targets), []
     for scale in scales:

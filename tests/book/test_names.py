@@ -37,29 +37,23 @@ def missing(text):
     """Names in `text` that are not there."""
     names = {name.rstrip(".") for name in DOTTED.findall(text)}
     for module, imported in IMPORT.findall(text):
-        names |= {
-            f"{module}.{word.split(' as ')[0].strip()}"
-            for word in imported.split("#")[0].strip("() ").split(",")
-            if word.strip()
-        }
+        words = (word.split(" as ")[0].strip() for word in imported.split("#")[0].strip("() ").split(","))
+        names |= {f"{module}.{word}" for word in words if word}
     files = [name for name in PATH.findall(text) if not PATTERN.search(name) and not (ROOT / name).exists()]
     return sorted(name for name in names if not exists(name)) + files
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_pages(path):
-    assert missing(path.read_text(encoding="utf-8")) == []
+def prose(path):
+    """What a file says: a notebook only in its Markdown."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert missing("\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")) == []
-
-
-def test_library():
-    faults = {path.relative_to(ROOT).as_posix(): missing(path.read_text(encoding="utf-8")) for path in MODULES}
-    assert {path: names for path, names in faults.items() if names} == {}
+@pytest.mark.parametrize("path", PAGES + NOTEBOOKS + MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_is_named_is_there(path):
+    assert missing(prose(path)) == []
 
 
 @pytest.mark.parametrize(

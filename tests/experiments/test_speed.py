@@ -47,9 +47,11 @@ def test_what_does_not_run_is_a_row_that_says_why():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="got 'V4', 'tiny'"):
+    with pytest.raises(ValueError, match="name: got 'V4', expected one of 'V1'"):
         speed_runs.design("V4", "tiny")
-    with pytest.raises(ValueError, match="weights: got 'int2', expected one of plain, int8, int4"):
+    with pytest.raises(ValueError, match="size: got '2b', expected one of 'tiny'"):
+        speed_runs.design("V1", "2b")
+    with pytest.raises(ValueError, match="weights: got 'int2', expected one of 'plain', 'int8', 'int4'"):
         speed_runs.with_weights(None, "int2")
 
 

@@ -1,5 +1,7 @@
 """What the speed chapter measures, at small sizes: the right thing is timed, and every way gives the same result."""
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_pictures_ahead_change_no_answer(seeing):
 
 
 def test_an_error_in_the_other_thread_is_not_lost(seeing):
-    bad = [pipeline.Request(torch.randn(1, 3, 32, 32), [1]), pipeline.Request(torch.randn(1, 2, 32, 32), [1])]
+    bad = [pipeline.Request(torch.randn(1, colours, 32, 32), [1]) for colours in (3, 2)]
     with pytest.raises(ValueError, match="pixels: got shape"):
         pipeline.serve(seeing, bad, 2, ahead=True)
 
@@ -99,8 +101,6 @@ def test_a_busy_expert_is_copied_and_its_load_shared():
 
 def test_no_placement_of_few_experts_is_better_by_more_than_greed_allows():
     """Against all placements of six experts on two GPUs: the greedy one is within a fifth of the best."""
-    from itertools import combinations
-
     for seed in range(20):
         load = torch.rand(6, generator=torch.Generator().manual_seed(seed)).tolist()
         halves = ([list(half), [e for e in range(6) if e not in half]] for half in combinations(range(6), 3))
@@ -108,8 +108,7 @@ def test_no_placement_of_few_experts_is_better_by_more_than_greed_allows():
         assert best <= placement.imbalance(load, placement.place_experts(load, 2)) < 1.2 * best
 
 
-def test_bad_placements_are_refused():
-    with pytest.raises(ValueError, match="expected 5 experts"):
-        placement.place_experts([1.0] * 5, gpus=2)
-    with pytest.raises(ValueError, match="load: got -1"):
-        placement.place_experts([1.0, -1.0], gpus=2)
+@pytest.mark.parametrize(("load", "words"), [([1.0] * 5, "expected 5 experts"), ([1.0, -1.0], "load: got -1")])
+def test_bad_placements_are_refused(load, words):
+    with pytest.raises(ValueError, match=words):
+        placement.place_experts(load, gpus=2)

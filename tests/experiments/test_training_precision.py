@@ -80,10 +80,9 @@ def test_runs_repeat_and_too_small_gradients_do_not_learn(monkeypatch):
     for arm in ("bfloat16", "float16, dynamic scale"):
         assert loss[arm] == pytest.approx(loss["float32"], abs=0.05) and loss[arm] != loss["float32"]
     assert runs["float16, dynamic scale"]["skipped"] == [0] and runs["float32"]["scale"] == [1.0]
-    with pytest.raises(ValueError, match="arms: got 'float8'"):
-        precision_runs(["float8"])
-    with pytest.raises(ValueError, match="seeds: got 0"):
-        precision_runs(seeds=0)
+    for bad, words in (({"arms": ["float8"]}, "arms: got 'float8'"), ({"seeds": 0}, "seeds: got 0")):
+        with pytest.raises(ValueError, match=words):
+            precision_runs(**bad)
 
 
 def test_the_picture_is_what_its_program_draws():

@@ -3,12 +3,16 @@
 import re
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from measured import claims
-from measured.claims import CHECKS, SYMBOLS, VERDICTS, ClaimNotSupported, UnknownClaim
+from measured.claims import SYMBOLS, VERDICTS, ClaimNotSupported, UnknownClaim
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,10 +30,9 @@ SECTIONS = {
     "s5": 7,
 }
 RESEARCHED = [f"{section}-{number:02d}" for section, count in SECTIONS.items() for number in range(1, count + 1)]
-RESEARCHED += ["intro-01", "intro-02", "intro-03", "s2.2-01", "s2.2-avg", "s2.2-se", "end-01", "global-01"]
+RESEARCHED += "intro-01 intro-02 intro-03 s2.2-01 s2.2-avg s2.2-se s2.2-10 s2.2-11 s2.2-12 s2.2-13 end-01".split()
+RESEARCHED += "s2.3-01 s2.3-02 s2.3-03 s2.3-04 s2.3-11 s2.3-12 global-01".split()
 RESEARCHED += [f"s2.2-{domain}-V{v}" for domain in ("math", "law", "medicine") for v in (1, 2, 3)]
-RESEARCHED += [f"s2.2-{number}" for number in (10, 11, 12, 13)]
-RESEARCHED += ["s2.3-01", "s2.3-02", "s2.3-03", "s2.3-04", "s2.3-11", "s2.3-12"]
 RESEARCHED += [f"s2.3-{what}-V{v}" for what in ("cost", "year") for v in (1, 2, 3)]
 
 ROW = """\
@@ -79,39 +82,22 @@ def ledger(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the real ledger
 
 
-def test_every_researched_claim_is_there_once():
-    ids = list(claims.load_ledger())
-    assert len(ids) == len(RESEARCHED) == 115
-    assert sorted(ids) == sorted(RESEARCHED)
-
-
-def test_vocabulary():
+def test_every_researched_claim_is_there_once_in_the_words_of_the_ledger():
+    ledger = claims.load_ledger()
+    assert len(RESEARCHED) == 115 and sorted(ledger) == sorted(RESEARCHED)
     assert VERDICTS.keys() == SYMBOLS.keys() and len(set(SYMBOLS.values())) == len(SYMBOLS)
-    for claim in claims.load_ledger().values():
-        assert claim.verdict in VERDICTS and set(claim.checks) <= set(CHECKS)
-    assert all(count for count in claims.load_ledger().counts().values()), (
-        "a verdict that no claim has needs no definition"
-    )
+    assert all(ledger.counts().values()), "a verdict that no claim has needs no definition"
+    assert claims.load_ledger() is ledger, "parsed once"
 
 
-def test_sentences_are_sentences():
-    for claim in claims.load_ledger().values():
-        for text in (claim.said, claim.because):
-            assert text[0].isupper() or text[0] in "`$0123456789"
-            assert text.endswith(".") and "\n" not in text and len(text) < 330, f"{claim.id}: {text}"
-        assert not re.search(r"[\u3000-\u9fff]", claim.said + claim.because), f"{claim.id}: own words, in English"
-
-
-def test_a_verdict_from_sources_names_one():
-    for claim in claims.load_ledger().values():
-        if claim.checks == ("published",) and claim.verdict in {"wrong", "holds"}:
-            assert claim.sources, f"{claim.id} is settled by sources alone and names none"
-        if not claim.pending and not claim.found:
-            assert claim.sources, f"{claim.id} has neither quantities nor sources to settle it by"
-
-
-def test_loading_twice_parses_once():
-    assert claims.load_ledger() is claims.load_ledger()
+@pytest.mark.parametrize("claim", claims.load_ledger().values(), ids=lambda claim: claim.id)
+def test_sentences_are_sentences_and_a_verdict_from_sources_names_one(claim):
+    for text in (claim.said, claim.because):
+        assert text[0].isupper() or text[0] in "`$0123456789"
+        assert text.endswith(".") and "\n" not in text and len(text) < 330
+    assert not re.search(r"[\u3000-\u9fff]", claim.said + claim.because), "own words, in English"
+    by_sources = claim.checks == ("published",) and claim.verdict in {"wrong", "holds"}
+    assert claim.sources or not (by_sources or (not claim.pending and not claim.found))
 
 
 def test_works_without_torch():
@@ -139,11 +125,11 @@ def test_filter_and_counts(ledger):
         ledger.counts("colour")
 
 
-@pytest.mark.parametrize("error", [KeyError, ValueError, UnknownClaim])
-def test_unknown_id_names_the_nearest(ledger, error):
-    with pytest.raises(error, match=r"no claim 's9\.9-1' in claims\.yml; nearest: s9\.9-0"):
+def test_unknown_id_names_the_nearest(ledger):
+    assert issubclass(UnknownClaim, KeyError) and issubclass(UnknownClaim, ValueError)
+    with pytest.raises(UnknownClaim, match=r"no claim 's9\.9-1' in claims\.yml; nearest: s9\.9-0"):
         ledger["s9.9-1"]
-    with pytest.raises(error, match="no claim None"):
+    with pytest.raises(UnknownClaim, match="no claim None"):
         claims.check(None)
 
 
@@ -152,8 +138,13 @@ def test_unknown_id_names_the_nearest(ledger, error):
 
 def test_check_accepts_what_the_row_says(ledger):
     assert claims.check("s9.9-01", **FOUND).claim is ledger["s9.9-01"]
-    near = {**FOUND, "share": 0.5049, "speed": 2}
-    assert repr(claims.check("s9.9-01", **near)) == repr(claims.check("s9.9-01", **FOUND))
+    for near in (
+        {"share": 0.5049, "speed": 2},
+        {"layers": np.int64(5), "share": np.float32(0.5), "fits": np.bool_(True)},
+        {"layers": torch.tensor(5), "share": torch.tensor(0.5)},
+        {"layers": Fraction(5), "share": Fraction(1, 2), "speed": Decimal("2.5")},
+    ):
+        assert repr(claims.check("s9.9-01", **{**FOUND, **near})) == repr(claims.check("s9.9-01", **FOUND))
 
 
 @pytest.mark.parametrize(
@@ -169,17 +160,13 @@ def test_check_accepts_what_the_row_says(ledger):
         ({"speed": 3.01}, "speed: got 3.01, wanted 2 to 3"),
         ({"kind": "Dense"}, "kind: got 'Dense', wanted dense"),
         ({"extra": 1}, "extra: got 1, but the row has no such quantity"),
+        ({"layers": ...}, "layers: not computed, wanted 5"),
     ],
 )
-def test_check_raises_on_a_different_or_extra_quantity(ledger, change, message):
+def test_check_raises_on_a_different_extra_or_missing_quantity(ledger, change, message):
     with pytest.raises(ClaimNotSupported, match=re.escape(message)) as error:
-        claims.check("s9.9-01", **{**FOUND, **change})
+        claims.check("s9.9-01", **{name: value for name, value in {**FOUND, **change}.items() if value is not ...})
     assert "claim s9.9-01 (wrong)" in str(error.value)
-
-
-def test_check_raises_on_a_missing_quantity(ledger):
-    with pytest.raises(ClaimNotSupported, match="layers: not computed, wanted 5"):
-        claims.check("s9.9-01", **{k: v for k, v in FOUND.items() if k != "layers"})
 
 
 def test_a_row_without_quantities_is_settled_by_its_sources(ledger):
@@ -188,12 +175,6 @@ def test_a_row_without_quantities_is_settled_by_its_sources(ledger):
         claims.check("s9.9-02", price=1)
     with pytest.raises(ClaimNotSupported, match="neither quantities"):
         claims.check("s9.9-03")
-
-
-def test_check_takes_numpy_and_torch_scalars(ledger):
-    np, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
-    claims.check("s9.9-01", **{**FOUND, "layers": np.int64(5), "share": np.float32(0.5), "fits": np.bool_(True)})
-    claims.check("s9.9-01", **{**FOUND, "layers": torch.tensor(5), "share": torch.tensor(0.5)})
 
 
 def test_card_is_the_same_every_time_and_escapes(ledger):
@@ -222,77 +203,77 @@ def test_summary_adds_up(ledger):
 
 # ---------------------------------------------------------------- faulty files
 
-
-@pytest.mark.parametrize(
-    ("old", "new", "line", "field", "words"),
-    [
-        ("verdict: wrong", "verdict: false", 7, "verdict", "got False, Input should be 'holds'"),
-        ("verdict: wrong", "verdict: bad", 7, "verdict", "got 'bad', Input should be 'holds'"),
-        ("[arithmetic]", "[magic]", 6, "checks", "0: got 'magic', Input should be 'arithmetic'"),
-        ("[arithmetic]", "[]", 6, "checks", "got [], Tuple should have at least 1"),
-        ("[arithmetic]", "arithmetic", 6, "checks", "got 'arithmetic', Input should be a valid list"),
-        ("sources: [deepseek_v3]", "sources: [7]", 11, "sources", "0: got 7, Input should be a valid string"),
-        ('value: "4"', "value: 4", 5, "value", "got 4, Input should be a valid string"),
-        ("architecture/decoder", "decoder", 3, "chapter", "got 'decoder', String should match pattern '^(architecture"),
-        ("claim-s9-9-01", "s9.9-01", 10, "evidence", "got 's9.9-01', String should match pattern '^(pending|claim-"),
-        ("layers: 5", "layers: null", 9, "found", "layers: got None, Value error, wanted a number"),
-        (
-            "[2, 3]",
-            "[3, 2]",
-            9,
-            "found",
-            "speed: got [3, 2], Value error, wanted a number, a truth value, text or [low",
-        ),
-        ("layers: 5", "no. of layers: 5", 9, "found", "no. of layers: [key]: got 'no. of layers'"),
-        ("  found:", "  fuond:", 9, "fuond", "unknown field, wanted one of id, chapter"),
-        ("said: It has", "said: ' '\n  sdai: It has", 5, "sdai", "unknown field"),
-        ("said: It has `n` layers & more.", "said: ' '", 4, "said", "got ' ', String should match"),
-        ("because: It has 5 < 6.", "because: 5", 8, "because", "got 5, Input should be a valid string"),
-        ("id: s9.9-01", "id: Claim 1", 2, "id", "got 'Claim 1', String should match pattern"),
-    ],
-)
-def test_a_faulty_field_is_named_with_its_line(tmp_path, old, new, line, field, words):
-    name = "Claim 1" if field == "id" else "s9.9-01"
-    assert fault(tmp_path, ROW.replace(old, new, 1)).startswith(f"line {line}, row {name!r}, field {field!r}: {words}")
+FIRST = "row 's9.9-01', field"
+SECOND = "row 's9.9-02', field"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  said: It is cheap.\n", "", "line 12, row 's9.9-02', field 'said': missing"),
+        ("verdict: wrong", "verdict: false", f"line 7, {FIRST} 'verdict': got False, Input should be 'holds'"),
+        ("verdict: wrong", "verdict: bad", f"line 7, {FIRST} 'verdict': got 'bad', Input should be 'holds'"),
+        ("[arithmetic]", "[magic]", f"line 6, {FIRST} 'checks': 0: got 'magic', Input should be 'arithmetic'"),
+        ("[arithmetic]", "[]", f"line 6, {FIRST} 'checks': got [], Tuple should have at least 1"),
+        ("[arithmetic]", "arithmetic", f"line 6, {FIRST} 'checks': got 'arithmetic', Input should be a valid list"),
         (
-            "said: It is cheap.",
-            "said:",
-            "line 14, row 's9.9-02', field 'said': got None, Input should be a valid string",
+            "sources: [deepseek_v3]",
+            "sources: [7]",
+            f"line 11, {FIRST} 'sources': 0: got 7, Input should be a valid str",
         ),
-        ("id: s9.9-02", "id: s9.9-01", "line 12, row 's9.9-01', field 'id': already used at line 2"),
-        ("  value: null\n", "  value: null\n  value: null\n", "field 'value': given twice, first at line 15"),
+        ('value: "4"', "value: 4", f"line 5, {FIRST} 'value': got 4, Input should be a valid string"),
+        ("architecture/decoder", "decoder", f"line 3, {FIRST} 'chapter': got 'decoder', String should match pattern"),
+        ("claim-s9-9-01", "s9.9-01", f"line 10, {FIRST} 'evidence': got 's9.9-01', String should match pattern"),
+        ("layers: 5", "layers: null", f"line 9, {FIRST} 'found': layers: got None, Value error, wanted a number"),
+        ("layers: 5", "layers: .nan", f"line 9, {FIRST} 'found': layers: got nan, Value error, wanted a number"),
+        ("layers: 5", "layers: -.inf", f"line 9, {FIRST} 'found': layers: got -inf, Value error, wanted a number"),
+        ("layers: 5", "layers: 2026-01-01", f"line 9, {FIRST} 'found': layers: got datetime.date(2026, 1, 1), Value"),
+        ("layers: 5", "layers: 2026-02-30", f"line 9, {FIRST} 'found': got"),
+        ("layers: 5", "layers: !!timestamp soon", f"line 9, {FIRST} 'found': got"),
+        ("layers: 5", f"layers: {'9' * 5000}", f"line 9, {FIRST} 'found': got"),
+        (
+            "[2, 3]",
+            "[3, 2]",
+            f"line 9, {FIRST} 'found': speed: got [3, 2], Value error, wanted a number, a truth value",
+        ),
+        ("[2, 3]", "[2.0, .nan]", f"line 9, {FIRST} 'found': speed: got [2.0, nan], Value error"),
+        ("[2, 3]", "[2.0, .inf]", f"line 9, {FIRST} 'found': speed: got [2.0, inf], Value error"),
+        ("layers: 5", "layers: 5, layers: 6", f"line 9, {FIRST} 'found', field 'layers': given twice, first at line 9"),
+        ("layers: 5", "no. of layers: 5", f"line 9, {FIRST} 'found': no. of layers: [key]: got 'no. of layers'"),
+        ("layers: 5", "[a]: 5", "line 9: not valid YAML: found unhashable key"),
+        ("  found:", "  fuond:", f"line 9, {FIRST} 'fuond': unknown field, wanted one of id, chapter"),
+        ("said: It has", "said: ' '\n  sdai: It has", f"line 5, {FIRST} 'sdai': unknown field"),
+        ("said: It has `n` layers & more.", "said: ' '", f"line 4, {FIRST} 'said': got ' ', String should match"),
+        ("because: It has 5 < 6.", "because: 5", f"line 8, {FIRST} 'because': got 5, Input should be a valid string"),
+        ("id: s9.9-01", "id: Claim 1", "line 2, row 'Claim 1', field 'id': got 'Claim 1', String should match pattern"),
+        ("  said: It is cheap.\n", "", f"line 12, {SECOND} 'said': missing"),
+        ("said: It is cheap.", "said:", f"line 14, {SECOND} 'said': got None, Input should be a valid string"),
+        ("said: It is cheap.", "said: 2026-02-30", f"line 14, {SECOND} 'said': got '2026-02-30': day is out of range"),
+        ("id: s9.9-02", "id: s9.9-01", f"line 12, {FIRST} 'id': already used at line 2"),
+        (
+            "  value: null\n",
+            "  value: null\n  value: null\n",
+            f"line 16, {SECOND} 'value': given twice, first at line 15",
+        ),
         ("- id: s9.9-03", "- nothing\n- id: s9.9-03", "line 21: got 'nothing', wanted a row of fields"),
-        ("said: It is cheap.", "said: [open", "not valid YAML"),
+        ("  said: It is cheap.", "  ? [a, b]\n  : 1", f"line 14, {SECOND} '?': the name of a field has to be a word"),
+        ("said: It is cheap.", "said: [open", "line 15: not valid YAML"),
         ("said: It is cheap.", "said: Cheap: yes", "line 14: not valid YAML"),
-        ("said: It is cheap.", "said: \tnot: fine", "not valid YAML"),
-        ("cheap", "ch\x00ap", "not valid YAML"),
-        ("  said: It is cheap.", "  ? [a, b]\n  : 1", "line 12, row 's9.9-02', field '?': the name of a field"),
+        ("said: It is cheap.", "said: \tnot: fine", "line 14: not valid YAML"),
         ("said: It is cheap.", "said: !!python/name:os.system", "line 14: not valid YAML"),
+        ("[arithmetic]", "&all [*all]", "line 6: not valid YAML: found unconstructable recursive node"),
+        ("said: It is cheap.", "said: *nobody", "line 14: not valid YAML: found undefined alias"),
+        ("cheap", "ch\x00ap", "not valid YAML"),
+        ("said: It is cheap.", "said: " + "[" * 100_000 + "]" * 100_000, "line 14: nested 9 deep, wanted at most 8"),
         (ROW, "", "line 1, field 'claims': wanted a list of rows"),
         (ROW, "claims: 7", "line 1, field 'claims': wanted a list of rows"),
+        ("claims:", "claims: []\nclaims:", "line 2, field 'claims': given twice, first at line 1"),
+        ("claims:", "others: []\nclaims:", "line 1, field 'claims': wanted a list of rows under the key 'claims', not"),
+        ("cheap", "ch\udcffap", "line 14: not UTF-8 text"),
     ],
 )
 def test_a_faulty_file_says_where(tmp_path, old, new, message):
-    assert message in fault(tmp_path, ROW.replace(old, new, 1))
-
-
-def fault(folder, text):
-    """What is wrong with a file, without its name."""
-    path = folder / "claims.yml"
-    path.write_text(text, encoding="utf-8")
+    path = tmp_path / "claims.yml"
+    path.write_bytes(ROW.replace(old, new, 1).encode(errors="surrogateescape"))
     with pytest.raises(ValueError) as error:
         claims.load_ledger(path)
-    return str(error.value).removeprefix("claims.yml ")
-
-
-def test_a_file_that_is_not_text_says_where(tmp_path):
-    path = tmp_path / "claims.yml"
-    path.write_bytes(ROW.encode().replace(b"cheap", b"ch\xffap"))
-    with pytest.raises(ValueError, match=r"claims\.yml line 14: not UTF-8 text"):
-        claims.load_ledger(path)
+    assert str(error.value).startswith(f"claims.yml {message}" if "line" in message else f"claims.yml: {message}")

@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from measured import machine as device
+from measured import probes
 from measured.machine import Machine
+
+NAN, THREADS = float("nan"), torch.get_num_threads()
 
 
 def machine(**changes):
@@ -30,14 +33,9 @@ def test_an_unknown_or_absent_device_is_named(name, wanted):
 
 def test_description_of_this_machine():
     here = device.describe("cpu")
-    assert here.kind == "cpu"
-    assert here.cores >= 1
-    assert here.threads >= 1
-    assert here.torch == torch.__version__
-    assert here.memory_bytes > 10**8
-    assert here.name in here._repr_markdown_()
-    assert "<caption" in here._repr_html_()
-    assert here.driver is None
+    assert here.kind == "cpu" and here.driver is None and here.torch == torch.__version__
+    assert here.cores >= 1 and here.threads >= 1 and here.memory_bytes > 10**8
+    assert here.name in here._repr_markdown_() and "<caption" in here._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -56,17 +54,17 @@ def test_slug_is_a_file_name(changes, slug):
 
 @pytest.mark.parametrize(
     ("flags", "isa"),
-    [("sse2 avx2 fma", None), ("avx2 avx512f avx512_vnni avx512_bf16", "AVX-512 BF16"), ("avx512f amx_tile", "AMX")],
+    [
+        ("sse2 avx2 fma", None),
+        ("avx2 avx512f avx512_vnni avx512_bf16", "AVX-512 BF16"),
+        ("avx512f amx_tile", "AMX"),
+        (None, None),  # a system that hides them
+    ],
 )
 def test_generations_of_a_cpu_are_told_apart_by_their_instructions(monkeypatch, flags, isa):
-    monkeypatch.setattr(device.Path, "exists", lambda self: True)
+    monkeypatch.setattr(device.Path, "exists", lambda self: flags is not None)
     monkeypatch.setattr(device.Path, "read_text", lambda self, errors: f"model name\t: AMD EPYC\nflags\t\t: {flags}\n")
     assert device.cpu_isa() == isa
-
-
-def test_a_system_that_hides_its_instructions(monkeypatch):
-    monkeypatch.setattr(device.Path, "exists", lambda self: False)
-    assert device.cpu_isa() is None
 
 
 def test_unknown_versions_are_left_out():
@@ -78,3 +76,29 @@ def test_unknown_versions_are_left_out():
 def test_a_machine_that_hides_its_cache(monkeypatch):
     monkeypatch.setattr(device.Path, "glob", lambda self, pattern: iter(()))
     assert device.cpu_cache() is None or device.sys.platform == "darwin"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (lambda size=size: probes.copy_bandwidth("cpu", size=size), f"size: got {size}")
+            for size in (0, -4, 1.5, NAN)
+        ),
+        *(
+            (lambda size=size: probes.product_rate("float32", "cpu", size), f"size: got {size}")
+            for size in (0, -1, 64.0)
+        ),
+        *((lambda t=t: probes.read_bandwidth("cpu", 64, threads=t), f"threads: got {t}") for t in (0, -1, 0.5, NAN)),
+        *(
+            (lambda s=seconds: probes.measure_roof("cpu", ["float32"], max_seconds=s), "max_seconds: got")
+            for seconds in (0, -1.0, NAN, float("inf"))
+        ),
+        (lambda: probes.measure_roof("cpu", ["float7"]), "float7"),
+        (lambda: probes.launch_gap(side=16, rounds=-2), "seconds: got no readings"),
+    ],
+)
+def test_bad_input_of_the_probes_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert torch.get_num_threads() == THREADS

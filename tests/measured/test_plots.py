@@ -3,17 +3,20 @@ import re
 import subprocess
 import sys
 
+import ipywidgets
+import matplotlib
+import numpy
 import pytest
+from matplotlib import pyplot
 
+from dslib.roofline import Roof, Workload, place
 from measured import plots
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
+ROOF = Roof("r", bandwidth=1e12, flops={"float16": 100e12}, memory_bytes=1e9, source="test")
 
 
 @pytest.fixture(autouse=True)
 def style():
-    import matplotlib
-
     with matplotlib.rc_context():
         matplotlib.use("agg")
         plots.use_style()
@@ -33,33 +36,32 @@ def test_the_alternative_text_reaches_the_html():
     assert 'alt="A line from 0 to 2, &quot;straight&quot; &amp; rising"' in bundle["text/html"]
     assert bundle["text/plain"].startswith("Figure: A line")
     png = base64.b64decode(re.search(r"base64,([^\"]+)", bundle["text/html"]).group(1))
-    assert png.startswith(b"\x89PNG")
-    assert len(png) <= plots.LARGEST
+    assert png.startswith(b"\x89PNG") and len(png) <= plots.LARGEST
 
 
-def test_the_figure_is_closed_and_drawn_alike_twice():
-    first, second = plots.show(draw(), alt="a"), plots.show(draw(), alt="a")
+def test_figures_are_closed_and_drawn_alike_whatever_the_reader_has_set():
+    first = plots.show(draw(), alt="a")
     assert not pyplot.get_fignums()
-    assert first.png == second.png
+    theirs = {"text.usetex": True, "lines.linewidth": 9, "savefig.bbox": "tight", "axes.facecolor": "red"}
+    matplotlib.rcParams.update(theirs | {"font.size": 20, "xtick.direction": "in"})
+    plots.use_style()
+    assert plots.show(draw(), alt="a").png == first.png
+    assert matplotlib.get_backend() == "agg"
 
 
 def test_a_busy_picture_is_made_smaller():
-    numpy = pytest.importorskip("numpy")
     fig, ax = pyplot.subplots()
     ax.imshow(numpy.random.default_rng(0).random((600, 600)), interpolation="nearest")
     busy = plots.show(fig, alt="noise")
     plain = plots.show(draw(), alt="line")
     # Width in the PNG header: fewer dots for the busy one.
-    assert int.from_bytes(busy.png[16:20], "big") < int.from_bytes(plain.png[16:20], "big")
+    assert busy.png[16:20] < plain.png[16:20]
 
 
 def test_a_roof_bends_at_its_ridge_and_work_lies_on_it():
-    from dslib.roofline import Roof, Workload, place
-
-    roof = Roof("r", bandwidth=1e12, flops={"float16": 100e12}, memory_bytes=1e9, source="test")
     fig, ax = pyplot.subplots()
-    plots.draw_roofs(ax, [roof], "float16", low=1, high=1000)
-    plots.draw_places(ax, [place(Workload("w", 1e9, work, "float16"), roof) for work in (10e9, 500e9)])
+    plots.draw_roofs(ax, [ROOF], "float16", low=1, high=1000)
+    plots.draw_places(ax, [place(Workload("w", 1e9, work, "float16"), ROOF) for work in (10e9, 500e9)])
     line, below, above = ax.get_lines()
     assert list(line.get_xdata()) == [1, 100, 1000]
     assert list(line.get_ydata()) == [1, 100, 100]
@@ -87,18 +89,19 @@ def test_every_colour_is_legible_on_the_paper():
     assert len(plots.COLOURS) == len(plots.LINES) == len(plots.MARKERS)
 
 
-def test_explorer_shows_its_default_without_a_kernel():
+def test_explorer_shows_its_default_without_a_kernel_and_without_ipywidgets(monkeypatch):
     explorer = plots.explore(draw, lambda power, grid: f"Power {power}", power=[2, 3], grid=True)
     assert explorer.defaults == {"power": 2, "grid": True}
     bundle = explorer._repr_mimebundle_()
     assert 'alt="Power 2"' in bundle["text/html"]
     assert bundle["text/plain"] == "Explorer at power=2, grid=True. Figure: Power 2"
     assert repr(explorer.draw(power=3)) == "Figure: Power 3"
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert set(explorer._repr_mimebundle_()) == {"text/html", "text/plain"}
 
 
 def test_explorer_redraws_when_a_control_moves():
-    widgets = pytest.importorskip("ipywidgets")
-    ready = widgets.IntText(value=5, description="n")
+    ready = ipywidgets.IntText(value=5, description="n")
     explorer = plots.explore(
         lambda **values: draw(values["power"]),
         lambda **values: f"{values}",
@@ -111,14 +114,8 @@ def test_explorer_redraws_when_a_control_moves():
     *controls, view = box.children
     before = view.value
     controls[0].value = 3
-    assert view.value != before
-    assert "power" in view.value
+    assert view.value != before and "power" in view.value
     assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
-
-
-def test_explorer_without_ipywidgets(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert set(plots.explore(draw, "x", power=[1])._repr_mimebundle_()) == {"text/html", "text/plain"}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +129,12 @@ def test_explorer_without_ipywidgets(monkeypatch):
         (lambda: plots.explore(draw, "x", x="abc"), "x: got 'abc'"),
         (lambda: plots.explore(draw, "x", x=[]), r"x: got \[\]"),
         (lambda: plots.explore(draw, "x", x=(1, 2, 3)), r"x: got \(1, 2, 3\)"),
+        (lambda: plots.explore(draw, "x", x=(3, 1)), r"x: got \(3, 1\)"),
+        (lambda: plots.explore(draw, "x", x=(0.5, float("nan"))), r"x: got \(0.5, nan\)"),
+        (lambda: plots.draw_roofs(None, [ROOF], "float16", low=0), "low: got 0, expected a number above 0"),
+        (lambda: plots.draw_roofs(None, [ROOF], "float16", low=float("nan")), "low: got nan"),
+        (lambda: plots.draw_roofs(None, [ROOF], "float16", low=8, high=8), "high: got 8, expected a number above 8"),
+        (lambda: plots.draw_roofs(None, [ROOF], "float16", high=float("inf")), "high: got inf"),
         (lambda: plots.explore(draw, "x", power=[1]).draw(speed=2), "speed: not a control"),
         (lambda: plots.explore(3, "x", power=[1]), "draw: got 3"),
     ],
