@@ -30,8 +30,11 @@ def transformers_block(moe: MoE) -> nn.Module:
 
     router, experts = moe.router, moe.experts
     mixtral = router.scoring_func == "softmax" and router.norm_topk_prob and router.n_group == 1
-    if not mixtral or moe.shared_experts is not None or router.routed_scaling_factor != 1.0:
-        raise ValueError("moe: expected Mixtral's rule (softmax, norm_topk_prob=True, one group) and no shared experts")
+    plain = moe.shared_experts is None and experts.swiglu_limit is None
+    if not mixtral or not plain or router.routed_scaling_factor != 1.0:
+        raise ValueError(
+            "moe: expected Mixtral's rule (softmax, norm_topk_prob=True, one group), no shared experts and no limit"
+        )
     config = MixtralConfig(
         hidden_size=router.hidden_size, intermediate_size=experts.intermediate_size,
         num_local_experts=router.num_experts, num_experts_per_tok=router.top_k,

@@ -14,6 +14,7 @@ from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.experts import Experts
 from dslib.architecture.int4.layers import Int4Experts, Int4Linear, nbytes, quantize_
 from dslib.architecture.int4.levels import METHODS, half_quadratic, pack, round_to_nearest, unpack
+from dslib.architecture.moe import MoE, Router
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.performance.speculative import with_layers
 
@@ -253,3 +254,19 @@ def test_a_model_that_does_not_fit_is_named_and_unchanged():
     quantize_(model, 64, skip=("down_proj", "lm_head"))
     assert isinstance(model.layers[0].mlp.gate_up_proj, Int4Linear)
     assert type(model.layers[0].mlp.down_proj) is type(model.lm_head) is nn.Linear
+
+
+def test_a_mixture_keeps_its_limit_and_the_gate_of_its_shared_experts():
+    router = Router(64, 4, 2)
+    layer = MoE(64, 64, router, n_shared_experts=1, shared_expert_gate=True, swiglu_limit=0.4)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, plain = torch.randn(1, 9, 64), copy.deepcopy(layer)
+    quantize_(layer, 32)
+    assert type(layer.shared_expert_gate) is nn.Linear
+    for name in ("gate_up_proj", "down_proj"):
+        weights = torch.stack([expert.dequantize() for expert in getattr(layer.experts, name)])
+        getattr(plain.experts, name).data = weights
+        linear = plain.shared_experts.get_submodule(name)
+        linear.weight.data = layer.shared_experts.get_submodule(name).dequantize()
+    torch.testing.assert_close(layer(x), plain(x), atol=1e-4, rtol=1e-4)

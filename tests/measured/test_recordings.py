@@ -8,7 +8,6 @@ from dslib.data.files import data_path
 from measured import record, recordings
 from measured.timing import Timing
 
-
 RUNS = []
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.config import DecoderConfig
-from dslib.architecture.experts import Experts, Pairs
+from dslib.architecture.experts import Experts, Pairs, swiglu
 from dslib.architecture.int4.levels import METHODS, check_group_size, pack, unpack
 from dslib.architecture.int4.replace import replace_layers
 from dslib.check import one_of, whole
@@ -160,7 +160,7 @@ class Int4Experts(nn.Module):
     def __init__(self, experts: Experts, group_size: int = 32, method: str = "rtn", symmetric: bool = False):
         super().__init__()
         self.num_experts, self.hidden_size = experts.num_experts, experts.hidden_size
-        self.intermediate_size = experts.intermediate_size
+        self.intermediate_size, self.swiglu_limit = experts.intermediate_size, experts.swiglu_limit
         if len(experts.down_proj) != self.num_experts:
             raise ValueError("experts: packed by fast.prepare, expected fast.release(model) before")
         for name in ("gate_up_proj", "down_proj"):
@@ -185,8 +185,7 @@ class Int4Experts(nn.Module):
         out = []
         for part, gate_up, down in zip(rows, self.gate_up_proj, self.down_proj, strict=False):
             if len(part):
-                gate, up = gate_up(part).chunk(2, dim=-1)
-                out.append(down(F.silu(gate) * up))
+                out.append(down(swiglu(gate_up(part), self.swiglu_limit)))
         return pairs.combine(torch.cat([*out, torch.zeros_like(rows[-1])]), weights.to(x.dtype))
 
 
@@ -196,7 +195,7 @@ def quantize_(model: nn.Module, group_size: int = 32, method: str = "rtn", symme
     """Replace every linear layer of ``model`` by an :class:`Int4Linear`, in place, and return the model.
 
     Works for our models and for any other made of ``nn.Linear``, such as transformers' classes. Experts become
-    :class:`Int4Experts`; routers, norms and embeddings stay. A head that was tied to the embedding and is not skipped
+    :class:`Int4Experts`; routers, gates of shared experts, norms and embeddings stay. A head that was tied to the embedding and is not skipped
     becomes a 4-bit copy, and the configuration then says that the two are no longer tied.
 
     In place means in every model that has these layers: a draft made by ``with_layers`` *is* some layers of its target,
@@ -222,7 +221,7 @@ def quantize_(model: nn.Module, group_size: int = 32, method: str = "rtn", symme
                 module.activations = activations
         return made
 
-    names = replace_layers(model, (nn.Linear, Experts), make, skip)
+    names = replace_layers(model, (nn.Linear, Experts), make, {*skip, "shared_expert_gate"})
     if "lm_head" in names and isinstance(getattr(model, "config", None), DecoderConfig):
         model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
     return model
