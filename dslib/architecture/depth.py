@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step
-from dslib.architecture.decoder import Decoder
+from dslib.architecture.decoder import Decoder, check_ids
 from dslib.architecture.layers import Block
 
 
@@ -95,7 +95,7 @@ def early_exit(
             layers have kept different numbers of tokens.
     """
     exits = rule.exits(len(model.layers))
-    x, step, rope = model.begin(input_ids, cache, positions)
+    x, step, rope = model.place(model.embed_tokens(check_ids(input_ids)), cache, positions)
     inside = torch.ones(input_ids.shape, dtype=torch.bool, device=x.device)
     depths = torch.full_like(input_ids, len(model.layers), dtype=torch.int64)
     logits = x.new_empty(*input_ids.shape, model.config.vocab_size)
@@ -126,7 +126,7 @@ def early_exit(
 
 def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
     """Loss of each token at each exit, in nats: two (B, T) -> (exits, B, T), float32; the last exit is the model."""
-    x, step, rope = model.begin(inputs)
+    x, step, rope = model.place(model.embed_tokens(check_ids(inputs)))
     exits, losses = rule.exits(len(model.layers)), []
     for depth, layer in enumerate(model.layers, start=1):
         x = layer(x, rope, step, None, depth - 1, inputs)

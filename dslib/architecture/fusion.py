@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cache import KVCache, start
+from dslib.architecture.cache import KVCache
 from dslib.architecture.config import DecoderConfig
-from dslib.architecture.decoder import MODELS, Decoder, check_ids
+from dslib.architecture.decoder import MODELS, Decoder
 from dslib.architecture.layers import Attention, Block, SwiGLU
 from dslib.architecture.vision.cross_attention import (
     GatedCrossAttention,
@@ -206,25 +206,23 @@ class VisionLanguageDecoder(Decoder):
             logits_at = (text if logits_at is None else logits_at) + image.prefix
         return super().forward(input_ids, cache, positions, logits_at, image=image)
 
-    def begin(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+    def place(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
               image: ImageContext | None = None):  # fmt: skip
-        """As :meth:`Decoder.begin`; a projector's picture stands before the text, the other kind goes with the step."""
+        """As :meth:`Decoder.place`; a projector's picture stands before the text, the other kind goes with the step."""
         if image is None:
-            return super().begin(input_ids, cache, positions)
+            return super().place(x, cache, positions)
         if (image.tokens is None) != (self.config.fusion == "cross"):
             raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
-        if image.batch_size != len(input_ids):
-            raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(input_ids)}")
-        check_ids(input_ids)
-        x = self.embed_tokens(input_ids)
+        if image.batch_size != len(x):
+            raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(x)}")
         positions = None if positions is None else positions + image.prefix
         if image.enters(cache):
             x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
             if positions is not None:
                 before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
                 positions = torch.cat((before, positions), dim=1)
-        step = SeeingStep(**vars(start(x, cache, positions, self.config)), image=image)
-        return x, step, self.rope(step.positions, x.dtype)
+        x, step, rope = super().place(x, cache, positions)
+        return x, SeeingStep(**vars(step), image=image), rope
 
     @torch.no_grad()
     def openings(self, input_ids: Tensor, image: ImageContext) -> tuple[Tensor, Tensor]:
