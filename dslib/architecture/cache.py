@@ -244,8 +244,9 @@ def step_for(
     mask = visible(new, at, config.sliding_window, config.attention_sinks) & attention_mask.unsqueeze(1)  # (B, T, S)
     # A padding token has to look at something, or its softmax is of nothing: it sees itself.
     mask = mask | torch.eye(at.shape[1], dtype=torch.bool, device=x.device)[-tokens:]
-    first = 0 if cache is None else cache._from or 0
-    return Step(new if positions is None else positions, mask[:, :, first:].unsqueeze(1))
+    if cache is not None:
+        cache._from = None  # update then returns every key: with padding between, a window is not the last few slots
+    return Step(new if positions is None else positions, mask.unsqueeze(1))
 
 
 def _check_mask(attention_mask: Tensor, x: Tensor, cache: KVCache | None) -> None:
