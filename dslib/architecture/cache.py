@@ -1,15 +1,9 @@
 """Key-value caches for decoding: growing and preallocated.
 
 A decoder that generates token by token needs, at each step, the keys and values of all earlier tokens. They never
-change, so they are kept. Caches differ in *where* they keep them:
-
-* :class:`GrowingCache` appends by concatenation. It needs no size in advance and copies everything at every step.
-* :class:`PreallocatedCache` writes into a buffer made once. Slot = position, so every sequence of a batch can be at
-  its own position.
-* :class:`~dslib.architecture.window.RollingCache` keeps the last ``window`` positions in a ring.
-
-A forward pass calls :func:`step_for` once, which counts the new tokens in and says what they may look at. Then the
-attention of every layer calls :meth:`~KVCache.update`, which writes.
+change, so they are kept. Caches differ in *where* they keep them: appended, in a buffer made once, or in a ring of the
+last few (:mod:`~dslib.architecture.window`). A forward pass calls :func:`step_for` once, which counts the new tokens in
+and says what they may look at. Then the attention of every layer calls :meth:`~KVCache.update`, which writes.
 
 Shapes: B batch, T new tokens, S keys seen, K key/value heads, D head size, C hidden.
 

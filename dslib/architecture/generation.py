@@ -119,21 +119,16 @@ class Generation:
 
 
 def generate(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]] | Tensor,
-    max_new_tokens: int,
-    *,
-    eos_token_id: int | Collection[int] | Tensor | None = None,
-    min_new_tokens: int = 0,
-    stop: str | Collection[str] = (),
-    tokenizer: Any = None,
-    sampling: Sampling | None = None,
-    seed: int | Sequence[int] | None = None,
-    cache: str = "preallocated",
-    image: ImageContext | None = None,
+    model: Decoder, prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, *,
+    eos_token_id: int | Collection[int] | Tensor | None = None, min_new_tokens: int = 0,
+    stop: str | Collection[str] = (), tokenizer: Any = None,
+    sampling: Sampling | None = None, seed: int | Sequence[int] | None = None,
+    cache: str = "preallocated", image: ImageContext | None = None,
     on_token: Callable[[int, int], None] | None = None,
-) -> list[Generation]:
-    """Continue every prompt by up to ``max_new_tokens`` tokens. The model runs in evaluation mode, whatever its own is.
+) -> list[Generation]:  # fmt: skip
+    """Continue every prompt by up to ``max_new_tokens`` tokens; one result a prompt, in order.
+
+    The model runs in evaluation mode, and is in its own again afterwards.
 
     Args:
         prompts: token ids, one sequence a prompt (lengths may differ), or an int64 tensor (B, T).
@@ -145,17 +140,12 @@ def generate(
         seed: of the sampling; the same seed gives the same text on the same device. One for each prompt makes a text
             independent of the others in its batch.
         cache: kind of cache, see :meth:`Decoder.make_cache`; prompts of different lengths need ``"preallocated"``.
-        image: what a :class:`~dslib.architecture.fusion.VisionLanguageDecoder` has seen, one picture (or several) a
-            prompt: ``model.encode_image(pixels)``.
+        image: what a vision-language model has seen, a picture or several a prompt: ``model.encode_image(pixels)``.
         on_token: called as ``on_token(index of the prompt, token id)`` as soon as a token is known.
 
-    Returns:
-        One :class:`Generation` a prompt, in order.
-
     Raises:
-        ValueError: no prompt, an empty prompt, an id outside the vocabulary, ``max_new_tokens`` below 1, or prompt and
-            new tokens together longer than ``max_position_embeddings`` (unless the model has a window); logits that
-            are NaN.
+        ValueError: no or an empty prompt, an id outside the vocabulary, ``max_new_tokens`` below 1, or prompt and new
+            tokens together longer than ``max_position_embeddings`` (unless there is a window); logits that are NaN.
     """
     texts, steps = _decode(
         model, prompts, max_new_tokens, eos_token_id=eos_token_id, sampling=sampling, seed=seed, image=image,
