@@ -229,8 +229,9 @@ def step_for(
         at = torch.arange(tokens, device=x.device).unsqueeze(0) if positions is None else positions
         step = Step(at, causal=True)
     else:
-        _check_cache(cache, x, positions if attention_mask is None else None, config)
-        step = cache.advance(tokens, positions if attention_mask is None else None, x.device)
+        own = positions if attention_mask is None else None  # beside a mask, positions only say how tokens are rotated
+        _check_cache(cache, x, own, config)
+        step = cache.advance(tokens, own, x.device)
     if attention_mask is None:
         return step
     at = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
