@@ -1,17 +1,11 @@
 """Key-value caches for decoding: growing and preallocated.
 
 A decoder that generates token by token needs, at each step, the keys and values of all earlier tokens. They never
-change, so they are kept. Caches differ in *where* they keep them:
+change, so they are kept. Caches differ in *where* they keep them: appended, in a buffer made once, or in a ring of the
+last few (:mod:`~dslib.architecture.window`). A forward pass calls :func:`step_for` once, which counts the new tokens in
+and says what they may look at. Then the attention of every layer calls :meth:`~KVCache.update`, which writes.
 
-* :class:`GrowingCache` appends by concatenation. It needs no size in advance and copies everything at every step.
-* :class:`PreallocatedCache` writes into a buffer made once. Slot = position, so every sequence of a batch can be at
-  its own position.
-* :class:`~dslib.architecture.window.RollingCache` keeps the last ``window`` positions in a ring.
-
-A forward pass calls :func:`start` once, which says where the new tokens stand and what they may look at, and every
-layer's attention calls :meth:`~KVCache.update`, which writes.
-
-Shapes: B sequences, T new tokens, S keys, H heads of keys and values, D head size.
+Shapes: B batch, T new tokens, S keys seen, K key/value heads, D head size, C hidden.
 
 Book: ``chapters/architecture/decoder.ipynb``. Sources: Shazeer 2019 (arXiv 1911.02150) for incremental decoding.
 """
@@ -26,13 +20,12 @@ from dslib.check import whole
 
 @dataclass
 class Step:
-    """What one forward pass needs to know about positions.
+    """Where the new tokens of one forward pass stand, and what each may look at.
 
     Attributes:
-        positions: int64, (1, T) or (B, T): the position of every new token.
-        mask: bool, (1 or B, 1, T, S), True where a query may look; None if ``causal`` says it all, or if every query
-            may look at every key.
-        causal: the keys are exactly the new tokens, so that plain causal attention applies.
+        positions: int64, (1 or B, T).
+        mask: bool, (1 or B, 1, T, S), True where a query may look; None hides no key.
+        causal: the keys are the new tokens themselves, and each looks at itself and those before it.
     """
 
     positions: Tensor
@@ -54,49 +47,32 @@ def visible(query: Tensor, key: Tensor, window: int | None = None, sinks: int = 
     return seen
 
 
-def start(x: Tensor, cache: "KVCache | None", positions: Tensor | None, config) -> Step:
-    """The step for new states (B, T, C); ``positions`` (B, T) only if sequences differ. Counts them into the cache.
-
-    Raises:
-        ValueError: a cache for another window or another number of sequences, or one that is full.
-    """
-    batch, tokens, _ = x.shape
-    if cache is None:
-        if positions is None:
-            positions = torch.arange(tokens, device=x.device).unsqueeze(0)
-        return Step(positions, causal=True)
-    if (cache.window, cache.sinks) != (config.sliding_window, config.attention_sinks):
-        raise ValueError(
-            f"cache: made for window={cache.window}, sinks={cache.sinks}, but the model has "
-            f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
-        )
-    if cache.batch_size not in (None, batch):
-        raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {batch}")
-    return cache.begin(tokens, positions, x.device)
-
-
 class KVCache:
-    """Common part of the caches. Keys and values have shape (B, H, S, D)."""
+    """Common part of the caches. Keys and values have shape (B, K, S, D)."""
+
+    ragged = False  # whether the sequences of a batch may be at different positions
 
     def __init__(self, config):
         self.window, self.sinks = config.sliding_window, config.attention_sinks
         self.batch_size: int | None = None  # None: any
         self.length = 0  # tokens seen so far (the same for the whole batch unless positions are passed)
-        # What begin tells update: the first position that a single query may see (None: a mask says what is visible).
+        # What advance tells update: the first position that a single query may see (None: a mask says what is visible).
         self._from: int | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that holds keys or values."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for keys and values, counted from the tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-    def begin(self, tokens: int, positions: Tensor | None, device: torch.device) -> Step:
-        """Start a forward pass over ``tokens`` new tokens; ``positions`` (B, T) only if sequences differ."""
-        raise NotImplementedError
+    def advance(self, tokens: int, positions: Tensor | None, device: torch.device) -> Step:
+        """Count ``tokens`` new tokens in; ``positions`` (B, T) only if sequences differ and the cache is ``ragged``."""
+        new = torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
+        first, self.length = self.length == 0, self.length + tokens
+        gap = self.sinks and self.window is not None and self.length > self.sinks + self.window
+        self._from = None if tokens > 1 or gap else 0
+        if self._from is not None and self.window is not None and not self.sinks:
+            self._from = max(0, self.length - self.window)
+        if first:
+            return Step(new, causal=True)
+        if self._from is not None:
+            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
+        keys = torch.arange(self.length, device=device).unsqueeze(0)
+        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
 
     def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Store what one layer made of the new tokens; return all that the queries need, in the same order.
@@ -115,24 +91,14 @@ class KVCache:
             raise ValueError(f"length: got {length}, expected 0 to {self.length}, the tokens held")
         self.length = length  # a buffer's later slots are overwritten before any query may look at them
 
-    def _uniform(self, tokens: int, positions: Tensor | None, device: torch.device) -> Tensor:
-        if positions is not None:
-            raise ValueError(
-                f"positions: {type(self).__name__} keeps one position for the whole batch; "
-                "use PreallocatedCache for sequences at different positions"
-            )
-        return torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds keys or values."""
+        raise NotImplementedError
 
-    def _in_order(self, new: Tensor) -> Step:
-        """The step for ``new`` positions (1, T) behind keys kept in order from position 0 on; counts them in."""
-        first, self.length = self.length == 0, self.length + new.shape[1]
-        self._from = _first_visible(new.shape[1], self.length, self.window, self.sinks)
-        if first:
-            return Step(new, causal=True)
-        if self._from is not None:
-            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
-        keys = torch.arange(self.length, device=new.device).unsqueeze(0)
-        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values, counted from the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
 class GrowingCache(KVCache):
@@ -142,16 +108,6 @@ class GrowingCache(KVCache):
         super().__init__(config)
         self.layers: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
 
-    def tensors(self) -> list[Tensor]:
-        return [t for parts in self.layers if parts is not None for t in parts]
-
-    def begin(self, tokens, positions, device):
-        return self._in_order(self._uniform(tokens, positions, device))
-
-    def truncate(self, length):
-        super().truncate(length)
-        self.layers = [parts and tuple(t[:, :, :length] for t in parts) for parts in self.layers]
-
     def update(self, layer, *new):
         held = self.layers[layer]
         if held is not None:
@@ -159,22 +115,36 @@ class GrowingCache(KVCache):
         self.layers[layer] = new
         return tuple(part[:, :, self._from :] for part in new) if self._from else new
 
+    def truncate(self, length):
+        super().truncate(length)
+        self.layers = [parts and tuple(t[:, :, :length] for t in parts) for parts in self.layers]
+
+    def tensors(self):
+        return [t for parts in self.layers if parts is not None for t in parts]
+
 
 class BufferCache(KVCache):
-    """A cache with a fixed number of slots in one buffer, made once."""
+    """A cache with a fixed number of slots in one buffer, made once, and written in place: gradients cannot follow."""
 
     def __init__(self, config, batch_size: int, slots: int, *, dtype=torch.float32, device="cpu"):
         super().__init__(config)
         whole(1, batch_size=batch_size)
         self.batch_size = batch_size
         parts, heads, size = config.cache_shape
-        # (layer, key or value, B, H, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
+        # (layer, key or value, B, K, S, D). Zeros, because masked slots are still multiplied by a weight of zero.
         shape = (config.num_hidden_layers, parts, batch_size, heads, slots, size)
         self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         # One (keys, values) pair of views a layer, made once: indexing costs more than it seems in a decoding loop.
         self._layers = [layer.unbind(0) for layer in self.buffer]
 
-    def tensors(self) -> list[Tensor]:
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._layers = [layer.unbind(0) for layer in self.buffer]  # pickled views do not share the buffer any more
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_layers": None}
+
+    def tensors(self):
         return [self.buffer]
 
 
@@ -190,16 +160,16 @@ class PreallocatedCache(BufferCache):
             answers for positions below ``max_length``.
     """
 
-    static = False
+    ragged, static = True, False
 
     def __init__(self, config, batch_size: int, max_length: int, *, dtype=torch.float32, device="cpu"):
         whole(1, max_length=max_length)
         super().__init__(config, batch_size, max_length, dtype=dtype, device=device)
         self.max_length = max_length
 
-    def begin(self, tokens, positions, device):
+    def advance(self, tokens, positions, device):
         if positions is not None:
-            return self._begin_ragged(positions)
+            return self._advance_ragged(tokens, positions)
         start, stop = self.length, self.length + tokens
         if stop > self.max_length:
             raise ValueError(
@@ -207,13 +177,13 @@ class PreallocatedCache(BufferCache):
                 f"{tokens} new tokens after {start} do not fit; make a longer cache or shorten the prompt"
             )
         self._slots, self._start, self._stop = None, start, stop
-        return self._in_order(self._uniform(tokens, None, device))
+        return super().advance(tokens, None, device)
 
-    def _begin_ragged(self, positions: Tensor) -> Step:
-        batch = self.batch_size
-        if positions.ndim != 2 or positions.shape[0] != batch:
-            raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected ({batch}, tokens)")
-        self._slots = (torch.arange(batch, device=positions.device).unsqueeze(1), positions)
+    def _advance_ragged(self, tokens: int, positions: Tensor) -> Step:
+        shape = (self.batch_size, tokens)
+        if positions.shape != shape or positions.is_floating_point():
+            wanted = f"({shape[0]}, tokens), here {shape}, of whole numbers"
+            raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected {wanted}")
         self._from, self._stop = None, self.max_length
         if not self.static:
             last, first = int(positions.max()), int(positions.min())
@@ -223,22 +193,75 @@ class PreallocatedCache(BufferCache):
                     "(the cache's max_length - 1)"
                 )
             self._stop = self.length = max(self.length, last + 1)
+        self._slots = (torch.arange(len(positions), device=positions.device).unsqueeze(1), positions)
         keys = torch.arange(self._stop, device=positions.device).unsqueeze(0)
         return Step(positions, mask=visible(positions, keys, self.window, self.sinks).unsqueeze(1))
 
     def update(self, layer, *new):
-        held = self._layers[layer]
-        first = self._from or 0
+        held, first = self._layers[layer], self._from or 0
         for kept, part in zip(held, new, strict=True):
             if self._slots is None:
                 kept.narrow(2, self._start, self._stop - self._start).copy_(part)
             else:  # scatter every token to its own sequence's position
-                kept.transpose(1, 2)[self._slots] = part.transpose(1, 2)
+                kept.transpose(1, 2)[self._slots] = part.transpose(1, 2).to(kept.dtype)  # which differs under autocast
         return tuple(kept.narrow(2, first, self._stop - first) for kept in held)
 
 
-def _first_visible(tokens: int, length: int, window: int | None, sinks: int) -> int | None:
-    """First position a single query may look at, if all from there on is visible to it; None if a mask is needed."""
-    if tokens > 1 or (sinks and window is not None and length > sinks + window):
-        return None
-    return 0 if window is None or sinks else max(0, length - window)
+def step_for(
+    x: Tensor, cache: KVCache | None, positions: Tensor | None, config, attention_mask: Tensor | None = None
+) -> Step:
+    """The step for new states (B, T, C), which are counted into the cache.
+
+    Args:
+        positions: int64 (B, T), if the sequences of a batch are at different ones.
+        attention_mask: (B, S) of 0 and 1, as transformers has it: 0 for padding, on any side, among all tokens fed so
+            far. Positions then count real tokens only. What a padding token itself sees and gives has no meaning.
+
+    Raises:
+        ValueError: a cache for another window or number of sequences, or one that is full; positions or a mask that do
+            not fit, or that this kind of cache cannot take.
+    """
+    tokens = x.shape[1]
+    if attention_mask is not None:
+        _check_mask(attention_mask, x, cache)
+        attention_mask = None if attention_mask.all() else attention_mask.bool()
+    if cache is None:
+        at = torch.arange(tokens, device=x.device).unsqueeze(0) if positions is None else positions
+        step = Step(at, causal=True)
+    else:
+        own = positions if attention_mask is None else None  # beside a mask, positions only say how tokens are rotated
+        _check_cache(cache, x, own, config)
+        step = cache.advance(tokens, own, x.device)
+    if attention_mask is None:
+        return step
+    at = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
+    new = at[:, -tokens:]
+    mask = visible(new, at, config.sliding_window, config.attention_sinks) & attention_mask.unsqueeze(1)  # (B, T, S)
+    # A padding token has to look at something, or its softmax is of nothing: it sees itself.
+    mask = mask | torch.eye(at.shape[1], dtype=torch.bool, device=x.device)[-tokens:]
+    if cache is not None:
+        cache._from = None  # update then returns every key: with padding between, a window is not the last few slots
+    return Step(new if positions is None else positions, mask.unsqueeze(1))
+
+
+def _check_mask(attention_mask: Tensor, x: Tensor, cache: KVCache | None) -> None:
+    shape = (len(x), x.shape[1] + (0 if cache is None else cache.length))
+    if attention_mask.shape != shape or not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {shape} of 0 and 1")
+    if isinstance(cache, BufferCache) and not cache.ragged:
+        raise ValueError("attention_mask: a rolling cache moves its keys about; use 'growing' or 'preallocated'")
+
+
+def _check_cache(cache: KVCache, x: Tensor, positions: Tensor | None, config) -> None:
+    if (cache.window, cache.sinks) != (config.sliding_window, config.attention_sinks):
+        raise ValueError(
+            f"cache: made for window={cache.window}, sinks={cache.sinks}, but the model has "
+            f"sliding_window={config.sliding_window}, attention_sinks={config.attention_sinks}"
+        )
+    if cache.batch_size not in (None, len(x)):
+        raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {len(x)}")
+    if positions is not None and not cache.ragged:
+        raise ValueError(
+            f"positions: {type(cache).__name__} keeps one position for the whole batch; "
+            "use PreallocatedCache for sequences at different positions"
+        )

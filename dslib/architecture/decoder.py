@@ -3,10 +3,11 @@
 Token ids become vectors; each layer adds to them what attention finds in earlier tokens, then what a feed-forward
 network makes of each; a last product gives a score for every token of the vocabulary. Positions are rotary, heads of
 keys and values may be shared by several heads of queries, attention may see a local window only. With the right
-configuration this *is* Llama, Mistral, Qwen2 or deepseek-coder-1.3b: the tests load the same weights into ours and into
-transformers' classes and compare the logits.
+configuration this *is* Llama, Mistral, Qwen2, Qwen3 or deepseek-coder-1.3b: the tests load the same weights into ours
+and into transformers' classes and compare the logits.
 
-Shapes: B sequences, T new tokens, C hidden size.
+To follow a token from id to logits, read :meth:`Decoder.forward` here, then ``Block``, ``Attention`` and ``SwiGLU`` in
+:mod:`~dslib.architecture.layers`. Shapes: B batch, T new tokens, C hidden, V vocabulary.
 
 Book: ``chapters/architecture/decoder.ipynb``. Of that chapter are also, in reading order:
 :mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.config`, :mod:`~dslib.architecture.cache`,
@@ -21,7 +22,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cache import GrowingCache, KVCache, PreallocatedCache, start
+from dslib.architecture.cache import BufferCache, GrowingCache, KVCache, PreallocatedCache, Step, step_for
 from dslib.architecture.config import DecoderConfig
 from dslib.architecture.config import preset as preset
 from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU, rope_angles
@@ -52,31 +53,42 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
         logits_at: Tensor | None = None, **seen,
     ) -> Tensor:  # fmt: skip
-        """(B, T) token ids -> (B, T, vocab_size) logits of the token after each.
+        """(B, T) token ids -> (B, T, V) logits of the token after each.
 
         Args:
             input_ids: int64, the *new* tokens; the cache stands for those before them.
             cache: filled in place.
             positions: int64 (B, T), needed only when the sequences of a batch are at different positions.
-            logits_at: int64 (B, K), the only tokens of this call whose logits are wanted, (B, K, vocab_size).
-            seen: what other kinds of model look at besides, see :meth:`begin`.
+            logits_at: int64 (B, N), the only tokens of this call whose logits are wanted, (B, N, V).
+            seen: ``attention_mask`` for padded batches, see :func:`~dslib.architecture.cache.step_for`; what other
+                kinds of model look at besides, see :meth:`place`.
 
         Raises:
             ValueError: ids of the wrong shape or dtype, or a cache made for another window or batch.
             IndexError: a token id outside the vocabulary (from the embedding).
         """
-        x, step, rope = self.begin(input_ids, cache, positions, **seen)  # x: (B, T, C)
+        x = self.embed_tokens(check_ids(input_ids))  # (B, T, C); first, so that a bad id leaves the cache untouched
+        x, step, rope = self.place(x, cache, positions, **seen)  # what each may look at, by what it is rotated
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, step, cache, index, input_ids)  # (B, T, C)
         if logits_at is not None:
-            x = x[torch.arange(len(x), device=x.device).unsqueeze(1), logits_at]  # (B, K, C)
+            x = x[torch.arange(len(x), device=x.device).unsqueeze(1), logits_at]  # (B, N, C)
         return self.lm_head(self.norm(x))
 
-    def begin(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None):
-        """What the layers start from: states (B, T, C), what each token may look at, and by what it is rotated."""
-        check_ids(input_ids)
-        x = self.embed_tokens(input_ids)  # first, so that a bad id leaves the cache untouched
-        step = start(x, cache, positions, self.config)
+    def place(
+        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Step, tuple[Tensor, Tensor]]:  # fmt: skip
+        """What the layers need besides: states (B, T, C), the step that they are, and what attention rotates by."""
+        before = 0 if cache is None else cache.length
+        step = step_for(x, cache, positions, self.config, attention_mask)
+        if isinstance(cache, BufferCache) and torch.is_grad_enabled():
+            if x.requires_grad or any(p.requires_grad for p in self.parameters()):
+                cache.length = before
+                raise ValueError(
+                    f"cache: a {type(cache).__name__} is written in place, which gradients cannot follow; "
+                    "call the model under torch.no_grad(), or use make_cache('growing')"
+                )
         return x, step, self.rope(step.positions, x.dtype)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,7 +97,7 @@ class Decoder(nn.Module):
         return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, dtype)
 
     def make_block(self, layer: int) -> Block:
-        """Block number ``layer``; this, :meth:`begin` and :meth:`rope` are what other kinds of model replace."""
+        """Block number ``layer``; this, :meth:`place` and :meth:`rope` are what other kinds of model replace."""
         config = self.config
         return Block(config, Attention(config), SwiGLU(config.hidden_size, config.intermediate_size))
 
@@ -126,7 +138,7 @@ class Decoder(nn.Module):
 MODELS: dict[type[DecoderConfig], type[Decoder]] = {DecoderConfig: Decoder}  # other kinds add themselves
 
 
-def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype=torch.float32) -> "Decoder":
+def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype=torch.float32) -> Decoder:
     """The decoder of ``config``, with random weights; on ``device="meta"`` shapes without memory, to count them."""
     if seed is not None:
         torch.manual_seed(seed)
@@ -150,11 +162,12 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_ids(input_ids: Tensor) -> None:
-    """Raise a ValueError unless these are token ids, (B, T)."""
+def check_ids(input_ids: Tensor) -> Tensor:
+    """The same ids; a ValueError unless they are (B, T) and whole numbers."""
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(
             f"input_ids: got shape {tuple(input_ids.shape)}, expected (batch, tokens), at least one of each"
         )
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
+    return input_ids

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step
-from dslib.architecture.decoder import Decoder
+from dslib.architecture.decoder import Decoder, check_ids
 from dslib.architecture.layers import Block
 from dslib.architecture.moe import no_autocast
 from dslib.check import between, whole
@@ -94,7 +94,7 @@ def early_exit(
             layers have kept different numbers of tokens.
     """
     exits = rule.exits(len(model.layers))
-    x, step, rope = model.begin(input_ids, cache, positions)
+    x, step, rope = model.place(model.embed_tokens(check_ids(input_ids)), cache, positions)
     inside = torch.ones(input_ids.shape, dtype=torch.bool, device=x.device)
     depths = torch.full_like(input_ids, len(model.layers), dtype=torch.int64)
     confidence = torch.zeros(input_ids.shape, dtype=torch.float32, device=x.device)
@@ -128,7 +128,7 @@ def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule)
 
     0 where the target is -100, which stands for none.
     """
-    x, step, rope = model.begin(inputs)
+    x, step, rope = model.place(model.embed_tokens(check_ids(inputs)))
     exits, losses = rule.exits(len(model.layers)), []
     for depth, layer in enumerate(model.layers, start=1):
         x = layer(x, rope, step, None, depth - 1, inputs)

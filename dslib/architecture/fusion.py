@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cache import KVCache, start
+from dslib.architecture.cache import KVCache
 from dslib.architecture.config import DecoderConfig
-from dslib.architecture.decoder import MODELS, Decoder, check_ids
+from dslib.architecture.decoder import MODELS, Decoder
 from dslib.architecture.layers import Attention, Block, SwiGLU
 from dslib.architecture.vision.cross_attention import (
     GatedCrossAttention,
@@ -210,19 +210,17 @@ class VisionLanguageDecoder(Decoder):
             logits_at = (text if logits_at is None else logits_at) + image.prefix
         return super().forward(input_ids, cache, positions, logits_at, image=image)
 
-    def begin(self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+    def place(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
               image: ImageContext | None = None):  # fmt: skip
-        """As :meth:`Decoder.begin`; a projector's picture stands before the text, the other kind goes with the step."""
+        """As :meth:`Decoder.place`; a projector's picture stands before the text, the other kind goes with the step."""
         if image is None:
             if cache is not None and cache.length == 0:
                 cache.picture = None
-            return super().begin(input_ids, cache, positions)
+            return super().place(x, cache, positions)
         if (image.tokens is None) != (self.config.fusion == "cross"):
             raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
-        if image.batch_size != len(input_ids):
-            raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(input_ids)}")
-        check_ids(input_ids)
-        x = self.embed_tokens(input_ids)
+        if image.batch_size != len(x):
+            raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(x)}")
         positions = None if positions is None else positions + image.prefix
         enters = image.enters(cache)
         if enters:
@@ -230,11 +228,10 @@ class VisionLanguageDecoder(Decoder):
             if positions is not None:
                 before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
                 positions = torch.cat((before, positions), dim=1)
-        step = start(x, cache, positions, self.config)
+        x, step, rope = super().place(x, cache, positions)
         if enters and cache is not None:
             cache.picture = image.tokens
-        step = SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions))
-        return x, step, self.rope(step.positions, x.dtype)
+        return x, SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions)), rope
 
     @torch.no_grad()
     def openings(self, input_ids: Tensor, image: ImageContext) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,25 @@
 """Text from a decoder: greedy or sampled, streamed, one prompt or a batch of different lengths.
 
 Prompts of different lengths are padded on the right and decoded with one position per sequence: no token is ever moved,
-and nothing has to be un-padded.
+and nothing has to be un-padded. Shapes: B batch, T new tokens, V vocabulary.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: nucleus sampling (arXiv 1904.09751) for ``top_p``.
+Book: ``chapters/architecture/decoder.ipynb``. Sources: nucleus sampling (arXiv 1904.09751) for ``top_p``, min-p
+(arXiv 2407.01082), CTRL (arXiv 1909.05858, section 4.1) for the repetition penalty. Every rule, and their order, is
+that of transformers' ``generate``.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext
+from dslib.check import above, at_least, between, whole
 
 
 @dataclass(frozen=True)
@@ -24,39 +30,73 @@ class Sampling:
         temperature: 0 takes the most likely token; otherwise logits are divided by it before the softmax.
         top_k: keep the k most likely tokens (ties at the limit stay); None keeps all.
         top_p: then keep the smallest set of most likely tokens whose probability reaches ``top_p``; None keeps all.
+        min_p: then keep those at least ``min_p`` times as likely as the most likely one; None keeps all.
+        repetition_penalty: logits of tokens that the text has are divided by it, negative ones multiplied; 1 is none.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: got {self.temperature}, expected 0 (greedy) or a finite number above 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: got {self.top_k}, expected at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}, expected more than 0 and at most 1")
+        at_least(0, temperature=self.temperature)  # 0 is greedy
+        above(0, repetition_penalty=self.repetition_penalty)
+        if self.top_k is not None:
+            whole(1, top_k=self.top_k)
+        if self.top_p is not None:
+            above(0, top_p=self.top_p)
+            between(0, 1, top_p=self.top_p)
+        if self.min_p is not None:
+            between(0, 1, min_p=self.min_p)
 
-    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, vocab_size) logits -> (B,) token ids."""
+    def choose(self, logits: Tensor, generator=None, written: Tensor | None = None) -> Tensor:
+        """(B, V) logits -> (B,) token ids.
+
+        Args:
+            generator: a ``torch.Generator``, or one for each row; None is torch's own.
+            written: bool (B, V), the tokens that each text has so far; needed for a repetition penalty.
+
+        Raises:
+            ValueError: logits that are NaN or infinite, or all minus infinity: no token is most likely then.
+        """
+        best = logits.amax(-1)
+        if not best.isfinite().all():
+            rows = (~best.isfinite()).nonzero().flatten().tolist()
+            raise ValueError(f"logits: NaN or infinite in rows {rows}, expected a finite largest one")
         if self.temperature == 0:
-            return logits.argmax(-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
+            return self._penalised(logits, written).argmax(-1)
+        rows = self.probabilities(logits, written)
+        if not isinstance(generator, list):
+            return torch.multinomial(rows, 1, generator=generator).squeeze(-1)
+        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(rows, generator, strict=True)]
+        return torch.cat(drawn)
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from: (B, vocab_size) logits -> the same shape; ``temperature`` must be above 0."""
-        logits = logits.float() / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
+    def probabilities(self, logits: Tensor, written: Tensor | None = None) -> Tensor:
+        """What tokens are drawn from: (B, V) logits -> the same shape, float32; ``temperature`` must be above 0."""
+        logits = self._penalised(logits.float(), written) / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        probabilities = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True)
-            # A token stays if those before it have not reached top_p yet; the first always stays.
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
-            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
-        return probabilities
+            ordered, order = logits.sort(dim=-1)  # least likely first
+            spared = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p  # with all before it, it is not needed
+            spared[:, -1] = False
+            logits = logits.masked_fill(spared.scatter(-1, order, spared), -torch.inf)
+        if self.min_p is not None:
+            share = logits.softmax(-1)
+            logits = logits.masked_fill(share < self.min_p * share.amax(-1, keepdim=True), -torch.inf)
+        return logits.softmax(-1)
+
+    def _penalised(self, logits: Tensor, written: Tensor | None) -> Tensor:
+        if self.repetition_penalty == 1:
+            return logits
+        if written is None:
+            raise ValueError("repetition_penalty: needs the tokens of the text, which are not known here; expected 1")
+        logits = logits.float()
+        less = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+        return torch.where(written, less, logits)
 
 
 @dataclass
@@ -65,8 +105,8 @@ class Generation:
 
     Attributes:
         prompt_tokens: length of the prompt.
-        tokens: the new token ids; the last one is an end-of-sequence id if ``finish`` is ``"eos"``.
-        finish: ``"eos"`` or ``"length"``.
+        tokens: the new token ids; the last one ends the text if ``finish`` is ``"eos"`` or ``"stop"``.
+        finish: ``"eos"``, ``"stop"`` (a stop string) or ``"length"``.
     """
 
     prompt_tokens: int
@@ -79,39 +119,40 @@ class Generation:
 
 
 def generate(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]] | Tensor,
-    max_new_tokens: int,
-    *,
-    eos_token_id: int | Collection[int] | None = None,
-    sampling: Sampling | None = None,
-    seed: int | None = None,
-    cache: str = "preallocated",
-    image: ImageContext | None = None,
+    model: Decoder, prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, *,
+    eos_token_id: int | Collection[int] | Tensor | None = None, min_new_tokens: int = 0,
+    stop: str | Collection[str] = (), tokenizer: Any = None,
+    sampling: Sampling | None = None, seed: int | Sequence[int] | None = None,
+    cache: str = "preallocated", image: ImageContext | None = None,
     on_token: Callable[[int, int], None] | None = None,
-) -> list[Generation]:
-    """Continue every prompt by up to ``max_new_tokens`` tokens.
+) -> list[Generation]:  # fmt: skip
+    """Continue every prompt by up to ``max_new_tokens`` tokens; one result a prompt, in order.
+
+    The model runs in evaluation mode, and is in its own again afterwards.
 
     Args:
         prompts: token ids, one sequence a prompt (lengths may differ), or an int64 tensor (B, T).
         eos_token_id: the id or ids that end a sequence; None never ends early.
+        min_new_tokens: so many tokens have to come before one of those ids may.
+        stop: strings that end a text as soon as they stand in it, the newest token being part of one; they stay in it.
+        tokenizer: with a ``decode`` from ids to text, for ``stop``.
         sampling: None is greedy.
-        seed: of the sampling; the same seed gives the same text on the same device.
+        seed: of the sampling; the same seed gives the same text on the same device. One for each prompt makes a text
+            independent of the others in its batch.
         cache: kind of cache, see :meth:`Decoder.make_cache`; prompts of different lengths need ``"preallocated"``.
-        image: what a :class:`~dslib.architecture.fusion.VisionLanguageDecoder` has seen, one picture (or several) a
-            prompt: ``model.encode_image(pixels)``.
+        image: what a vision-language model has seen, a picture or several a prompt: ``model.encode_image(pixels)``.
         on_token: called as ``on_token(index of the prompt, token id)`` as soon as a token is known.
 
-    Returns:
-        One :class:`Generation` a prompt, in order.
-
     Raises:
-        ValueError: no prompt, an empty prompt, an id outside the vocabulary, ``max_new_tokens`` below 1, or prompt and
-            new tokens together longer than ``max_position_embeddings`` (unless the model has a window).
+        ValueError: no or an empty prompt, an id outside the vocabulary, ``max_new_tokens`` below 1, or prompt and new
+            tokens together longer than ``max_position_embeddings`` (unless there is a window); logits that are NaN.
     """
-    results: list[Generation] = []
-    options = (eos_token_id, sampling, seed, image, cache)
-    for index, token, finish in _decode(model, prompts, max_new_tokens, *options, results):
+    texts, steps = _decode(
+        model, prompts, max_new_tokens, eos_token_id=eos_token_id, sampling=sampling, seed=seed, image=image,
+        cache=cache, min_new_tokens=min_new_tokens, stop=stop, tokenizer=tokenizer,
+    )  # fmt: skip
+    results = [Generation(len(ids)) for ids in texts]
+    for index, token, finish in steps:
         results[index].tokens.append(token)
         results[index].finish = finish
         if on_token is not None:
@@ -120,83 +161,153 @@ def generate(
 
 
 def stream(model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, **options) -> Iterator[int]:
-    """The new token ids of one prompt, one by one as they are decided; options as for :func:`generate`."""
-    keys = ("eos_token_id", "sampling", "seed", "image")
-    chosen = {key: options.pop(key, None) for key in keys}
-    kind = options.pop("cache", "preallocated")
-    if options:
-        raise TypeError(f"stream: unknown option {sorted(options)[0]!r}, expected one of {', '.join((*keys, 'cache'))}")
-    for _, token, _ in _decode(model, [prompt], max_new_tokens, *chosen.values(), kind, []):
-        yield token
+    """The new token ids of one prompt, one by one as they are decided; options and errors as for :func:`generate`."""
+    known = list(inspect.signature(_decode).parameters)[3:]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"stream: unknown option {unknown[0]!r}, expected one of {', '.join(known)}")
+    _, steps = _decode(model, [prompt], max_new_tokens, **options)
+    return (token for _, token, _ in steps)
 
 
-def _decode(model, prompts, max_new_tokens, eos_token_id, sampling, seed, image, kind, results):
-    """Yield (prompt index, token id, finish) for every new token; fills ``results`` with one Generation a prompt."""
+def _decode(
+    model, prompts, max_new_tokens, *, eos_token_id=None, sampling=None, seed=None, image=None, cache="preallocated",
+    min_new_tokens=0, stop=(), tokenizer=None,
+) -> tuple[list[list[int]], Iterator[tuple[int, int, str]]]:  # fmt: skip
+    """The checked prompts, and an iterator of (prompt index, token id, finish) that decodes as it is asked."""
+    device, vocab_size = model.embed_tokens.weight.device, model.config.vocab_size
+    max_new_tokens, min_new_tokens = _plain(max_new_tokens), _plain(min_new_tokens)
+    whole(1, max_new_tokens=max_new_tokens)
+    whole(0, min_new_tokens=min_new_tokens)
+    for name, value, kind in (("sampling", sampling, Sampling), ("image", image, ImageContext)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name}: got a {type(value).__name__}, expected {kind.__name__} or None")
     prefix = 0 if image is None else image.prefix  # positions that a picture takes before the text
-    seen = {} if image is None else {"image": image}
-    sequences = _checked(model, prompts, max_new_tokens, prefix)
-    results.extend(Generation(len(ids)) for ids in sequences)
-    ends = frozenset(() if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-    sampling = sampling or Sampling()
-    device = model.embed_tokens.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    lengths = [len(ids) for ids in sequences]
-    ragged = len(set(lengths)) > 1
-    longest = max(lengths)
+    texts = _checked(model.config, prompts, max_new_tokens, prefix)
+    ends, stop = end_tokens(eos_token_id, vocab_size), (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(end, str) and end for end in stop) or (stop and tokenizer is None):
+        raise ValueError(f"stop: got {stop!r}, expected strings of a character or more, and a tokenizer beside them")
+    sampling, generator = sampling or Sampling(), _generators(seed, len(texts), device)
 
+    lengths = [len(ids) for ids in texts]
+    longest, ragged = max(lengths), len(set(lengths)) > 1
     # Right-padded; the id of the padding is never looked at (see PreallocatedCache).
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in sequences], device=device)  # (B, T)
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in texts], device=device)  # (B, T)
     last = torch.tensor(lengths, device=device) - 1  # (B,)
-    positions = torch.arange(longest, device=device).expand(len(sequences), -1) if ragged else None
-    # Not `with inference_mode()` around the loop: a generator would leave the mode on in its caller between two tokens.
-    with torch.inference_mode():
-        cache = model.make_cache(kind, batch_size=len(sequences), max_length=prefix + longest + max_new_tokens)
-        # Of each prompt, only what follows its last real token is wanted: (B, 1, vocab_size).
-        logits = model(ids, cache, positions, last.unsqueeze(1), **seen)
-    alive = set(range(len(sequences)))
-    for count in range(1, max_new_tokens + 1):
-        with torch.inference_mode():
-            token = sampling.choose(logits[:, -1], generator)  # (B,)
-        values = token.tolist()
-        for index, value in enumerate(values):
-            if index in alive:
-                done = value in ends
-                yield index, value, "eos" if done else "length"
-                if done:
+    positions = torch.arange(longest, device=device).expand(len(texts), -1) if ragged else None
+    cache = model.make_cache(cache, batch_size=len(texts), max_length=prefix + longest + max_new_tokens)
+    written = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
+    for row, text in enumerate(texts):
+        written[row, text] = True
+    seen = {} if image is None else {"image": image}
+
+    def steps() -> Iterator[tuple[int, int, str]]:
+        alive = set(range(len(texts)))
+        # Inside the loop and not around it: a generator would leave its modes on in its caller between two tokens.
+        with _inference(model):
+            # Of each prompt, only what follows its last real token is wanted: (B, 1, V).
+            logits = model(ids, cache, positions, last.unsqueeze(1), **seen)
+        for count in range(1, max_new_tokens + 1):
+            with _inference(model):
+                if ends and count <= min_new_tokens:
+                    logits[..., list(ends)] = -torch.inf
+                token = sampling.choose(logits[:, -1], generator, written)  # (B,)
+                written.scatter_(1, token.unsqueeze(1), True)
+            for index, value in enumerate(token.tolist()):
+                if index not in alive:
+                    continue
+                texts[index].append(value)
+                stopped = stop and _completes(stop, texts[index], tokenizer)
+                finish = "eos" if value in ends else "stop" if stopped else "length"
+                if finish != "length":
                     alive.discard(index)
-        if not alive or count == max_new_tokens:
-            return
+                yield index, value, finish
+            if not alive or count == max_new_tokens:
+                return
+            with _inference(model):
+                # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
+                where = (last + count).unsqueeze(1) if ragged else None
+                logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, V)
+
+    return texts, steps()
+
+
+@contextmanager
+def _inference(model: Decoder) -> Iterator[None]:
+    """Inference with every part of the model in evaluation mode; afterwards each is in its own again."""
+    training = [part for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
         with torch.inference_mode():
-            # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
-            where = (last + count).unsqueeze(1) if ragged else None
-            logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, vocab_size)
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
-def _checked(model: Decoder, prompts, max_new_tokens: int, prefix: int) -> list[list[int]]:
-    config = model.config
-    if isinstance(prompts, Tensor):
-        if prompts.ndim != 2:
-            raise ValueError(f"prompts: got a tensor of shape {tuple(prompts.shape)}, expected (batch, tokens)")
-        prompts = prompts.tolist()
-    sequences = [ids.tolist() if isinstance(ids, Tensor) else list(ids) for ids in prompts]
-    if not sequences:
+def _completes(stop: tuple[str, ...], text: list[int], tokenizer: Any) -> bool:
+    """Whether the newest token completes one of the strings, which may have begun before it, or in the prompt."""
+    recent = text[-4 * max(map(len, stop)) - 8 :]  # a character has at most four bytes, and a token at least one
+    before = tokenizer.decode(recent[:-1]).rstrip("\ufffd")  # half a character, which the newest token may complete
+    after = tokenizer.decode(recent)
+    return any(after.find(end, max(0, len(before) - len(end) + 1)) >= 0 for end in stop)
+
+
+def end_tokens(eos_token_id: Any, vocab_size: int) -> frozenset[int]:
+    """The ids that end a text, from None, one id or several: numbers, tensors, arrays or collections of them.
+
+    Raises:
+        ValueError: anything else, or an id outside the vocabulary.
+    """
+    found = _plain(eos_token_id)
+    if found is None:
+        return frozenset()
+    several = isinstance(found, Iterable) and not isinstance(found, str)
+    return frozenset(_ids("eos_token_id", found if several else [found], vocab_size))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists instead of tensors and arrays."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _ids(name: str, values: Iterable, vocab_size: int) -> list[int]:
+    ids = [_plain(value) for value in values]
+    for value in ids:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+            raise ValueError(f"{name}: token id {value!r} is outside the vocabulary, 0 to {vocab_size - 1}")
+    return ids
+
+
+def _generators(seed: Any, batch: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:
+    seeds = _plain(seed)
+    if isinstance(seeds, int):
+        return torch.Generator(device).manual_seed(seeds)
+    if seeds is None:
+        return None
+    if not isinstance(seeds, Iterable) or len(seeds) != batch or not all(hasattr(one, "__index__") for one in seeds):
+        raise ValueError(f"seed: got {seed!r}, expected a whole number, or one for each of {batch} prompts")
+    return [torch.Generator(device).manual_seed(int(one)) for one in seeds]
+
+
+def _checked(config, prompts, max_new_tokens: int, prefix: int) -> list[list[int]]:
+    """The prompts as lists of numbers; a ValueError for those that cannot be continued so far."""
+    if getattr(prompts, "ndim", 2) != 2:
+        raise ValueError(f"prompts: got a tensor of shape {tuple(prompts.shape)}, expected (batch, tokens)")
+    texts = [_plain(ids) for ids in prompts]
+    if not texts:
         raise ValueError("prompts: got none, expected at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
-    for index, ids in enumerate(sequences):
+    for index, ids in enumerate(texts):
+        name = f"prompts[{index}]"
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise ValueError(f"{name}: got {ids!r}, expected a sequence of token ids")
+        texts[index] = ids = _ids(name, ids, config.vocab_size)
         if not ids:
-            raise ValueError(
-                f"prompts[{index}]: got an empty prompt, expected at least one token (a start token will do)"
-            )
-        bad = next((i for i in ids if not hasattr(i, "__index__") or not 0 <= i < config.vocab_size), None)
-        if bad is not None:
-            raise ValueError(
-                f"prompts[{index}]: token id {bad!r} is outside the vocabulary, 0 to {config.vocab_size - 1}"
-            )
+            raise ValueError(f"{name}: got an empty prompt, expected at least one token (a start token will do)")
         total = prefix + len(ids) + max_new_tokens
         if config.sliding_window is None and total > config.max_position_embeddings:
             raise ValueError(
-                f"prompts[{index}]: {prefix + len(ids)} tokens and {max_new_tokens} new ones make {total}, more than "
+                f"{name}: {prefix + len(ids)} tokens and {max_new_tokens} new ones make {total}, more than "
                 f"the model's max_position_embeddings={config.max_position_embeddings}"
             )
-    return sequences
+    return texts

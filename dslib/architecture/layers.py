@@ -1,6 +1,6 @@
 """What a decoder's layers are made of: RMSNorm, rotary positions, attention, SwiGLU, and the block around them.
 
-Shapes: B sequences, T new tokens, S keys, C hidden size, Hq query heads, Hk key-value heads, D head size.
+Shapes: B batch, T new tokens, S keys seen, C hidden, H query heads, K key/value heads, D head size.
 
 Book: ``chapters/architecture/decoder.ipynb``. Sources: Llama (arXiv 2302.13971, section 2.2) for the block, RMSNorm
 (arXiv 1910.07467), RoFormer (arXiv 2104.09864) for rotary positions, GQA (arXiv 2305.13245) for grouped queries, GLU
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step
+from dslib.architecture.config import RopeScaling
 from dslib.architecture.window import window_attention
 
 
@@ -21,7 +22,6 @@ class Block(nn.Module):
     """One layer: attention, then a feed-forward network, each behind a norm and added to the residual stream.
 
     Args:
-        config: with ``hidden_size`` and ``rms_norm_eps``.
         attention: called as ``attention(x, rope, step, cache, layer)``. mlp: called as ``mlp(x)``.
     """
 
@@ -54,55 +54,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float, scaling: float = 1.0, dtype=torch.float32):
-    """Cosines and signed sines for :func:`apply_rope`.
-
-    Args:
-        positions: int64, (1 or B, T).
-        theta: base of the frequencies; pair i of a head turns by ``theta ** (-2 i / head_dim)`` a position.
-        scaling: linear position scaling (positions are divided by it), as deepseek-coder-1.3b uses with 4.
-
-    Returns:
-        (cos, sin), each (1 or B, T, 1, head_dim). The first half of ``sin`` is negated, see :func:`apply_rope`.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    return cos_and_sin(positions, 1.0 / (scaling * theta**exponent), dtype)
-
-
-def cos_and_sin(positions: Tensor, frequency: Tensor, dtype=torch.float32):
-    """As :func:`rope_angles`, for any frequencies: float32, (D/2,), the angle by which a pair turns a position."""
-    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (B, T, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, D)
-    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) of every head by its angle: (B, T, H, D) -> the same shape.
-
-    The pair (a, b) becomes (a cos - b sin, b cos + a sin). Rolling by half a head puts each element's partner in its
-    place; the minus sign waits in ``sin``. That is the layout of Llama checkpoints in the Hugging Face format.
-    """
-    partner = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, partner, sin)
-
-
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """``softmax(q kᵀ / sqrt(D)) v``, every score written down: what the fused calls below compute without doing so.
 
     Args:
-        q: (B, Hq, T, D). k, v: (B, Hk, S, D); Hq is a multiple of Hk, and as many query heads share a key-value head.
-        mask: bool, broadcastable to (B, Hq, T, S), True where a query may look; None lets it look everywhere.
-
-    Returns:
-        (B, Hq, T, D).
+        q: (B, H, T, D). k, v: (B, K, S, D); H is a multiple of K, and as many query heads share a key/value head.
+        mask: bool, broadcastable to (B, H, T, S), True where a query may look; None hides no key.
     """
     shared = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)  # (B, Hq, S, D)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, Hq, T, S)
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1) @ v  # (B, Hq, T, S) x (B, Hq, S, D)
+    return scores.softmax(dim=-1) @ v  # (B, H, T, S) x (B, H, S, D)
 
 
 class Attention(nn.Module):
@@ -120,23 +84,36 @@ class Attention(nn.Module):
         heads = self.query_heads + 2 * self.kv_heads
         self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
         """(B, T, C) -> (B, T, C)."""
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq + 2 Hk, D)
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
         qk, v = qkv.split_with_sizes((self.query_heads + self.kv_heads, self.kv_heads), dim=2)
-        q, k = apply_rope(qk, *rope).split_with_sizes((self.query_heads, self.kv_heads), dim=2)  # in one go
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Hq, T, D), (B, Hk, T, D) twice
+        if self.q_norm is not None:
+            q, k = qk.split_with_sizes((self.query_heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        q, k = apply_rope(qk, *rope).split_with_sizes((self.query_heads, self.kv_heads), dim=2)  # turned in one go
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
-            k, v = cache.update(layer, k, v)  # writes the new tokens; gives all that they may look at, (B, Hk, S, D)
-        y = attend(q, k, v, step, self.window, self.sinks)  # (B, Hq, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, Hq D) -> (B, T, C)
+            k, v = cache.update(layer, k, v)  # writes the new tokens; gives all that they may look at, (B, K, S, D)
+        y = attend(q, k, v, step, self.window, self.sinks)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, H D) -> (B, T, C)
 
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
         """Keep keys and values of (B, T, C) tokens that skip this layer, for later ones to look at."""
-        kv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))[:, :, self.query_heads :]  # (B, T, 2 Hk, D)
+        kv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))[:, :, self.query_heads :]  # (B, T, 2 K, D)
         k, v = kv.chunk(2, dim=2)
+        k = k if self.k_norm is None else self.k_norm(k)
         cache.update(layer, apply_rope(k, *rope).transpose(1, 2), v.transpose(1, 2))
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head of queries or of keys (QK norm, as in Qwen3): scores then cannot grow without bound.
+
+    A class of its own, so that whoever stands in for a decoder's modules sees that there is one more.
+    """
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:
@@ -144,22 +121,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = Non
     if step.causal:
         return causal_attention(q, k, v, window, sinks)
     if step.mask is None:
-        # One new token that may see every key. Query heads that share a key-value head become rows of one small
-        # attention problem, so that nothing has to be repeated: (B, Hq, 1, D) -> (B, Hk, Hq/Hk, D).
+        # One new token that may see every key. Query heads that share a key/value head become rows of one small
+        # attention problem, so that nothing has to be repeated: (B, H, 1, D) -> (B, K, H/K, D).
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
         return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
-    """Causal self-attention over T tokens; with a window, each sees itself and the ``window - 1`` tokens before it.
+    """(B, H, T, D) queries over (B, K, T, D): each token sees itself and those before it, ``window`` tokens in all.
 
-    Args:
-        q: (B, Hq, T, D). k, v: (B, Hk, T, D) with Hq a multiple of Hk.
-        sinks: the first ``sinks`` positions stay visible whatever the window.
-
-    Returns:
-        (B, Hq, T, D).
+    The first ``sinks`` positions stay visible whatever the window.
     """
     if window is None or window >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
@@ -178,3 +150,39 @@ class SwiGLU(nn.Module):
         """(..., C) -> (..., C)."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of every head by its angle: (B, T, H, D) -> the same shape.
+
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin). Rolling by half a head puts each element's partner in its
+    place; the minus sign waits in ``sin``. That is the layout of Llama checkpoints in the Hugging Face format.
+    """
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin)
+
+
+def rope_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: float | RopeScaling = 1.0, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for :func:`apply_rope`, each (1 or B, T, 1, D); the first half of ``sin`` is negated.
+
+    Args:
+        positions: int64, (1 or B, T).
+        theta: base of the frequencies; pair i of a head turns by ``theta ** (-2 i / head_dim)`` a position.
+        scaling: a number divides the positions (deepseek-coder-1.3b has 4); a rule slows some pairs, see its class.
+    """
+    if isinstance(scaling, RopeScaling):
+        turns = cos_and_sin(positions, scaling.frequencies(head_dim, theta, positions.device))
+        cos, sin = (part * scaling.magnitude for part in turns)
+        return cos.to(dtype), sin.to(dtype)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    return cos_and_sin(positions, 1.0 / (scaling * theta**exponent), dtype)
+
+
+def cos_and_sin(positions: Tensor, frequency: Tensor, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """As :func:`rope_angles`, for any frequencies: float32, (D/2,), the angle by which a pair turns a position."""
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (B, T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, D)
+    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)

@@ -4,7 +4,7 @@ Under a mask, a window saves nothing: all T x S scores are computed, and most ar
 computes the blocks that hold visible scores and no others, so its cost grows with length x window. When a text is made
 token by token, keys that have left the window are never asked again: :class:`RollingCache` overwrites them.
 
-Shapes: B batch, T tokens, S keys, Hq query heads, Hk key-value heads, D head size, W window.
+Shapes: B batch, T new tokens, H query heads, K key/value heads, D head size, W window.
 
 Book: ``chapters/architecture/decoder.ipynb``. Sources: Longformer (arXiv 2004.05150) and Mistral 7B (arXiv 2310.06825)
 for the window and its rolling buffer, StreamingLLM (arXiv 2309.17453) for sinks.
@@ -23,16 +23,16 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
 
     Queries are cut into blocks. A block's queries can only see keys from ``window - 1`` before its first token to its
     last token, so each block attends to that slice alone, under one small mask that is the same for all blocks. The
-    first tokens, whose slice would begin before the text does, are one small dense problem; so is a last, short block.
+    first tokens, whose slice would begin before the text does, are one small dense problem.
 
     Args:
-        q: (B, Hq, T, D). k, v: (B, Hk, T, D).
+        q: (B, H, T, D). k, v: (B, K, T, D).
         window: W >= 1, the query's own position included (the convention of Mistral's ``sliding_window``).
         sinks: the first ``sinks`` positions stay visible.
         block: queries per block; None chooses an eighth of the window, at least 32.
 
     Returns:
-        (B, Hq, T, D), equal to attention under a band mask.
+        (B, H, T, D), equal to attention under a band mask.
 
     Raises:
         ValueError: window below 1, negative sinks, block below 1.
@@ -45,7 +45,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
     reach = window - 1  # how far before a query its keys begin
     # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
     start = min(tokens, -(-(reach + sinks) // block) * block)
-    blocks = (tokens - start) // block
+    blocks = -(-(tokens - start) // block)
     stop = start + blocks * block
 
     at = torch.arange(max(start, reach + block), device=device)
@@ -53,10 +53,13 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
         q[:, :, :start], k[:, :, :start], v[:, :, :start],
         attn_mask=visible(at[:start], at[:start], window, sinks), enable_gqa=grouped,
     )  # fmt: skip
-    parts = [first]
+    if not blocks:
+        return first
+    if stop > tokens:  # the last block is filled up behind the text, where no query of the text looks
+        q, k, v = (F.pad(x, (0, 0, 0, stop - tokens)) for x in (q, k, v))
 
     def slices(x: Tensor) -> Tensor:
-        """Overlapping slices of keys or values, one a block -> (B * blocks, Hk, reach + block, D)."""
+        """Overlapping slices of keys or values, one a block -> (B * blocks, K, sinks + reach + block, D)."""
         cut = x[:, :, start - reach : stop].unfold(2, reach + block, block).permute(0, 2, 1, 4, 3)
         if sinks:
             cut = torch.cat((x[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1), cut), dim=3)
@@ -65,17 +68,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
     # In a slice, the query number i is key number reach + i.
     mask = visible(at[reach : reach + block], at[: reach + block], window)  # (block, reach + block)
     mask = torch.cat((mask.new_ones(block, sinks), mask), dim=1)
-    if blocks:
-        # Blocks are folded into the batch, so that one call of the fused kernel does them all.
-        queries = q[:, :, start:stop].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
-        out = F.scaled_dot_product_attention(queries, slices(k), slices(v), attn_mask=mask, enable_gqa=grouped)
-        parts.append(out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3))
-    if rest := tokens - stop:
-        keys, values = (torch.cat((x[:, :, :sinks], x[:, :, stop - reach :]), dim=2) for x in (k, v))
-        mask = mask[:rest, : sinks + reach + rest]
-        last = F.scaled_dot_product_attention(q[:, :, stop:], keys, values, attn_mask=mask, enable_gqa=grouped)
-        parts.append(last)
-    return torch.cat(parts, dim=2)
+    # Blocks are folded into the batch, so that one call of the fused kernel does them all.
+    queries = q[:, :, start:].unflatten(2, (blocks, block)).transpose(1, 2).flatten(0, 1)
+    rest = F.scaled_dot_product_attention(queries, slices(k), slices(v), attn_mask=mask, enable_gqa=grouped)
+    rest = rest.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)  # (B, H, blocks * block, D)
+    return torch.cat((first, rest[:, :, : tokens - start]), dim=2)
 
 
 class RollingCache(BufferCache):
@@ -95,39 +92,34 @@ class RollingCache(BufferCache):
         ring = self.sinks + (positions - self.sinks) % self.window
         return torch.where(positions < self.sinks, positions, ring)
 
-    def begin(self, tokens, positions, device):
-        new = self._uniform(tokens, positions, device)
+    def advance(self, tokens, positions, device):
+        new = torch.arange(self.length, self.length + tokens, device=device)
         start, self.length = self.length, self.length + tokens
-        self._held = None
+        self._held, self._filled = None, min(self.length, self.sinks + self.window)
         if tokens == 1:
-            self._write = self._slot(new[0])
-            self._filled = min(self.length, self.sinks + self.window)
-            return Step(new)  # the ring holds exactly what the query may see
+            self._write, self._survivors = self._slot(new), slice(None)
+            return Step(new.unsqueeze(0))  # the ring holds exactly what the query may see
         # Several tokens at once: the early ones need keys that the late ones will overwrite, so attention runs over
         # (held keys, new keys) and only then are the survivors written.
-        keep = (new[0] < self.sinks) | (new[0] >= self.length - self.window)
-        self._survivors = keep.nonzero().squeeze(1)
-        self._write = self._slot(new[0, self._survivors])
+        self._survivors = ((new < self.sinks) | (new >= self.length - self.window)).nonzero().squeeze(1)
+        self._write = self._slot(new[self._survivors])
+        new = new.unsqueeze(0)
         if start == 0:
             return Step(new, causal=True)
         held = torch.arange(start, device=device)
         held = held[(held < self.sinks) | (held >= start - self.window)]
         self._held = self._slot(held)
-        keys = torch.cat((held, new[0])).unsqueeze(0)
+        keys = torch.cat((held.unsqueeze(0), new), dim=1)
         return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def update(self, layer, *new):
+        seen, single = new, new[0].shape[2] == 1
+        if self._held is not None:
+            pairs = zip(self._layers[layer], new, strict=True)
+            seen = tuple(torch.cat((kept[:, :, self._held], part), dim=2) for kept, part in pairs)
+        for kept, part in zip(self._layers[layer], new, strict=True):
+            kept[:, :, self._write] = part[:, :, self._survivors].to(kept.dtype)  # which differs under autocast
+        return tuple(kept[:, :, : self._filled] for kept in self._layers[layer]) if single else seen
 
     def truncate(self, length):
         raise ValueError("cache: a rolling cache has overwritten old positions; use 'preallocated' or 'growing'")
-
-    def update(self, layer, k, v):
-        keys, values = self._layers[layer]
-        if k.shape[2] == 1:
-            keys[:, :, self._write], values[:, :, self._write] = k, v
-            return keys[:, :, : self._filled], values[:, :, : self._filled]
-        all_k, all_v = k, v
-        if self._held is not None:
-            all_k = torch.cat((keys[:, :, self._held], k), dim=2)
-            all_v = torch.cat((values[:, :, self._held], v), dim=2)
-        keys[:, :, self._write] = k[:, :, self._survivors]
-        values[:, :, self._write] = v[:, :, self._survivors]
-        return all_k, all_v

@@ -191,7 +191,7 @@ def room(cache: BufferCache) -> tuple[tuple[Tensor, ...], ...]:
     The views for all layers are made in one go, which is what makes the loop quick. The keys and values already include
     the slot: write it first.
     """
-    cache.begin(1, None, cache.buffer.device)
+    cache.advance(1, None, cache.buffer.device)
     if isinstance(cache, RollingCache):
         slot, first, stop = int(cache._write), 0, cache._filled
     else:

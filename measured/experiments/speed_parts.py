@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dslib.architecture.cache import start
+from dslib.architecture.cache import step_for
 from dslib.architecture.decoder import Decoder, DecoderConfig, build
 from dslib.architecture.experts import Pairs
 from dslib.architecture.fusion import VisionLanguageDecoder
@@ -63,7 +63,7 @@ def attention_speed(
 
         def one_token(model=model, attention=attention, cache=cache, x=x):
             cache.length = context  # the same token over and over
-            step = start(x, cache, None, model.config)
+            step = step_for(x, cache, None, model.config)
             return attention(x, model.rope(step.positions, x.dtype), step, cache, 0)
 
         ways[kind] = one_token

@@ -132,7 +132,7 @@ def test_skipped_layers_keep_what_the_propagated_state_gives(kind):
         x = model.layers[index](x, rope, step, None, index, tokens)
     assert torch.allclose(result.logits, model.lm_head(model.norm(x)), atol=1e-4, rtol=1e-4)
     full = model.make_cache("preallocated", max_length=5)
-    step = full.begin(5, None, tokens.device)
+    step = full.advance(5, None, tokens.device)
     for index in range(2, LAYERS):
         layer = model.layers[index]
         layer.self_attn(layer.input_layernorm(x), rope, step, full, index)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dslib.architecture.cache import PreallocatedCache, start
+from dslib.architecture.cache import PreallocatedCache, step_for
 from dslib.architecture.decoder import build
 from dslib.architecture.layers import rope_angles
 from dslib.architecture.published import MultiHeadLatentAttention, Yarn
@@ -30,7 +30,7 @@ def attention(dtype=torch.float32, **changes):
 
 
 def run(module, x):
-    step = start(x, None, None, config())
+    step = step_for(x, None, None, config())
     return module(x, rope_angles(step.positions, module.rope, 100.0, dtype=x.dtype), step)
 
 
@@ -71,10 +71,10 @@ def multiplications(module, shape, tokens, keys):
     """All of one call with ``tokens`` new tokens as the last of ``keys``, counted by torch."""
     cache, rope = PreallocatedCache(shape, 1, keys, device="meta"), shape.qk_rope_head_dim
     if keys > tokens:
-        cache.begin(keys - tokens, None, "meta")
+        cache.advance(keys - tokens, None, "meta")
     x = torch.empty(1, tokens, shape.hidden_size, device="meta")
     with FlopCounterMode(display=False) as counter:
-        step = cache.begin(tokens, None, "meta")
+        step = cache.advance(tokens, None, "meta")
         module(x, rope_angles(step.positions, rope, 1e4), step, cache, 0)
     return counter.get_total_flops()
 
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_latent_and_shared_key(dtype, element):
     assert cache.nbytes == 2 * 3 * 20 * (12 + 6) * element
     assert cache.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors())
     growing = build(config(), dtype=dtype).make_cache("growing")
-    growing.begin(7, None, "cpu")
+    growing.advance(7, None, "cpu")
     for layer in range(2):
         (kept,) = growing.update(layer, torch.zeros(1, 1, 7, 18, dtype=dtype))
         assert kept.shape == (1, 1, 7, 18)

@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from dslib.architecture.cache import start
+from dslib.architecture.cache import step_for
 from dslib.architecture.published import Yarn
 from dslib.architecture.sparse_decoder import preset
 from dslib.architecture.weights.checkpoint import decoder_from_hf
@@ -67,7 +67,7 @@ def run_theirs(attention, model, x, start=0, cache=None):
 
 
 def run_ours(attention, model, x, cache=None, positions=None):
-    step = start(x, cache, positions, model.config)
+    step = step_for(x, cache, positions, model.config)
     return attention(x, model.rope(step.positions, x.dtype), step, cache, 0)
 
 

@@ -101,34 +101,32 @@ def test_logits_under_a_window_equal_mistral(models):
     assert (got - ours(ids)).abs().max() > 1  # and the window matters
 
 
-@pytest.mark.parametrize("index", range(len(PROMPTS)), ids=PROMPTS)
-def test_greedy_text_equals_transformers_token_for_token(models, hf_texts, index):
-    ours, _, tokenizer = models
-    (got,) = generate(ours, [tokenizer(PROMPTS[index]).input_ids], NEW)
-    assert got.new_tokens == NEW
-    assert got.tokens == hf_texts[index]
-
-
-def test_a_padded_batch_equals_transformers_padded_batch_and_each_prompt_alone(models, hf_texts):
+def test_greedy_text_equals_transformers_alone_and_in_a_padded_batch(models, hf_texts):
     ours, theirs, tokenizer = models
     prompts = tokenizer(PROMPTS).input_ids
     assert len({len(ids) for ids in prompts}) > 1
+    for ids, text in zip(prompts, hf_texts, strict=True):
+        assert generate(ours, [ids], NEW)[0].tokens == text
     got = [result.tokens for result in generate(ours, prompts, NEW)]
     tokenizer.padding_side = "left"
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     out = theirs.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    assert got == out[:, batch.input_ids.shape[1] :].tolist()
-    assert got == hf_texts
+    assert got == hf_texts == out[:, batch.input_ids.shape[1] :].tolist()
 
 
 def test_stops_where_transformers_stops(models, hf_texts):
-    """The first text has an end-of-sequence token within the 64; the batch goes on for the other one."""
+    """The first text has an end-of-sequence token within the 64; the batch goes on for the other one. Stop strings."""
     ours, theirs, tokenizer = models
     end = tokenizer.eos_token_id
     prompts, ids = tokenizer(PROMPTS[:2]).input_ids, tokenizer(PROMPTS[0], return_tensors="pt").input_ids
-    wanted = theirs.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=end, pad_token_id=end)
-    wanted = wanted[0, ids.shape[1] :].tolist()
-    assert len(wanted) < NEW
-    stopped, whole = generate(ours, prompts, len(wanted) + 3, eos_token_id=end)
-    assert (stopped.tokens, stopped.finish) == (wanted, "eos")
-    assert (whole.tokens, whole.finish) == (hf_texts[1][: len(wanted) + 3], "length")
+    first = hf_texts[0].index(end) + 1
+    stopped, whole = generate(ours, prompts, first + 3, eos_token_id=end)
+    assert (stopped.tokens, stopped.finish) == (hf_texts[0][:first], "eos")
+    assert (whole.tokens, whole.finish) == (hf_texts[1][: first + 3], "length")
+    text = tokenizer.decode(hf_texts[0])
+    for stop in (text[1:3], text[8:15]):
+        out = theirs.generate(
+            ids, max_new_tokens=12, do_sample=False, pad_token_id=end, stop_strings=[stop], tokenizer=tokenizer
+        )
+        (got,) = generate(ours, prompts[:1], 12, stop=stop, tokenizer=tokenizer)
+        assert (got.tokens, got.finish) == (out[0, ids.shape[1] :].tolist(), "stop")

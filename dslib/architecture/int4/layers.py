@@ -195,8 +195,8 @@ def quantize_(model: nn.Module, group_size: int = 32, method: str = "rtn", symme
     """Replace every linear layer of ``model`` by an :class:`Int4Linear`, in place, and return the model.
 
     Works for our models and for any other made of ``nn.Linear``, such as transformers' classes. Experts become
-    :class:`Int4Experts`; routers, gates of shared experts, norms and embeddings stay. A head that was tied to the embedding and is not skipped
-    becomes a 4-bit copy, and the configuration then says that the two are no longer tied.
+    :class:`Int4Experts`; routers, gates of shared experts, norms and embeddings stay. A head that was tied to the
+    embedding and is not skipped becomes a 4-bit copy, and the configuration then says that the two are no longer tied.
 
     In place means in every model that has these layers: a draft made by ``with_layers`` *is* some layers of its target,
     which are quantised with it. That is what sharing promises, one copy of the weights; a draft in four bits beside a
