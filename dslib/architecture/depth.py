@@ -187,6 +187,8 @@ class MixtureOfDepths(nn.Module):
         """
         if cache is not None:
             raise ValueError("cache: got one, expected None (a mixture of depths runs over whole sequences here)")
+        if step.mask is not None:
+            raise ValueError("attention_mask: got one, expected None (padding would compete for the layer's places)")
         with no_autocast(x):  # a rounded score can change who goes through
             given = x.to(self.router.weight.dtype)
             scores = self.router(given).squeeze(-1)  # (B, T)

@@ -182,7 +182,7 @@ def _decode(
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name}: got a {type(value).__name__}, expected {kind.__name__} or None")
     prefix = 0 if image is None else image.prefix  # positions that a picture takes before the text
-    texts = _checked(model.config, prompts, max_new_tokens, prefix)
+    texts = checked_prompts(model.config, prompts, max_new_tokens, prefix)
     ends, stop = end_tokens(eos_token_id, vocab_size), (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(end, str) and end for end in stop) or (stop and tokenizer is None):
         raise ValueError(f"stop: got {stop!r}, expected strings of a character or more, and a tokenizer beside them")
@@ -203,11 +203,11 @@ def _decode(
     def steps() -> Iterator[tuple[int, int, str]]:
         alive = set(range(len(texts)))
         # Inside the loop and not around it: a generator would leave its modes on in its caller between two tokens.
-        with _inference(model):
+        with inference(model):
             # Of each prompt, only what follows its last real token is wanted: (B, 1, V).
             logits = model(ids, cache, positions, last.unsqueeze(1), **seen)
         for count in range(1, max_new_tokens + 1):
-            with _inference(model):
+            with inference(model):
                 if ends and count <= min_new_tokens:
                     logits[..., list(ends)] = -torch.inf
                 token = sampling.choose(logits[:, -1], generator, written)  # (B,)
@@ -223,7 +223,7 @@ def _decode(
                 yield index, value, finish
             if not alive or count == max_new_tokens:
                 return
-            with _inference(model):
+            with inference(model):
                 # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
                 where = (last + count).unsqueeze(1) if ragged else None
                 logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, V)
@@ -232,7 +232,7 @@ def _decode(
 
 
 @contextmanager
-def _inference(model: Decoder) -> Iterator[None]:
+def inference(model: Decoder) -> Iterator[None]:
     """Inference with every part of the model in evaluation mode; afterwards each is in its own again."""
     training = [part for part in model.modules() if part.training]
     for part in training:
@@ -290,7 +290,7 @@ def _generators(seed: Any, batch: int, device: torch.device) -> torch.Generator 
     return [torch.Generator(device).manual_seed(int(one)) for one in seeds]
 
 
-def _checked(config, prompts, max_new_tokens: int, prefix: int) -> list[list[int]]:
+def checked_prompts(config, prompts, max_new_tokens: int, prefix: int) -> list[list[int]]:
     """The prompts as lists of numbers; a ValueError for those that cannot be continued so far."""
     if getattr(prompts, "ndim", 2) != 2:
         raise ValueError(f"prompts: got a tensor of shape {tuple(prompts.shape)}, expected (batch, tokens)")

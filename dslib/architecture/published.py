@@ -21,17 +21,15 @@ its checkpoints in :mod:`~dslib.architecture.weights`. Sources: DeepSeek-V2 (arX
 appendix C) for the mechanism, YaRN (arXiv 2309.00071, section 3) for long contexts.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step, visible
+from dslib.architecture.config import Yarn as Yarn  # the rule that DeepSeek's models stretch their positions by
 from dslib.architecture.int4.layers import Int4Linear
-from dslib.architecture.layers import RMSNorm, apply_rope, cos_and_sin
-from dslib.check import above, at_least, one_of, whole
+from dslib.architecture.layers import RMSNorm, apply_rope
+from dslib.check import one_of
 from dslib.exact import exactly
 
 # Of the two inner norms. DeepSeek's code does not take it from the configuration's rms_norm_eps.
@@ -148,64 +146,3 @@ class MultiHeadLatentAttention(nn.Module):
         naive = keys * self.rank * (self.nope + self.value) + tokens * keys * (key + max(key, self.value))
         absorbed = tokens * self.rank * (self.nope + self.value) + tokens * keys * 2 * (self.rank + self.rope)
         return self.form == "absorbed" or absorbed < naive
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN: rotary positions stretched to a context ``factor`` times as long as that of pre-training.
-
-    Attributes:
-        factor: how many times longer, at least 1.
-        original_max_position_embeddings: context length of pre-training.
-        beta_fast, beta_slow: pairs that turn more than ``beta_fast`` times within that length keep their frequency,
-            those that turn less than ``beta_slow`` times are slowed by ``factor``, and those between are blended.
-        mscale, mscale_all_dim: how much larger attention scores become, see :attr:`magnitude` and
-            :attr:`softmax_factor`; names as in DeepSeek's configurations.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def __post_init__(self):
-        at_least(1, factor=self.factor)
-        whole(1, original_max_position_embeddings=self.original_max_position_embeddings)
-        at_least(0, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
-        above(0, beta_slow=self.beta_slow)
-        above(self.beta_slow, beta_fast=self.beta_fast)
-
-    def _growth(self, mscale: float) -> float:
-        return 0.1 * mscale * math.log(self.factor) + 1.0
-
-    @property
-    def magnitude(self) -> float:
-        """Multiplies the rotated part of queries and keys."""
-        return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
-
-    @property
-    def softmax_factor(self) -> float:
-        """Multiplies all scores (once for the query and once for the key, hence squared)."""
-        return self._growth(self.mscale_all_dim) ** 2
-
-    def frequencies(self, head_dim: int, theta: float, device=None) -> Tensor:
-        """Angle by which each pair turns at one position: float32, (head_dim / 2,)."""
-        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-        plain = 1.0 / theta ** (2 * pair / head_dim)
-
-        def pair_that_turns(times: float) -> float:
-            length = self.original_max_position_embeddings / (2 * math.pi * times)
-            return head_dim * math.log(length) / (2 * math.log(theta))
-
-        first = max(math.floor(pair_that_turns(self.beta_fast)), 0)
-        last = min(math.ceil(pair_that_turns(self.beta_slow)), head_dim - 1)
-        slowed = ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)  # share of the slowed frequency in the blend
-        return plain * (1 - slowed) + plain / self.factor * slowed
-
-    def angles(self, positions: Tensor, head_dim: int, theta: float, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-        """(cos, sin) as from ``layers.rope_angles``, the magnitude multiplied in."""
-        turns = cos_and_sin(positions, self.frequencies(head_dim, theta, positions.device))
-        cos, sin = (part * self.magnitude for part in turns)
-        return cos.to(dtype), sin.to(dtype)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dslib.architecture.cache import KVCache, Step
-from dslib.architecture.config import DecoderConfig, choose
+from dslib.architecture.config import DecoderConfig, RopeScaling, choose
 from dslib.architecture.decoder import MODELS, Decoder
-from dslib.architecture.layers import Attention, Block, SwiGLU
+from dslib.architecture.layers import Attention, Block, SwiGLU, rope_angles
 from dslib.architecture.moe import MoE, Router, check_routing
 from dslib.architecture.published import MultiHeadLatentAttention, Yarn
 from dslib.check import between, whole
@@ -90,8 +90,11 @@ class SparseConfig(DecoderConfig):
             raise ValueError(f"qk_rope_head_dim: got {self.qk_rope_head_dim}, expected an even number")
         if self.q_lora_rank is not None:
             whole(1, q_lora_rank=self.q_lora_rank)
-        if self.sliding_window is not None or self.attention_sinks or self.qkv_bias:
-            raise ValueError("sliding_window, attention_sinks, qkv_bias: expected none of them with latent attention")
+        if self.sliding_window is not None or self.attention_sinks or self.qkv_bias or self.qk_norm:
+            names = "sliding_window, attention_sinks, qkv_bias, qk_norm"
+            raise ValueError(f"{names}: expected none of them with latent attention")
+        if isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling: got {self.rope_scaling}, expected a number with latent attention, or yarn")
         if self.yarn is not None and self.rope_scaling != 1.0:
             raise ValueError(f"rope_scaling: got {self.rope_scaling}, expected 1.0 beside yarn")
 
@@ -200,9 +203,8 @@ class SparseDecoder(Decoder):
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
-        if config.yarn is None:
-            return super().rope(positions, dtype)
-        return config.yarn.angles(positions, config.head_dim, config.rope_theta, dtype)
+        scaling = config.rope_scaling if config.yarn is None else config.yarn
+        return rope_angles(positions, config.head_dim, config.rope_theta, scaling, dtype)
 
 
 MODELS[SparseConfig] = SparseDecoder

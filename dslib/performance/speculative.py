@@ -20,7 +20,6 @@ text is known as prompt lookup.
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import Protocol
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from dslib import check
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, build
-from dslib.architecture.generation import Sampling
+from dslib.architecture.generation import Sampling, checked_prompts, end_tokens, inference
 
 
 def accept(
@@ -109,9 +108,9 @@ def speculate(
             new tokens together longer than ``max_position_embeddings`` (unless the model has a window), a draft with
             another vocabulary, logits that are not a number.
     """
-    text, result = _ids("prompt", prompt), Speculation()
-    ends = frozenset(() if eos_token_id is None else _ids("eos_token_id", eos_token_id))
-    _check_request(model, text, max_new_tokens, count)
+    check.whole(1, max_new_tokens=max_new_tokens, count=count)
+    [text], result = checked_prompts(model.config, [prompt], max_new_tokens, 0), Speculation()
+    ends = end_tokens(eos_token_id, model.config.vocab_size)
     sampling = sampling or Sampling()
     generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     cache = model.make_cache("preallocated", batch_size=1, max_length=len(text) + max_new_tokens)
@@ -143,7 +142,8 @@ def speculate(
 
 def feed(model: Decoder, tokens: Sequence[int], cache: KVCache) -> Tensor:
     """Logits after each of the new tokens, (tokens, vocab_size). Raises ValueError where none is the largest."""
-    logits = model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
+    with inference(model):
+        logits = model(torch.tensor([list(tokens)], device=model.embed_tokens.weight.device), cache)[0]
     if not logits.amax(-1).isfinite().all():  # NaN counts as the largest
         after = f"after tokens {list(tokens)[-5:]}"
         raise ValueError(f"logits: the largest is not a number, or infinite, {after}, expected a finite one")
@@ -238,25 +238,3 @@ def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: f
     check.above(0, pass_cost=pass_cost)
     tokens = sum(acceptance**power for power in range(count + 1))
     return tokens / (count * draft_cost + pass_cost)
-
-
-def _ids(name: str, tokens: int | Collection[int] | Tensor) -> list[int]:
-    """Token ids from one number, a list or a set, an array or a tensor."""
-    plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
-    try:
-        return [index(token) for token in ([plain] if hasattr(plain, "__index__") else plain)]
-    except TypeError as error:
-        raise ValueError(f"{name}: got {tokens!r:.80}, expected token ids in one row") from error
-
-
-def _check_request(model: Decoder, text: list[int], max_new_tokens: int, count: int) -> None:
-    config = model.config
-    check.whole(1, prompt=len(text), max_new_tokens=max_new_tokens, count=count)
-    if bad := [token for token in text if not 0 <= token < config.vocab_size]:
-        raise ValueError(f"prompt: got token id {bad[0]}, expected 0 to {config.vocab_size - 1}")
-    total, most = len(text) + max_new_tokens, config.max_position_embeddings
-    if config.sliding_window is None and total > most:
-        raise ValueError(
-            f"prompt: {len(text)} tokens and {max_new_tokens} new ones make {total}, more than the model's "
-            f"max_position_embeddings={most}"
-        )

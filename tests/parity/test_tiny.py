@@ -86,25 +86,15 @@ def pair(config_class, model_class, changes, attention="sdpa"):
 
 @torch.no_grad()
 def newer_pair(name, dtype=torch.float64):
-    """(ours, theirs) for what is in NEWER, in any format; the weights copied by hand."""
+    """(ours, theirs) for what is in NEWER, in any format; ours is read from theirs, and is what NEWER says."""
     fields, (config_class, model_class), rope = NEWER[name]
-    ours = build(DecoderConfig(**SIZES, num_key_value_heads=2, rope_theta=500.0, **fields), dtype=dtype).eval()
-    shared = {key: getattr(ours.config, key) for key in ("head_dim", "rms_norm_eps", "num_key_value_heads")}
+    wanted = DecoderConfig(**SIZES, num_key_value_heads=2, rope_theta=500.0, **fields)
+    shared = {key: getattr(wanted, key) for key in ("head_dim", "rms_norm_eps", "num_key_value_heads")}
     window = {"sliding_window": 7} if model_class is MistralForCausalLM else {}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, **rope}}
     theirs = noisy(model_class(config_class(**SHAPE, **shared, **window, **rope, attn_implementation="sdpa"))).to(dtype)
-    ours.embed_tokens, ours.norm, ours.lm_head = theirs.model.embed_tokens, theirs.model.norm, theirs.lm_head
-    for block, layer in zip(ours.layers, theirs.model.layers, strict=True):
-        attention, other = block.self_attn, layer.self_attn
-        attention.qkv_proj.weight.copy_(torch.cat([p.weight for p in (other.q_proj, other.k_proj, other.v_proj)]))
-        attention.o_proj = other.o_proj
-        if ours.config.qk_norm:
-            attention.q_norm.load_state_dict(other.q_norm.state_dict())
-            attention.k_norm.load_state_dict(other.k_norm.state_dict())
-        block.mlp.gate_up_proj.weight.copy_(torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)))
-        block.mlp.down_proj = layer.mlp.down_proj
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            getattr(block, norm).load_state_dict(getattr(layer, norm).state_dict())
+    ours = decoder_from_hf(theirs.config, theirs.state_dict(), dtype=dtype)
+    assert ours.config == wanted
     return ours, theirs
 
 

@@ -68,7 +68,7 @@ def test_greedy_tokens_are_those_of_the_ordinary_loop(name, count):
 
 
 def ids_in_any_form(end):
-    return [end, [end], {end, 999}, (end,), torch.tensor(end), torch.tensor([7_000, end]), np.int64(end),
+    return [end, [end], {end, 255}, (end,), torch.tensor(end), torch.tensor([end, 255]), np.int64(end),
             np.array(end), np.array([end]), [torch.tensor(end)], iter([end])]  # fmt: skip
 
 
@@ -203,14 +203,14 @@ FAR = Oracle([1, 2] + [999] * 7)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: speculate(m, [], 4, Wrong()), "prompt: got 0"),
-        (lambda m: speculate(m, [1, 256], 4, Wrong()), "prompt: got token id 256, expected 0 to 255"),
-        (lambda m: speculate(m, [1.5], 4, Wrong()), r"prompt: got \[1.5\], expected token ids"),
-        (lambda m: speculate(m, [[1, 2]], 4, Wrong()), r"prompt: got \[\[1, 2\]\], expected token ids"),
+        (lambda m: speculate(m, [], 4, Wrong()), "an empty prompt"),
+        (lambda m: speculate(m, [1, 256], 4, Wrong()), "token id 256 is outside the vocabulary, 0 to 255"),
+        (lambda m: speculate(m, [1.5], 4, Wrong()), "token id 1.5 is outside"),
+        (lambda m: speculate(m, [[1, 2]], 4, Wrong()), r"token id \[1, 2\] is outside"),
         (lambda m: speculate(m, [1], 0, Wrong()), "max_new_tokens: got 0"),
         (lambda m: speculate(m, [1], 4, Wrong(), 0), "count: got 0"),
-        (lambda m: speculate(m, [1], 4, Wrong(), eos_token_id=1.5), "eos_token_id: got 1.5, expected token ids"),
-        (lambda m: speculate(m, [1], 4, Wrong(), eos_token_id="</s>"), "eos_token_id: got '</s>'"),
+        (lambda m: speculate(m, [1], 4, Wrong(), eos_token_id=1.5), "eos_token_id: token id 1.5 is outside"),
+        (lambda m: speculate(m, [1], 4, Wrong(), eos_token_id="</s>"), "eos_token_id: token id '</s>' is"),
         (lambda m: speculate(m, [1], 9, FAR), "draft: guessed"),
         (other_vocabulary, r"got \d rows for \d guesses drawn from \(\d, 300\)"),
         (lambda m: speculate(broken(), [1], 4, Wrong()), "logits: .*not a number"),
@@ -245,3 +245,13 @@ def test_the_table_of_drafts_adds_up(monkeypatch):
     assert all(1 <= row["tokens_per_pass"] <= 4 and row["times"] > 0 for row in rows)
     assert {row["draft_cost"] for row in rows if row["draft"] == "prompt lookup"} == {0.0}
     assert type(model.layers[0].mlp.down_proj).__name__ == "Linear", "the model itself keeps its weights"
+
+
+def test_it_runs_in_evaluation_mode_as_generate_does_and_leaves_every_mode():
+    model, prompt = noisy(CONFIGS["V1"]), [3, 1, 4, 1, 5]
+    model.layers[1].mlp = torch.nn.Sequential(model.layers[1].mlp, torch.nn.Dropout(0.5))
+    want = generate(model, [prompt], 20)[0].tokens
+    model.train().layers[0].eval()
+    before = [part.training for part in model.modules()]
+    assert speculate(model, prompt, 20, ModelDraft(model, 40), 3).tokens == want
+    assert [part.training for part in model.modules()] == before

@@ -80,6 +80,8 @@ def _attention(config: DecoderConfig) -> Iterator[tuple[str, _Source]]:
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
         parts = tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv")
         yield f"self_attn.qkv_proj.{kind}", _Source(parts, (query, key, key))
+    if config.qk_norm:
+        yield from map(_same, ("self_attn.q_norm.weight", "self_attn.k_norm.weight"))
     yield _same("self_attn.o_proj.weight")
 
 

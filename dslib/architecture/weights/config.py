@@ -1,4 +1,4 @@
-"""Our configuration for a Hugging Face one: Llama, Mistral, Qwen2, Mixtral, DeepSeek-V2 and DeepSeek-V3.
+"""Our configuration for a Hugging Face one: Llama, Mistral, Qwen2, Qwen3, Mixtral, DeepSeek-V2 and DeepSeek-V3.
 
 A model that differs from ours in anything that changes its numbers is refused, by the name of the field.
 
@@ -8,11 +8,10 @@ Book: ``chapters/architecture/decoder.ipynb``, section "Real weights", and ``cha
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dslib.architecture.decoder import DecoderConfig
-from dslib.architecture.published import Yarn
+from dslib.architecture.config import DecoderConfig, Llama3, Yarn
 from dslib.architecture.sparse_decoder import SparseConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "mixtral", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "deepseek_v2", "deepseek_v3")
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3")
 # Fields that say how experts are chosen: the one value for each that transformers' class of the family computes.
 _FIXED = {
@@ -29,8 +28,8 @@ def config_from_hf(config: Any) -> DecoderConfig:
         A :class:`~dslib.architecture.sparse_decoder.SparseConfig` for the families with experts.
 
     Raises:
-        ValueError: another model family, or a feature we do not build (another activation, RoPE other than plain or
-            linearly scaled, YaRN outside DeepSeek's models, biases in the MLP, another way to choose experts).
+        ValueError: another model family, or a feature we do not build (another activation, dynamic or long RoPE,
+            biases in the MLP, another way to choose experts).
     """
     get = config.get if isinstance(config, Mapping) else lambda key, default=None: getattr(config, key, default)
     family = get("model_type")
@@ -54,7 +53,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
         "num_hidden_layers": get("num_hidden_layers"),
         "num_attention_heads": get("num_attention_heads"),
         "num_key_value_heads": get("num_key_value_heads") or get("num_attention_heads"),
-        "head_dim": get("head_dim"),
+        "head_dim": get("head_dim", 128 if family == "qwen3" else None),  # Qwen3's default where a file has no key
         "max_position_embeddings": get("max_position_embeddings", 2048),
         "rms_norm_eps": get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": bool(get("tie_word_embeddings", False)),
@@ -66,7 +65,7 @@ def config_from_hf(config: Any) -> DecoderConfig:
     if family == "mixtral":
         experts = {"num_experts": get("num_local_experts"), "num_experts_per_tok": get("num_experts_per_tok")}
         return SparseConfig(**common, **experts)
-    return DecoderConfig(**common, qkv_bias=family == "qwen2")
+    return DecoderConfig(**common, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
 
 def _rope(family: str, get: Callable) -> dict[str, Any]:
@@ -74,18 +73,23 @@ def _rope(family: str, get: Callable) -> dict[str, Any]:
     # transformers 5 says rope_parameters; checkpoints written for 4.x say rope_theta and rope_scaling.
     rope = get("rope_parameters") or {"rope_theta": get("rope_theta", theta), **(get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    expected = ("default", "linear", "yarn") if family in _DEEPSEEK else ("default", "linear")
+    expected = ("default", "linear", "yarn") if family in _DEEPSEEK else ("default", "linear", "yarn", "llama3")
     if kind not in expected:
         raise ValueError(f"rope_type: got {kind!r}, expected {' or '.join(map(repr, expected))}")
     fields = {"rope_theta": float(rope.get("rope_theta") or get("rope_theta", theta))}
     if kind == "linear":
         fields["rope_scaling"] = float(rope.get("factor", 1.0))
+    # Where a file does not say how long the old context was, transformers takes the new one.
+    before = rope.get("original_max_position_embeddings") or get("max_position_embeddings", 2048)
     if kind == "yarn":
-        fields["yarn"] = _yarn(rope)
+        fields["yarn" if family in _DEEPSEEK else "rope_scaling"] = _yarn(rope, before)
+    if kind == "llama3":
+        slow_and_fast = (float(rope[name]) for name in ("low_freq_factor", "high_freq_factor"))
+        fields["rope_scaling"] = Llama3(float(rope["factor"]), before, *slow_and_fast)
     return fields
 
 
-def _yarn(rope: Mapping[str, Any]) -> Yarn:
+def _yarn(rope: Mapping[str, Any], before: int) -> Yarn:
     for name, expected in (("attention_factor", None), ("truncate", True)):
         if rope.get(name, expected) != expected:
             raise ValueError(f"{name}: got {rope[name]!r}, expected {expected!r} with rope_type 'yarn'")
@@ -95,15 +99,15 @@ def _yarn(rope: Mapping[str, Any]) -> Yarn:
     optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     return Yarn(
         rope.get("factor") or 1.0,
-        rope.get("original_max_position_embeddings") or 0,
+        before,
         **{name: float(rope[name]) for name in optional if rope.get(name)},
     )
 
 
 def _window(family: str, get: Callable) -> int | None:
     window = get("sliding_window", 4096 if family == "mistral" else None)  # Mistral's default where a file has no key
-    if family == "qwen2":
-        # Qwen2 configs carry a window that is switched off, or that only the layers from max_window_layers on have.
+    if family in ("qwen2", "qwen3"):
+        # Their configs carry a window that is switched off, or that only the layers from max_window_layers on have.
         layers, full = get("num_hidden_layers"), get("max_window_layers", 28)
         if not get("use_sliding_window", False) or full >= layers:
             window = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dslib.architecture.config import DecoderConfig
+from dslib.architecture.config import DecoderConfig, RopeScaling
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.weights.checkpoint import to_hf_state_dict
 
@@ -16,13 +16,17 @@ def hf_twin(model: Decoder) -> Any:
     """The same weights in transformers' ``LlamaForCausalLM``, with the same dtype, on the same device, in eval mode.
 
     Raises:
-        ValueError: the model has experts, a window or biases, which Llama has not; as :func:`to_hf_state_dict`.
+        ValueError: the model has something that a plain Llama has not, such as experts or a window; as
+            :func:`to_hf_state_dict`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    if type(config) is not DecoderConfig or config.sliding_window is not None or config.qkv_bias:
-        raise ValueError("model: has experts, eyes, a window or biases, expected plain Llama")
+    other = config.sliding_window is not None or config.qkv_bias or config.qk_norm
+    if type(config) is not DecoderConfig or other or isinstance(config.rope_scaling, RopeScaling):
+        raise ValueError(
+            "model: has experts, eyes, a window, biases, head norms or a rule of scaling, expected plain Llama"
+        )
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling != 1.0:
         rope |= {"rope_type": "linear", "factor": config.rope_scaling}
