@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dslib import check
 from dslib.data.encoders import EfficientNetLite, Normalisation
-from dslib.scenarios.images import MAX_PIXELS, ImageError, Source, open_image
+from dslib.scenarios.images import MAX_PIXELS, ImageError, Source, name_of, open_image
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -102,14 +102,15 @@ def prepare(source: Source, recipe: Recipe) -> Views:
     """A picture from anywhere to normalised pixels.
 
     Raises:
-        ImageError: as :func:`~.images.open_image`.
+        ImageError: as :func:`~.images.open_image`, and where "shorter" would make more than ``max_pixels`` of it.
     """
     size = (recipe.shorter or recipe.size,) * 2
-    image = open_image(
-        source, background=recipe.background, max_pixels=recipe.max_pixels,
-        draft=size if recipe.draft and recipe.strategy != "tiles" else None,
-    )  # fmt: skip
-    pictures, grid = views(image, recipe)
+    draft = size if recipe.draft and recipe.strategy != "tiles" else None
+    image = open_image(source, background=recipe.background, max_pixels=recipe.max_pixels, draft=draft)
+    try:
+        pictures, grid = views(image, recipe)
+    except ImageError as error:
+        raise ImageError(f"{name_of(source)}: {error}") from error
     return Views(torch.stack([normalise(picture, recipe.normalisation) for picture in pictures]), grid, image.size)
 
 
@@ -123,7 +124,7 @@ def views(image: Image.Image, recipe: Recipe) -> tuple[list[Image.Image], tuple[
     if recipe.strategy == "shorter":
         size = shorter_side_to(image.size, recipe.size)
         if size[0] * size[1] > recipe.max_pixels:
-            raise ImageError(f"picture of {image.width} x {image.height}: would become {size[0]} x {size[1]}")
+            raise ImageError(f"{image.width} x {image.height}: would become {size[0]} x {size[1]}")
         return [image.resize(size, how)], (0, 0)
     if recipe.strategy == "letterbox":
         return [letterbox(image, square, how, recipe.filling, recipe.min_side)], (0, 0)
