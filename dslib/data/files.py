@@ -62,8 +62,9 @@ def cache_root() -> Path:
         ValueError: the path is that of a file or leads through one, or ``~`` leads nowhere.
     """
     chosen = os.environ.get("DSLIB_CACHE", "").strip()
-    shared = os.environ.get("XDG_CACHE_HOME", "").strip()
-    name, value = ("DSLIB_CACHE", chosen) if chosen else ("XDG_CACHE_HOME", f"{shared or '~/.cache'}/dslib")
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    shared = shared if os.path.isabs(shared) else "~/.cache"  # a relative one counts as none, says its specification
+    name, value = ("DSLIB_CACHE", chosen) if chosen else ("XDG_CACHE_HOME", f"{shared}/dslib")
     try:
         root = Path(value).expanduser().absolute()
     except RuntimeError as error:  # of expanduser

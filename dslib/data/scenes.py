@@ -172,6 +172,8 @@ class TextMaker:
             raise ValueError("words: got none, expected at least one")
         if not 1 <= points[0] <= points[1]:
             raise ValueError(f"points: got {points}, expected (least, greatest), at least 1")
+        check.whole(1, width=size[0], height=size[1])
+        check.at_least(0, angle=angle, noise=noise)
         self.words, self.size, self.points, self.angle, self.noise = words, size, points, angle, noise
         self.fonts = plain_fonts()
 

@@ -20,7 +20,7 @@ def moby_dick() -> str:
 
 def to_bytes(text: str) -> Tensor:
     """UTF-8 bytes as int64 token ids 0 to 255: the vocabulary of the ``tiny`` preset."""
-    return torch.tensor(list(text.encode("utf-8")))
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64)
 
 
 def slices(tokens: Tensor, length: int, count: int) -> Tensor:
@@ -40,8 +40,9 @@ def random_batch(tokens: Tensor, length: int, batch_size: int, generator: torch.
     """Inputs and next-token targets from random places: two (batch_size, length) tensors.
 
     Raises:
-        ValueError: the text is shorter than ``length + 1``.
+        ValueError: the text is shorter than ``length + 1``, or nothing is asked for.
     """
+    check.whole(1, length=length, batch_size=batch_size)
     if len(tokens) <= length:
         raise ValueError(f"length: got {length}, expected less than the text's {len(tokens)} tokens")
     starts = torch.randint(len(tokens) - length, (batch_size,), generator=generator)

@@ -71,7 +71,8 @@ def tokenise(texts: Iterable[str], tokenizer, max_length: int = 128) -> dict[str
     ``cut``, bool (B,), says which texts were longer than ``max_length`` tokens and lost their end.
 
     Raises:
-        ValueError: a plain string, no text, an empty text, a tokenizer that cannot pad, a length below 1.
+        ValueError: a plain string, no text, an empty text, a tokenizer that cannot pad, a ``max_length`` with no room
+            beside the special tokens.
     """
     texts = check.texts("texts", texts)
     _check_tokenizer(tokenizer, max_length)
@@ -83,12 +84,13 @@ def tokenise(texts: Iterable[str], tokenizer, max_length: int = 128) -> dict[str
 
 
 def _check_tokenizer(tokenizer, max_length: int) -> None:
-    check.whole(1, max_length=max_length)
     if getattr(tokenizer, "pad_token_id", None) is None:
         raise ValueError(
             f"tokenizer: got {type(tokenizer).__name__}, expected one with a padding token; "
             "set tokenizer.pad_token, for example to its eos_token"
         )
+    # Below this, a tokenizer either cuts everything or, without a word, nothing.
+    check.whole(1 + tokenizer.num_special_tokens_to_add(), max_length=max_length)
 
 
 class ImageLoader:
