@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -61,9 +63,15 @@ def test_prefill_equals_decoding_the_same_tokens_in_operations():
     assert model.prefill(5).bytes < sum(model.decode(done).bytes for done in range(5))
 
 
-@pytest.mark.parametrize(("gpu", "ms"), [("T4", 1040.0), ("A100_40GB", 214.0), ("A100_80GB", 163.2), ("H200", 69.3)])
-def test_floor_of_128_tokens_at_1_3b_in_fp16(gpu, ms):
-    assert decode_floor(2.6e9, published_roof(gpu), tokens=128) * 1e3 == pytest.approx(ms, rel=1e-3)
+@pytest.mark.parametrize(
+    ("gpu", "bytes_per_weight", "ms"),
+    [("T4", 2, 1040.0), ("L4", 2, 1109.3), ("A10", 2, 554.7), ("A100_40GB", 2, 214.0), ("A100_80GB", 2, 163.2),
+     ("H100_SXM", 2, 99.3), ("H200", 2, 69.3), ("A100_40GB", 1, 107.0), ("A100_80GB", 1, 81.6),
+     ("A100_80GB", 0.5, 40.8)],
+)  # fmt: skip
+def test_floor_of_128_tokens_at_1_3b(gpu, bytes_per_weight, ms):
+    floor = decode_floor(1.3e9 * bytes_per_weight, published_roof(gpu), tokens=128)
+    assert floor * 1e3 == pytest.approx(ms, abs=0.05)
 
 
 def test_the_floor_uses_the_read_bandwidth_where_there_is_one():
@@ -90,9 +98,14 @@ def test_every_published_row_gives_a_roof():
         (lambda: Workload("w", -1, 1, "float32"), "bytes: got -1"),
         (lambda: Workload("w", 0, 1, "float32"), "bytes: got 0"),
         (lambda: Workload("w", 1, -1, "float32"), "flops: got -1"),
-        (lambda: Workload("w", 1, float("nan"), "float32"), "flops: got nan"),
+        (lambda: Workload("w", 1, math.nan, "float32"), "flops: got nan"),
         (lambda: Roof("r", 0, {}, 1, ""), "bandwidth: got 0"),
         (lambda: Roof("r", 1, {"float32": -1}, 1, ""), "flops"),
+        (lambda: Roof("r", 1, {}, math.nan, ""), "memory_bytes: got nan"),
+        (lambda: Roof("r", 1, {}, 1, "", read_bandwidth=-1), "read_bandwidth: got -1"),
+        (lambda: DecoderShape("m", math.nan, 1, 1, 1), "parameters: got nan"),
+        (lambda: CODER_1_3B.kv_bytes(math.nan), "tokens: got nan"),
+        (lambda: place(matmul(1, 1, 1, "float16"), ROOF).fraction(math.nan), "measured: got nan"),
         (lambda: decode_floor(-2.6e9, ROOF), "weight_bytes: got"),
         (lambda: decode_floor(1, ROOF, tokens=0), "tokens: got 0"),
         (lambda: matmul(0, 1, 1, "float32"), "m: got 0"),
@@ -120,6 +133,10 @@ def test_bad_input_is_named(call, message):
         ("gpus: [1, 2", "hardware.yml line"),
         ("gpus: []", "field 'gpus': got \\[\\]"),
         ("gpus: {X: {memory_gb: 1}}", "row 'X', field 'bandwidth_gb_s': got None"),
+        ("gpus: {X: 5}", "field 'gpus': got {'X': 5}"),
+        ("gpus: {X: {memory_gb: 1, bandwidth_gb_s: .nan}}", "row 'X', field 'bandwidth_gb_s': got nan"),
+        ("gpus: {X: {memory_gb: 1, bandwidth_gb_s: 3, tflops: [1]}}", "row 'X', field 'tflops': got \\[1\\]"),
+        ("gpus: {X: {memory_gb: 1, bandwidth_gb_s: 3, tflops: {int8: much}}}", "row 'X', field 'int8': got 'much'"),
         ("gpus: {X: {memory_gb: fast, bandwidth_gb_s: 3}}", "row 'X', field 'memory_gb': got 'fast'"),
     ],
 )

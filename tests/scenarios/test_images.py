@@ -99,6 +99,14 @@ def test_every_format_is_read(picture, kind):
     assert np.abs(got - np.asarray(picture)).mean() < 6  # lossy ones included
 
 
+def test_a_pillow_that_lacks_a_format_reads_the_others(picture, monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    assert (pixels(open_image(saved(picture, "PPM"))) == np.asarray(picture)).all()
+    with pytest.raises(ImageError, match=r"not a picture .* JPEG2000, PPM$"):
+        open_image(b"text")
+
+
 # ----------------------------------------------------------------------------------------------------- orientation
 
 
