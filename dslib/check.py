@@ -2,23 +2,39 @@
 
 import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 
 def at_least(least: float, /, **values: Any) -> None:
     """Raise a ValueError that names the first value below ``least`` (NaN, infinity and what is no number are, too)."""
-    for name, value in values.items():
-        if not least <= _number(value) < math.inf:
-            raise ValueError(f"{name}: got {value!r}, expected at least {least}")
+    _all(values, lambda number: least <= number < math.inf, f"at least {least}")
 
 
 def above(limit: float, /, **values: Any) -> None:
     """As :func:`at_least`, for values that may not be ``limit`` itself."""
+    _all(values, lambda number: limit < number < math.inf, f"a number above {limit}")
+
+
+def between(low: float, high: float, /, **values: Any) -> None:
+    """Raise a ValueError that names the first value outside ``low`` to ``high``, ends included."""
+    _all(values, lambda number: low <= number <= high, f"{low} to {high}")
+
+
+def below(low: float, high: float, /, **values: Any) -> None:
+    """As :func:`between`, for values that may not be ``high`` itself."""
+    _all(values, lambda number: low <= number < high, f"at least {low} and below {high}")
+
+
+def _all(values: Mapping[str, Any], fits: Callable[[float], bool], expected: str) -> None:
     for name, value in values.items():
-        if not limit < _number(value) < math.inf:
-            raise ValueError(f"{name}: got {value!r}, expected a number above {limit}")
+        try:
+            fitting = hasattr(value, "__float__") and not isinstance(value, bool) and fits(float(value))
+        except (TypeError, ValueError, RuntimeError):  # of tensors and arrays of several numbers
+            fitting = False
+        if not fitting:
+            raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def whole(least: int, /, **values: Any) -> None:
@@ -32,20 +48,6 @@ def whole(least: int, /, **values: Any) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
         if number < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
-
-
-def between(low: float, high: float, /, **values: Any) -> None:
-    """Raise a ValueError that names the first value outside ``low`` to ``high``, ends included."""
-    for name, value in values.items():
-        if not low <= _number(value) <= high:
-            raise ValueError(f"{name}: got {value!r}, expected {low} to {high}")
-
-
-def below(low: float, high: float, /, **values: Any) -> None:
-    """As :func:`between`, for values that may not be ``high`` itself."""
-    for name, value in values.items():
-        if not low <= _number(value) < high:
-            raise ValueError(f"{name}: got {value!r}, expected at least {low} and below {high}")
 
 
 def one_of(choices: Collection, /, **values: Any) -> None:
@@ -71,13 +73,3 @@ def unknown(name: str, value: Any, known: Iterable[str], expected: str) -> Value
     by_lower = {one.lower(): one for one in sorted(known)}
     near = get_close_matches(str(value).lower(), by_lower, n=3, cutoff=0.3) or list(by_lower)[:8]
     return ValueError(f"{name}: got {value!r}, expected {expected}, such as {', '.join(by_lower[one] for one in near)}")
-
-
-def _number(value: Any) -> float:
-    """NaN, which lies in no range, for what is no number: texts, truth values, tensors and arrays of several."""
-    if not hasattr(value, "__float__") or isinstance(value, bool):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return math.nan

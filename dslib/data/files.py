@@ -18,11 +18,7 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.tx
 
 
 def data_path(name: str = "") -> Path:
-    """Path of a file or folder below ``data/``, e.g. ``data_path("claims.yml")``.
-
-    Raises:
-        FileNotFoundError: naming the file and the places looked in.
-    """
+    """Path of a file or folder below ``data/``, e.g. ``data_path("claims.yml")``. ``FileNotFoundError`` in words."""
     for root in _CANDIDATES:
         path = root / name
         if (root / "claims.yml").exists() and path.exists():

@@ -112,9 +112,6 @@ def _subjects(domain: str) -> tuple[str, ...]:
     return known[domain]
 
 
-test_size.__test__ = False  # a name that pytest would collect
-
-
 def read_jsonl(path: str | Path) -> list[Question]:
     """Questions from JSON Lines: objects with ``question``, ``choices`` (four texts), ``answer`` (0 to 3 or A to D).
 
@@ -196,9 +193,8 @@ def _split(text: str, label: str, answer: int, subject: str) -> Question:
 def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
     """One of the sets in the wheel of ``evals``: ``"us_tort_law"``, ``"medmcqa"`` or ``"jee-math"``.
 
-    Args:
-        wheel: the file; None looks in the cache folder, and fetches it with pip on the first call (46 MB). It is
-            read in place: installing it would take 755 MB.
+    ``wheel`` is its file; None looks in the cache folder, and fetches it with pip on the first call (46 MB). It is
+    read in place: installing it would take 755 MB.
 
     Raises:
         QuestionsNotFound: pip could not fetch it, or ``wheel`` is not there.
@@ -208,9 +204,9 @@ def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
     path = Path(wheel) if wheel is not None else _fetched_wheel()
     if not path.is_file():
         raise QuestionsNotFound(f"no such wheel: {path}. Run: pip download --no-deps {EVALS}")
-    member = f"evals/registry/data/{name}/samples.jsonl"
     with zipfile.ZipFile(path) as archive:
-        rows = [json.loads(line) for line in archive.read(member).split(b"\n") if line.strip()]
+        lines = archive.read(f"evals/registry/data/{name}/samples.jsonl").split(b"\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
     found = []
     for row in rows:
         text = re.sub(r"^Subject: .*\n+", "", row["input"][-1]["content"])
@@ -242,10 +238,9 @@ def _fetched_wheel() -> Path:
 
 
 def mmlu_test() -> list[Question]:
-    """All 14,042 test questions of MMLU, from the hub (needs ``pyarrow``, and the hub or its local cache).
+    """All 14,042 test questions of MMLU, from the hub or its local cache; needs ``pyarrow``.
 
-    Raises:
-        QuestionsNotFound: the hub is out of reach, or a package cannot be imported.
+    Raises ``QuestionsNotFound`` where the hub is out of reach, or a package cannot be imported.
     """
     try:
         import pyarrow.parquet

@@ -24,10 +24,9 @@ def to_bytes(text: str) -> Tensor:
 
 
 def slices(tokens: Tensor, length: int, count: int) -> Tensor:
-    """``count`` slices of ``length`` tokens, spread evenly over ``tokens`` and not overlapping: (count, length).
+    """``count`` slices of ``length`` tokens, spread evenly and not overlapping: (count, length).
 
-    Raises:
-        ValueError: the text is too short for that many.
+    Raises ``ValueError`` where the text is too short for that many.
     """
     check.whole(1, length=length, count=count)
     if count * length > len(tokens):
@@ -39,8 +38,7 @@ def slices(tokens: Tensor, length: int, count: int) -> Tensor:
 def random_batch(tokens: Tensor, length: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets from random places: two (batch_size, length) tensors.
 
-    Raises:
-        ValueError: the text is shorter than ``length + 1``, or nothing is asked for.
+    Raises ``ValueError`` where the text is shorter than ``length + 1``, or nothing is asked for.
     """
     check.whole(1, length=length, batch_size=batch_size)
     if len(tokens) <= length:

@@ -40,27 +40,18 @@ STRATEGIES = ("crop", "stretch", "letterbox", "tiles", "shorter")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one encoder wants its pictures.
+    """How one encoder wants its pictures."""
 
-    Args:
-        size: side of the square, pixels. strategy: one of the table above.
-        normalisation: of the encoder. resample: ``"bicubic"`` or ``"bilinear"``, both with antialiasing.
-        shorter: (crop) the shorter side before the middle is cut out; None is ``size``.
-        max_tiles: (tiles) at most so many beside the view of everything.
-        min_side: (letterbox) the shorter side is not made thinner than this.
-        draft: let JPEGs be decoded at a reduced size: faster, other pixels (see :func:`~.images.open_image`).
-    """
-
-    size: int = 224
-    strategy: str = "crop"
+    size: int = 224  # side of the square, pixels
+    strategy: str = "crop"  # one of the table above
     normalisation: Normalisation = IMAGENET
-    resample: str = "bicubic"
-    shorter: int | None = None
-    max_tiles: int = 9
-    min_side: int = 1
-    background: tuple[int, int, int] = (255, 255, 255)
+    resample: str = "bicubic"  # or "bilinear", both with antialiasing
+    shorter: int | None = None  # (crop) the shorter side before the middle is cut out; None is size
+    max_tiles: int = 9  # (tiles) at most so many beside the view of everything
+    min_side: int = 1  # (letterbox) the shorter side is not made thinner than this
+    background: tuple[int, int, int] = (255, 255, 255)  # this, max_pixels and draft as of open_image
     max_pixels: int = MAX_PIXELS
-    draft: bool = False
+    draft: bool = False  # let JPEGs be decoded at a reduced size: faster, other pixels
 
     def __post_init__(self):
         check.one_of(STRATEGIES, strategy=self.strategy)
@@ -88,21 +79,17 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Views:
-    """One picture, ready: ``pixels`` (V, 3, H, W) float32, the view of everything first, then the tiles row by row.
+    """One picture, ready."""
 
-    ``grid`` is (columns, rows) of the tiles, (0, 0) without; ``original`` the upright picture's (width, height).
-    """
-
-    pixels: Tensor
-    grid: tuple[int, int]
-    original: tuple[int, int]
+    pixels: Tensor  # (V, 3, H, W) float32, the view of everything first, then the tiles row by row
+    grid: tuple[int, int]  # columns and rows of the tiles, (0, 0) without
+    original: tuple[int, int]  # the upright picture's width and height
 
 
 def prepare(source: Source, recipe: Recipe) -> Views:
     """A picture from anywhere to normalised pixels.
 
-    Raises:
-        ImageError: as :func:`~.images.open_image`, and where "shorter" would make more than ``max_pixels`` of it.
+    Raises ``ImageError`` as :func:`~.images.open_image`, and where "shorter" would make more than ``max_pixels`` of it.
     """
     size = (recipe.shorter or recipe.size,) * 2
     draft = size if recipe.draft and recipe.strategy != "tiles" else None

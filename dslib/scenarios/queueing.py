@@ -17,9 +17,8 @@ from dslib import check
 def erlang_c(servers: int, utilisation: float) -> float:
     """Share of the arrivals that have to wait when ``servers`` places are taken ``utilisation`` of the time.
 
-    Raises:
-        ValueError: fewer than one server, or a utilisation that is not above 0 and below 1 (from 1 on the queue grows
-            without end).
+    Raises ``ValueError`` below one server, and for a utilisation that is not above 0 and below 1, where the queue grows
+    without end.
     """
     servers, utilisation = _checked(servers, utilisation)
     # Erlang B by its recurrence, which has no factorials to overflow; C follows from B.
@@ -35,13 +34,9 @@ def mean_wait(servers: int, utilisation: float) -> float:
 
 
 def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int = 0) -> tuple[float, float]:
-    """Play the queue: ``arrivals`` random requests at ``servers`` places, after a first tenth that is not counted.
+    """Play the queue: ``arrivals`` random requests (10 or more), after a first tenth that is not counted.
 
-    Returns:
-        the share that waited, and the mean wait as a multiple of the mean service time.
-
-    Raises:
-        ValueError: as :func:`erlang_c`, and for fewer than 10 arrivals.
+    Returns the share that waited, and the mean wait as a multiple of the mean service time.
     """
     servers, utilisation = _checked(servers, utilisation)
     check.whole(10, arrivals=arrivals)

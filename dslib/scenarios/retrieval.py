@@ -52,14 +52,12 @@ def image_features(
     """(V, N, D): one view for each background, and in it one part after the other, each part of length 1.
 
     Args:
-        sizes: sides to which the pictures of 64 pixels are brought, multiples of 32; a part each. Cost grows with the
-            square.
+        sizes: sides to which the pictures of 64 pixels are brought, multiples of 32; a part each, its cost a square.
         papers: backgrounds, keys of ``PAPERS``: the pictures are transparent, and what is behind them is our choice.
         blocks: blocks of the encoder whose averaged outputs are parts too, beside the last feature map's (see
             ``EfficientNetLite.pooled``).
 
-    Raises:
-        ValueError: an unknown background, none, or no size.
+    Raises ``ValueError`` for an unknown background, none, no size and no picture.
     """
     for name in papers:
         check.one_of(PAPERS, papers=name)
@@ -91,8 +89,7 @@ def align(images: Tensor, texts: Tensor, *, ridge: tuple[float, float] = (1.0, 0
         dimensions: K, directions kept, those of highest correlation.
         power: each direction counts with its correlation to this power; 0 counts all the same.
 
-    Raises:
-        ValueError: other shapes, or more dimensions than the shorter of the two vectors has.
+    Raises ``ValueError`` for other shapes, NaN, and more dimensions than the shorter of the two vectors has.
     """
     _check_pairs(images, texts, dimensions)
     check.at_least(0, **{"ridge[0]": ridge[0], "ridge[1]": ridge[1], "power": power})
