@@ -11,17 +11,12 @@ from measured import probes
 ROOF = Roof("made up", bandwidth=1e12, flops={"float16": 100e12}, memory_bytes=16e9, source="test")
 
 
-def test_a_workload_below_the_ridge_is_bound_by_bandwidth():
-    placed = place(Workload("w", bytes=1e9, flops=50e9, dtype="float16"), ROOF)
-    assert (placed.bound, placed.intensity, placed.ridge) == ("bandwidth", 50, 100)
-    assert placed.seconds == pytest.approx(1e-3)
-    assert placed.fraction(2e-3) == pytest.approx(0.5)
-
-
-def test_a_workload_above_the_ridge_is_bound_by_compute():
-    placed = place(Workload("w", bytes=1e9, flops=400e9, dtype=torch.float16), ROOF)
-    assert placed.bound == "compute"
-    assert placed.seconds == pytest.approx(4e-3)
+@pytest.mark.parametrize(("flops", "bound", "seconds"), [(50e9, "bandwidth", 1e-3), (400e9, "compute", 4e-3)])
+@pytest.mark.parametrize("dtype", ["float16", torch.float16])
+def test_below_the_ridge_bandwidth_is_the_bound_and_above_it_arithmetic(flops, bound, seconds, dtype):
+    placed = place(Workload("w", bytes=1e9, flops=flops, dtype=dtype), ROOF)
+    assert (placed.bound, placed.intensity, placed.ridge) == (bound, flops / 1e9, 100)
+    assert placed.seconds == pytest.approx(seconds) and placed.fraction(2 * seconds) == pytest.approx(0.5)
 
 
 def test_a_matrix_product_counts_its_bytes_and_operations():
@@ -30,14 +25,10 @@ def test_a_matrix_product_counts_its_bytes_and_operations():
     assert matmul(1, 2, 2, "int4").bytes == 0.5 * 8
 
 
-def test_the_cache_of_the_published_shape():
-    # 24 layers, 2048 numbers each for keys and values, 2 bytes: 192 KiB a token.
-    assert CODER_1_3B.kv_bytes(1) == 196_608
-
-
 def test_a_decode_step_reads_the_weights_once_for_the_whole_batch():
     model = DecoderShape("m", parameters=1000, layers=2, hidden=8, kv_width=4)
     one, four = model.decode(10), model.decode(10, batch=4)
+    assert CODER_1_3B.kv_bytes(1) == 196_608  # 24 layers, 2048 numbers each for keys and values, 2 bytes: 192 KiB
     assert one.bytes == 2000 + 2 * 2 * 4 * 2 * 11
     assert four.bytes - one.bytes == 3 * model.kv_bytes(11)
     assert four.flops == 4 * one.flops
@@ -72,24 +63,14 @@ def test_prefill_equals_decoding_the_same_tokens_in_operations():
 def test_floor_of_128_tokens_at_1_3b(gpu, bytes_per_weight, ms):
     floor = decode_floor(1.3e9 * bytes_per_weight, published_roof(gpu), tokens=128)
     assert floor * 1e3 == pytest.approx(ms, abs=0.05)
-
-
-def test_the_floor_uses_the_read_bandwidth_where_there_is_one():
-    roof = Roof("r", 1e9, {"float32": 1e9}, 1e9, "test", read_bandwidth=2e9)
-    assert decode_floor(1e9, roof) == 0.5
+    assert decode_floor(1e9, Roof("r", 1e9, {}, 1e9, "test", read_bandwidth=2e9)) == 0.5  # the one that decoding has
 
 
 @pytest.mark.parametrize("name", ["A100_80GB", "a100 80gb", "a100-80gb"])
 def test_published_names_are_found_however_they_are_written(name):
     roof = published_roof(name)
-    assert roof.bandwidth == 2.039e12
-    assert roof.rate(torch.bfloat16) == 312e12
-    assert roof.source == "published peak"
-
-
-def test_every_published_row_gives_a_roof():
-    for name in roofline.published_names():
-        assert published_roof(name).bandwidth > 0
+    assert (roof.bandwidth, roof.rate(torch.bfloat16), roof.source) == (2.039e12, 312e12, "published peak")
+    assert all(published_roof(name).bandwidth > 0 for name in roofline.published_names())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Book: ``chapters/scenarios/multimodal.ipynb``.
 """
 
 import io
+import math
 import re
 import sys
 from contextlib import nullcontext
@@ -94,12 +95,12 @@ def open_image(
 _LOADING = Lock()
 
 
-def _check_arguments(background: tuple[int, int, int], max_pixels: int, draft: tuple[int, int] | None) -> None:
-    check.whole(1, max_pixels=max_pixels)
-    for argument, value, length in (("background", background, 3), ("draft", draft or (1, 1), 2)):
-        if isinstance(value, str) or len(value) != length:
+def _check_arguments(background: tuple[int, int, int], max_pixels: float, draft: tuple[int, int] | None) -> None:
+    check.between(1, math.inf, max_pixels=max_pixels)
+    for argument, value, length, least in (("background", background, 3, 0), ("draft", draft or (1, 1), 2, 1)):
+        if np.shape(value) != (length,):
             raise ValueError(f"{argument}: got {value!r}, expected {length} whole numbers")
-        check.whole(0 if length == 3 else 1, **{f"{argument}[{i}]": number for i, number in enumerate(value)})
+        check.whole(least, **{f"{argument}[{i}]": number for i, number in enumerate(value)})
     check.between(0, 255, background=max(background))
 
 

@@ -18,6 +18,7 @@ from dslib.scenarios import batches
 from dslib.scenarios.batches import ImageLoader, WorkerLost, collate, tokenise
 from dslib.scenarios.images import ImageError
 from dslib.scenarios.multimodal import HALF, Recipe, Views, prepare
+from dslib.scenarios.pipeline import serve
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_every_picture_once_and_in_order(files, tokenizer, workers, size, kind):
 
 def test_no_pictures_are_no_batches(tokenizer):
     loader = ImageLoader([], RECIPE, texts=[], tokenizer=tokenizer)
-    assert len(loader) == 0 and list(loader) == []
+    assert len(loader) == 0 and list(loader) == [] == serve(None, iter([]), new_tokens=3, ahead=True)
 
 
 @pytest.mark.parametrize("processes", [False, True])
