@@ -27,6 +27,7 @@ from dslib import check
 # those that hardly anybody tests. (JPEG includes MPO, the two-picture JPEG of some cameras.)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM")
 MAX_PIXELS = 80_000_000  # 240 MB as RGB; below the size at which Pillow itself begins to warn
+_LOADING = Lock()
 
 Source = bytes | bytearray | memoryview | str | Path | Image.Image | np.ndarray | torch.Tensor
 
@@ -90,9 +91,6 @@ def open_image(
     rgb = rgb.copy() if rgb is image else rgb
     rgb.info = {}  # an orientation left in here would turn the picture again, at the next opening or once it is saved
     return rgb
-
-
-_LOADING = Lock()
 
 
 def _check_arguments(background: tuple[int, int, int], max_pixels: float, draft: tuple[int, int] | None) -> None:
@@ -212,9 +210,8 @@ def _lower_bytes(image: Image.Image) -> np.ndarray | None:
 
     Pillow keeps the upper byte of each value. Told that the bytes stand the other way round, it keeps the lower one.
     """
-    if image.format not in ("PNG", "TIFF"):
-        return None
-    raw = {one.args if isinstance(one.args, str) else one.args[0] for one in image.tile}
+    tiles = image.tile if image.format in ("PNG", "TIFF") else ()
+    raw = {one.args if isinstance(one.args, str) else one.args[0] for one in tiles}
     match = re.fullmatch("(RGBA?|LA);16([BLN])", raw.pop()) if len(raw) == 1 else None
     if match is None:
         return None

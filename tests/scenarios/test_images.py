@@ -3,8 +3,8 @@
 import io
 import math
 import struct
-import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -253,18 +253,11 @@ def test_sizes(picture):
 
 def test_threads_may_share_a_picture_that_is_not_loaded_yet(picture, tmp_path):
     picture.resize((800, 480)).save(tmp_path / "a.jpg", exif=oriented(6))
-    wanted, start = pixels(open_image(tmp_path / "a.jpg")), threading.Barrier(4)
-    for _ in range(5):
-        shared, got = Image.open(tmp_path / "a.jpg"), []
-
-        def look(shared=shared, got=got):
-            start.wait()
-            got.append(pixels(open_image(shared)))
-
-        threads = [threading.Thread(target=look) for _ in range(4)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        assert len(got) == 4 and all((one == wanted).all() for one in got)
+    wanted = pixels(open_image(tmp_path / "a.jpg"))
+    for _ in range(20):
+        with Image.open(tmp_path / "a.jpg") as shared, ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(open_image, [shared] * 4))
+        assert all((pixels(one) == wanted).all() for one in got)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
