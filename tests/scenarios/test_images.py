@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -254,8 +255,9 @@ def test_sizes(picture):
 def test_threads_may_share_a_picture_that_is_not_loaded_yet(picture, tmp_path):
     picture.resize((800, 480)).save(tmp_path / "a.jpg", exif=oriented(6))
     wanted = pixels(open_image(tmp_path / "a.jpg"))
-    for _ in range(20):
-        with Image.open(tmp_path / "a.jpg") as shared, ThreadPoolExecutor(4) as pool:
+    for _ in range(10):
+        together = threading.Barrier(4).wait
+        with Image.open(tmp_path / "a.jpg") as shared, ThreadPoolExecutor(4, initializer=together) as pool:
             got = list(pool.map(open_image, [shared] * 4))
         assert all((pixels(one) == wanted).all() for one in got)
 
