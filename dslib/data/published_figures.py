@@ -49,8 +49,7 @@ class Figure:
 def figure(entry: str, name: str) -> Figure:
     """The figure ``name`` of a model, e.g. ``("deepseek_v3", "layers")``, or of ``serving``, ``sampling_advice``.
 
-    Raises:
-        ValueError: naming the unknown entry or figure and the nearest known ones.
+    Raises ``ValueError`` for an unknown entry or figure, with the nearest known ones.
     """
     known = entries()
     if entry not in known:

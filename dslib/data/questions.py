@@ -17,12 +17,14 @@ Book: ``chapters/performance/accuracy.ipynb``. Source: MMLU (arXiv 2009.03300); 
 evaluation code that its authors published.
 """
 
+import codecs
 import contextlib
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,26 +112,23 @@ def _subjects(domain: str) -> tuple[str, ...]:
     return known[domain]
 
 
-test_size.__test__ = False  # a name that pytest would collect
-
-
 def read_jsonl(path: str | Path) -> list[Question]:
     """Questions from JSON Lines: objects with ``question``, ``choices`` (four texts), ``answer`` (0 to 3 or A to D).
 
-    ``subject`` is optional, empty lines are skipped.
+    ``subject`` is optional, empty lines are skipped. Only a line feed ends a line (jsonlines.org).
 
     Raises:
         ValueError: naming file and line of what is wrong; or the file has no question.
     """
     path, found = Path(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            found.append(_from_mapping(json.loads(line)))
+            found.append(_from_mapping(json.loads(line.decode("utf-8"))))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name} line {number}: not valid JSON: {error.msg}") from error
-        except ValueError as error:
+        except ValueError as error:  # also of decode
             raise ValueError(f"{path.name} line {number}, {error}") from error
     if not found:
         raise ValueError(f"{path.name}: got no question, expected at least one")
@@ -155,14 +154,16 @@ def mmlu_examples() -> list[Question]:
     choices and lost its fourth line on the way; it is left out.
 
     Raises:
-        QuestionsNotFound: the package is not installed.
+        QuestionsNotFound: the package is not installed, or has no such files.
     """
     spec = importlib.util.find_spec("lm_eval")  # does not import it
     folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        raise QuestionsNotFound("lm-eval is not installed. Run: pip install --no-deps lm-eval==0.4.13")
+    files = sorted(Path(folders[0], "tasks/mmlu/flan_cot_fewshot").glob("mmlu_*.yaml")) if folders else []
+    if not files:
+        what = "lm-eval has no tasks here" if folders else "lm-eval is not installed"
+        raise QuestionsNotFound(f"{what}. Run: pip install --no-deps lm-eval==0.4.13")
     found = []
-    for file in sorted(Path(folders[0], "tasks", "mmlu", "flan_cot_fewshot").glob("mmlu_*.yaml")):
+    for file in files:
         task = yaml.load(file.read_text(encoding="utf-8"), _TaskLoader)
         for sample in task["fewshot_config"]["samples"]:
             answer = re.findall(r"answer is \(([A-D])\)", sample["target"])
@@ -192,9 +193,8 @@ def _split(text: str, label: str, answer: int, subject: str) -> Question:
 def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
     """One of the sets in the wheel of ``evals``: ``"us_tort_law"``, ``"medmcqa"`` or ``"jee-math"``.
 
-    Args:
-        wheel: the file; None looks in the cache folder, and fetches it with pip on the first call (46 MB). It is
-            read in place: installing it would take 755 MB.
+    ``wheel`` is its file; None looks in the cache folder, and fetches it with pip on the first call (46 MB). It is
+    read in place: installing it would take 755 MB.
 
     Raises:
         QuestionsNotFound: pip could not fetch it, or ``wheel`` is not there.
@@ -204,9 +204,9 @@ def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
     path = Path(wheel) if wheel is not None else _fetched_wheel()
     if not path.is_file():
         raise QuestionsNotFound(f"no such wheel: {path}. Run: pip download --no-deps {EVALS}")
-    member = f"evals/registry/data/{name}/samples.jsonl"
     with zipfile.ZipFile(path) as archive:
-        rows = [json.loads(line) for line in archive.read(member).decode("utf-8").splitlines() if line.strip()]
+        lines = archive.read(f"evals/registry/data/{name}/samples.jsonl").split(b"\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
     found = []
     for row in rows:
         text = re.sub(r"^Subject: .*\n+", "", row["input"][-1]["content"])
@@ -219,20 +219,28 @@ def evals_set(name: str, wheel: str | Path | None = None) -> list[Question]:
 
 def _fetched_wheel() -> Path:
     path = cache_root() / _EVALS_WHEEL
-    if not path.is_file():
+    if path.is_file():
+        return path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(path.parent), EVALS]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise QuestionsNotFound(f"pip could not fetch {EVALS}: {result.stderr.strip()[-300:]}")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise QuestionsNotFound(
+            f"{EVALS} cannot be kept: {path.parent} cannot be written ({error.strerror}). "
+            "Set DSLIB_CACHE to a folder that can be."
+        ) from error
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(path.parent), EVALS]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not path.is_file():
+        raise QuestionsNotFound(f"pip could not fetch {EVALS}: {result.stderr.strip()[-300:]}")
     return path
 
 
 def mmlu_test() -> list[Question]:
-    """All 14,042 test questions of MMLU, from the hub (needs ``pyarrow``, and the hub or its local cache).
+    """All 14,042 test questions of MMLU, from the hub or its local cache; needs ``pyarrow``.
 
-    Raises:
-        QuestionsNotFound: the hub is out of reach, or pyarrow is not installed.
+    Raises ``QuestionsNotFound`` where the hub is out of reach, or a package cannot be imported.
     """
     try:
         import pyarrow.parquet
@@ -241,7 +249,9 @@ def mmlu_test() -> list[Question]:
         file = hf_hub_download("cais/mmlu", "all/test-00000-of-00001.parquet", repo_type="dataset", etag_timeout=10)
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except ImportError as error:
-        raise QuestionsNotFound("reading MMLU's test questions takes pyarrow. Run: pip install pyarrow") from error
+        raise QuestionsNotFound(
+            f"reading MMLU's test questions takes pyarrow ({error}). Run: pip install pyarrow huggingface_hub"
+        ) from error
     except Exception as error:  # network libraries raise many unrelated types
         raise QuestionsNotFound(f"cais/mmlu: the hub did not give MMLU's test questions ({error})") from error
     return [_from_mapping(row) for row in rows]

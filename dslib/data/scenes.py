@@ -33,17 +33,11 @@ def item_rng(seed: int, index: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with up to four emoji in its quarters.
+    """A picture with up to four emoji in its quarters."""
 
-    Attributes:
-        image: uint8, (size, size, 3).
-        cells: for each quarter, in the order of ``PLACES``, the number of the emoji in it, or None.
-        names: the emoji's names by language, for all that the maker knows.
-    """
-
-    image: np.ndarray
-    cells: tuple[int | None, ...]
-    names: dict[str, list[str]]
+    image: np.ndarray  # uint8, (size, size, 3)
+    cells: tuple[int | None, ...]  # for each quarter, in the order of PLACES, the number of the emoji in it, or None
+    names: dict[str, list[str]]  # by language, of all emoji that the maker knows
 
     def kinds(self) -> list[int]:
         """The different emoji in it, in the order in which one reads the quarters."""
@@ -52,16 +46,13 @@ class Scene:
     def caption(self, language: str = "en") -> str:
         """Every kind with its place, or with its number if there are several, e.g. "cat top left, star: two"."""
         check.one_of(LANGUAGES, language=language)
+        at, has, comma = (" ", ": ", ", ") if language == "en" else ("在", "有", "，")
         parts = []
         for kind in self.kinds():
             where = [place for place, cell in enumerate(self.cells) if cell == kind]
-            if len(where) == 1:
-                parts.append((self.names[language][kind], PLACES[language][where[0]], " ", "在"))
-            else:
-                parts.append((self.names[language][kind], NUMBERS[language][len(where)], ": ", "有"))
-        if language == "zh":
-            return "，".join(name + joint + rest for name, rest, _, joint in parts)
-        return ", ".join(name + joint + rest for name, rest, joint, _ in parts)
+            said = at + PLACES[language][where[0]] if len(where) == 1 else has + NUMBERS[language][len(where)]
+            parts.append(self.names[language][kind] + said)
+        return comma.join(parts)
 
     def questions(self, language: str = "en") -> list[tuple[str, str, str]]:
         """Everything that can be asked: (sort, question, answer), the sorts "what", "how many" and "where"."""
@@ -82,14 +73,7 @@ class Scene:
 
 
 class SceneMaker:
-    """Callable ``make(rng) -> Scene``.
-
-    Args:
-        emoji: what may appear. size: pixels a side of the picture; an emoji fills most of a quarter.
-
-    Raises:
-        ValueError: no emoji, or a size below 16 pixels.
-    """
+    """Callable ``make(rng) -> Scene``, of ``size`` pixels a side (at least 16); an emoji fills most of a quarter."""
 
     AGAIN = 0.35  # how often a quarter repeats the kind of an earlier one, so that counting is worth asking for
 
@@ -110,11 +94,7 @@ class SceneMaker:
         return self.draw(cells, rng)
 
     def draw(self, cells: Sequence[int | None], rng: np.random.Generator) -> Scene:
-        """A scene with these kinds in its quarters; ground, sizes and exact places are left to ``rng``.
-
-        Raises:
-            ValueError: not four cells, or a number that no kind has.
-        """
+        """A scene with these four kinds (or None) in its quarters; ground, sizes and places are left to ``rng``."""
         if len(cells) != 4 or not all(cell is None or 0 <= cell < len(self.emoji) for cell in cells):
             raise ValueError(f"cells: got {list(cells)}, expected four of None and 0 to {len(self.emoji) - 1}")
         half = self.size // 2
@@ -162,8 +142,7 @@ class TextMaker:
         size: (width, height) in pixels. points: least and greatest height of the letters; what does not fit is shrunk.
         angle: greatest turn to either side, degrees. noise: standard deviation, in steps of 255.
 
-    Raises:
-        ValueError: no word, or heights out of order.
+    Raises ``ValueError`` for no word, and for sizes or heights that cannot be.
     """
 
     def __init__(self, words: Sequence[str], *, size: tuple[int, int] = (64, 64), points: tuple[int, int] = (14, 24),
@@ -172,6 +151,8 @@ class TextMaker:
             raise ValueError("words: got none, expected at least one")
         if not 1 <= points[0] <= points[1]:
             raise ValueError(f"points: got {points}, expected (least, greatest), at least 1")
+        check.whole(1, width=size[0], height=size[1])
+        check.at_least(0, angle=angle, noise=noise)
         self.words, self.size, self.points, self.angle, self.noise = words, size, points, angle, noise
         self.fonts = plain_fonts()
 
@@ -201,19 +182,12 @@ class TextMaker:
 
 @dataclass(frozen=True)
 class Stream:
-    """Batches of generated items, each the same whatever came before it.
+    """Batches of generated items, each the same whatever came before it."""
 
-    Args:
-        make: ``make(rng) -> item``, such as :class:`SceneMaker`. collate: makes a batch of a list of items.
-
-    Raises:
-        ValueError: batch_size below 1.
-    """
-
-    make: Callable[[np.random.Generator], Any]
+    make: Callable[[np.random.Generator], Any]  # make(rng) -> item, such as SceneMaker
     batch_size: int
     seed: int
-    collate: Callable[[list], Any]
+    collate: Callable[[list], Any]  # makes a batch of a list of items
 
     def __post_init__(self):
         check.whole(1, batch_size=self.batch_size)

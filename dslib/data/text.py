@@ -20,14 +20,13 @@ def moby_dick() -> str:
 
 def to_bytes(text: str) -> Tensor:
     """UTF-8 bytes as int64 token ids 0 to 255: the vocabulary of the ``tiny`` preset."""
-    return torch.tensor(list(text.encode("utf-8")))
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64)
 
 
 def slices(tokens: Tensor, length: int, count: int) -> Tensor:
-    """``count`` slices of ``length`` tokens, spread evenly over ``tokens`` and not overlapping: (count, length).
+    """``count`` slices of ``length`` tokens, spread evenly and not overlapping: (count, length).
 
-    Raises:
-        ValueError: the text is too short for that many.
+    Raises ``ValueError`` where the text is too short for that many.
     """
     check.whole(1, length=length, count=count)
     if count * length > len(tokens):
@@ -39,9 +38,9 @@ def slices(tokens: Tensor, length: int, count: int) -> Tensor:
 def random_batch(tokens: Tensor, length: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets from random places: two (batch_size, length) tensors.
 
-    Raises:
-        ValueError: the text is shorter than ``length + 1``.
+    Raises ``ValueError`` where the text is shorter than ``length + 1``, or nothing is asked for.
     """
+    check.whole(1, length=length, batch_size=batch_size)
     if len(tokens) <= length:
         raise ValueError(f"length: got {length}, expected less than the text's {len(tokens)} tokens")
     starts = torch.randint(len(tokens) - length, (batch_size,), generator=generator)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dslib import check
 from dslib.data.encoders import EfficientNetLite, Normalisation
-from dslib.scenarios.images import MAX_PIXELS, ImageError, Source, open_image
+from dslib.scenarios.images import MAX_PIXELS, ImageError, Source, name_of, open_image
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -40,27 +40,18 @@ STRATEGIES = ("crop", "stretch", "letterbox", "tiles", "shorter")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one encoder wants its pictures.
+    """How one encoder wants its pictures."""
 
-    Args:
-        size: side of the square, pixels. strategy: one of the table above.
-        normalisation: of the encoder. resample: ``"bicubic"`` or ``"bilinear"``, both with antialiasing.
-        shorter: (crop) the shorter side before the middle is cut out; None is ``size``.
-        max_tiles: (tiles) at most so many beside the view of everything.
-        min_side: (letterbox) the shorter side is not made thinner than this.
-        draft: let JPEGs be decoded at a reduced size: faster, other pixels (see :func:`~.images.open_image`).
-    """
-
-    size: int = 224
-    strategy: str = "crop"
+    size: int = 224  # side of the square, pixels
+    strategy: str = "crop"  # one of the table above
     normalisation: Normalisation = IMAGENET
-    resample: str = "bicubic"
-    shorter: int | None = None
-    max_tiles: int = 9
-    min_side: int = 1
-    background: tuple[int, int, int] = (255, 255, 255)
+    resample: str = "bicubic"  # or "bilinear", both with antialiasing
+    shorter: int | None = None  # (crop) the shorter side before the middle is cut out; None is size
+    max_tiles: int = 9  # (tiles) at most so many beside the view of everything
+    min_side: int = 1  # (letterbox) the shorter side is not made thinner than this
+    background: tuple[int, int, int] = (255, 255, 255)  # this, max_pixels and draft as of open_image
     max_pixels: int = MAX_PIXELS
-    draft: bool = False
+    draft: bool = False  # let JPEGs be decoded at a reduced size: faster, other pixels
 
     def __post_init__(self):
         check.one_of(STRATEGIES, strategy=self.strategy)
@@ -88,28 +79,25 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Views:
-    """One picture, ready: ``pixels`` (V, 3, H, W) float32, the view of everything first, then the tiles row by row.
+    """One picture, ready."""
 
-    ``grid`` is (columns, rows) of the tiles, (0, 0) without; ``original`` the upright picture's (width, height).
-    """
-
-    pixels: Tensor
-    grid: tuple[int, int]
-    original: tuple[int, int]
+    pixels: Tensor  # (V, 3, H, W) float32, the view of everything first, then the tiles row by row
+    grid: tuple[int, int]  # columns and rows of the tiles, (0, 0) without
+    original: tuple[int, int]  # the upright picture's width and height
 
 
 def prepare(source: Source, recipe: Recipe) -> Views:
     """A picture from anywhere to normalised pixels.
 
-    Raises:
-        ImageError: as :func:`~.images.open_image`.
+    Raises ``ImageError`` as :func:`~.images.open_image`, and where "shorter" would make more than ``max_pixels`` of it.
     """
     size = (recipe.shorter or recipe.size,) * 2
-    image = open_image(
-        source, background=recipe.background, max_pixels=recipe.max_pixels,
-        draft=size if recipe.draft and recipe.strategy != "tiles" else None,
-    )  # fmt: skip
-    pictures, grid = views(image, recipe)
+    draft = size if recipe.draft and recipe.strategy != "tiles" else None
+    image = open_image(source, background=recipe.background, max_pixels=recipe.max_pixels, draft=draft)
+    try:
+        pictures, grid = views(image, recipe)
+    except ImageError as error:
+        raise ImageError(f"{name_of(source)}: {error}") from error
     return Views(torch.stack([normalise(picture, recipe.normalisation) for picture in pictures]), grid, image.size)
 
 
@@ -123,7 +111,7 @@ def views(image: Image.Image, recipe: Recipe) -> tuple[list[Image.Image], tuple[
     if recipe.strategy == "shorter":
         size = shorter_side_to(image.size, recipe.size)
         if size[0] * size[1] > recipe.max_pixels:
-            raise ImageError(f"picture of {image.width} x {image.height}: would become {size[0]} x {size[1]}")
+            raise ImageError(f"{image.width} x {image.height}: would become {size[0]} x {size[1]}")
         return [image.resize(size, how)], (0, 0)
     if recipe.strategy == "letterbox":
         return [letterbox(image, square, how, recipe.filling, recipe.min_side)], (0, 0)

@@ -7,7 +7,7 @@ of its own on a GPU. Whether that gains anything depends on what the two compete
 Book: ``chapters/performance/speed.ipynb``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,8 +27,11 @@ class Request:
     prompt: list[int]
 
 
-def serve(model: VisionLanguageDecoder, requests: Sequence[Request], new_tokens: int, ahead: bool) -> list[list[int]]:
+def serve(model: VisionLanguageDecoder, requests: Iterable[Request], new_tokens: int, ahead: bool) -> list[list[int]]:
     """Answer requests one after the other, greedily; with ``ahead``, each next picture is looked at meanwhile."""
+    requests = list(requests)
+    if not requests:
+        return []
     cuda = model.embed_tokens.weight.device.type == "cuda"
     side = torch.cuda.Stream() if cuda and ahead else None
 

@@ -13,26 +13,22 @@ from dslib import check
 
 
 def place_experts(load: Sequence[float], gpus: int, copies: int = 0) -> list[list[int]]:
-    """Which experts each GPU holds, for a load that is known in advance.
+    """The numbers of the experts that each GPU holds; ``load`` is each expert's, ``copies`` how many are held again.
 
     Copies go to the expert whose copies are busiest, one at a time; then, the busiest first, every copy goes to the GPU
     with the least load that still has a place. All GPUs hold equally many.
 
-    Args:
-        load: of each expert, any unit. copies: how many experts are held twice (or more often).
-
-    Returns:
-        A list of expert numbers a GPU.
-
     Raises:
-        ValueError: experts and copies that cannot be dealt out evenly, a negative load.
+        ValueError: experts and copies that cannot be dealt out evenly, no load, or one that is negative or NaN.
     """
+    _check_load(load)
+    check.whole(1, gpus=gpus)
+    check.whole(0, copies=copies)
     slots = len(load) + copies
-    if gpus < 1 or copies < 0 or slots % gpus:
+    if slots % gpus:
         raise ValueError(
             f"gpus, copies: got {gpus} and {copies}, expected {len(load)} experts + copies to fill all GPUs"
         )
-    check.at_least(0, load=min(load))
     held = [1] * len(load)
     for _ in range(copies):
         held[max(range(len(load)), key=lambda expert: load[expert] / held[expert])] += 1
@@ -49,7 +45,20 @@ def place_experts(load: Sequence[float], gpus: int, copies: int = 0) -> list[lis
 
 
 def imbalance(load: Sequence[float], placed: Sequence[Sequence[int]]) -> float:
-    """Load of the busiest GPU over the mean: how much longer the layer takes than if the load were even."""
+    """Load of the busiest GPU over the mean: how much longer the layer takes than if the load were even.
+
+    Raises:
+        ValueError: no load anywhere, a negative or NaN one, or an expert that no GPU holds.
+    """
+    _check_load(load)
     held = [sum(experts.count(expert) for experts in placed) for expert in range(len(load))]
+    check.whole(1, **{f"placed, copies of expert {expert}": copies for expert, copies in enumerate(held)})
     busy = [sum(load[expert] / held[expert] for expert in experts) for experts in placed]
-    return max(busy) / (sum(busy) / len(busy))
+    check.above(0, **{"load, sum": sum(busy)})
+    return float(max(busy) / (sum(busy) / len(busy)))
+
+
+def _check_load(load: Sequence[float]) -> None:
+    check.whole(1, **{"load, experts": len(load)})
+    for value in load:
+        check.at_least(0, load=value)

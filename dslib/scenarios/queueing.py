@@ -17,11 +17,10 @@ from dslib import check
 def erlang_c(servers: int, utilisation: float) -> float:
     """Share of the arrivals that have to wait when ``servers`` places are taken ``utilisation`` of the time.
 
-    Raises:
-        ValueError: fewer than one server, or a utilisation that is not above 0 and below 1 (from 1 on the queue grows
-            without end).
+    Raises ``ValueError`` below one server, and for a utilisation that is not above 0 and below 1, where the queue grows
+    without end.
     """
-    _check(servers, utilisation)
+    servers, utilisation = _checked(servers, utilisation)
     # Erlang B by its recurrence, which has no factorials to overflow; C follows from B.
     blocked, load = 1.0, servers * utilisation
     for taken in range(1, servers + 1):
@@ -31,19 +30,15 @@ def erlang_c(servers: int, utilisation: float) -> float:
 
 def mean_wait(servers: int, utilisation: float) -> float:
     """Mean time in line, as a multiple of the mean time a request then takes; arguments as in :func:`erlang_c`."""
-    return erlang_c(servers, utilisation) / (servers * (1 - utilisation))
+    return erlang_c(servers, utilisation) / (int(servers) * (1 - float(utilisation)))
 
 
 def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int = 0) -> tuple[float, float]:
-    """Play the queue: ``arrivals`` random requests at ``servers`` places, after a first tenth that is not counted.
+    """Play the queue: ``arrivals`` random requests (10 or more), after a first tenth that is not counted.
 
-    Returns:
-        the share that waited, and the mean wait as a multiple of the mean service time.
-
-    Raises:
-        ValueError: as :func:`erlang_c`, and for fewer than 10 arrivals.
+    Returns the share that waited, and the mean wait as a multiple of the mean service time.
     """
-    _check(servers, utilisation)
+    servers, utilisation = _checked(servers, utilisation)
     check.whole(10, arrivals=arrivals)
     rate, dice = servers * utilisation, random.Random(seed)
     free = [0.0] * servers  # when each place is next free, the soonest first
@@ -57,7 +52,9 @@ def simulate(servers: int, utilisation: float, arrivals: int = 20_000, seed: int
     return sum(wait > 0 for wait in counted) / len(counted), sum(counted) / len(counted)
 
 
-def _check(servers: int, utilisation: float) -> None:
+def _checked(servers: int, utilisation: float) -> tuple[int, float]:
+    """As plain numbers, whatever kind of scalar they were."""
     check.whole(1, servers=servers)
     check.above(0, utilisation=utilisation)
     check.below(0, 1, utilisation=utilisation)
+    return int(servers), float(utilisation)

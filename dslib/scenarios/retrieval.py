@@ -52,19 +52,17 @@ def image_features(
     """(V, N, D): one view for each background, and in it one part after the other, each part of length 1.
 
     Args:
-        sizes: sides to which the pictures of 64 pixels are brought, multiples of 32; a part each. Cost grows with the
-            square.
+        sizes: sides to which the pictures of 64 pixels are brought, multiples of 32; a part each, its cost a square.
         papers: backgrounds, keys of ``PAPERS``: the pictures are transparent, and what is behind them is our choice.
         blocks: blocks of the encoder whose averaged outputs are parts too, beside the last feature map's (see
             ``EfficientNetLite.pooled``).
 
-    Raises:
-        ValueError: an unknown background, none, or no size.
+    Raises ``ValueError`` for an unknown background, none, no size and no picture.
     """
     for name in papers:
         check.one_of(PAPERS, papers=name)
-    if not papers or not sizes:
-        raise ValueError(f"papers, sizes: got {papers!r}, {sizes!r}, expected at least one of each")
+    if not papers or not sizes or not len(emoji):
+        raise ValueError(f"papers, sizes: got {papers!r}, {sizes!r} for {len(emoji)} pictures, expected one of each")
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (encoder.normalisation.mean, encoder.normalisation.std))
     views = []
     for name in papers:
@@ -91,13 +89,10 @@ def align(images: Tensor, texts: Tensor, *, ridge: tuple[float, float] = (1.0, 0
         dimensions: K, directions kept, those of highest correlation.
         power: each direction counts with its correlation to this power; 0 counts all the same.
 
-    Raises:
-        ValueError: other shapes, or more dimensions than the shorter of the two vectors has.
+    Raises ``ValueError`` for other shapes, NaN, and more dimensions than the shorter of the two vectors has.
     """
-    if images.ndim != 3 or texts.ndim != 3 or images.shape[1] != texts.shape[1]:
-        raise ValueError(
-            f"images, texts: got {tuple(images.shape)}, {tuple(texts.shape)}, expected (V, N, D), (C, N, E)"
-        )
+    _check_pairs(images, texts, dimensions)
+    check.at_least(0, **{"ridge[0]": ridge[0], "ridge[1]": ridge[1], "power": power})
     check.between(1, min(images.shape[2], texts.shape[2]), dimensions=dimensions)
     means = [side.mean((0, 1)) for side in (images, texts)]
     x, y = (side - mean for side, mean in zip((images, texts), means, strict=True))
@@ -124,6 +119,8 @@ def _factor(rows: Tensor, ridge: float) -> Tensor:
 def contrast(images: Tensor, texts: Tensor, *, dimensions: int = 256, epochs: int = 60, batch_size: int = 256,
              learning_rate: float = 1e-3, dropout: float = 0.5, seed: int = 0) -> Maps:  # fmt: skip
     """Maps by descent on CLIP's loss; shapes as in :func:`align`. Every step draws a view and a wording at random."""
+    _check_pairs(images, texts, dimensions)
+    check.whole(1, epochs=epochs, batch_size=batch_size)
     means = [side.mean((0, 1)) for side in (images, texts)]
     scales = [(side - mean).flatten(0, 1).std(0) + 1e-5 for side, mean in zip((images, texts), means, strict=True)]
     x, y = ((side - m) / s for side, m, s in zip((images, texts), means, scales, strict=True))
@@ -155,32 +152,48 @@ def crowding(gallery: Tensor, known: Tensor, nearest: int = 10) -> Tensor:
 
     In many dimensions a few items are near to everything ("hubs"), and come up whatever one asks for. Half of this
     taken off the scores holds them back (half of the local scaling of Conneau et al., arXiv 1710.04087). The captions
-    it is measured against are those of the training set.
+    it is measured against are those of the training set. Raises ValueError for none of them, and for NaN.
     """
-    return (gallery @ known.T).topk(min(nearest, len(known)), dim=-1).values.mean(-1)
+    check.whole(1, nearest=nearest, **{"known, captions": len(known)})
+    return _scores(gallery, known).topk(min(nearest, len(known)), dim=-1).values.mean(-1)
 
 
 def ranks(queries: Tensor, gallery: Tensor, penalty: Tensor | None = None) -> Tensor:
     """How many of the gallery come before query i's own item i, at best 0: (N, K), (N, K) unit vectors -> (N,) int64.
 
-    Args:
-        penalty: (N,), taken off the score of each item of the gallery.
-
-    An item that scores exactly as high as the own one counts as before it.
-
-    Raises:
-        ValueError: different shapes.
+    ``penalty``, (N,), is taken off the score of each item of the gallery. An item that scores exactly as high as the
+    own one counts as before it. Raises ValueError for other shapes, and for NaN, which would come before nothing.
     """
     if queries.shape != gallery.shape or queries.ndim != 2:
         raise ValueError(f"gallery: got shape {tuple(gallery.shape)}, expected that of queries, {tuple(queries.shape)}")
-    scores = queries @ gallery.T  # (N, N), a query in each row
-    if penalty is not None:
-        scores = scores - penalty
+    scores = _scores(queries, gallery, penalty)  # (N, N), a query in each row
     return (scores >= scores.diagonal().unsqueeze(1)).sum(1) - 1
 
 
 def search(query: Tensor, gallery: Tensor, top: int = 5, penalty: Tensor | None = None) -> list[tuple[int, float]]:
-    """The ``top`` items for one query (K,), best first: (number, score)."""
-    scores = gallery @ query - (0 if penalty is None else penalty)
-    best = scores.topk(min(top, len(gallery)))
+    """The ``top`` items for one query (K,), best first: (number, score). Raises ValueError for NaN, and ``top`` < 1."""
+    check.whole(1, top=top)
+    best = _scores(query, gallery, penalty).topk(min(top, len(gallery)))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _scores(queries: Tensor, gallery: Tensor, penalty: Tensor | None = None) -> Tensor:
+    """(..., K), (N, K) -> (..., N) cosines, less each item's penalty."""
+    if penalty is not None and penalty.shape != gallery.shape[:1]:
+        raise ValueError(f"penalty: got shape {tuple(penalty.shape)}, expected ({len(gallery)},), one for each item")
+    scores = queries @ gallery.T
+    scores = scores if penalty is None else scores - penalty
+    if bad := int(scores.isnan().sum()):
+        raise ValueError(f"queries, gallery, penalty: got NaN in {bad} of {scores.numel()} scores, expected numbers")
+    return scores
+
+
+def _check_pairs(images: Tensor, texts: Tensor, dimensions: int) -> None:
+    if images.ndim != 3 or texts.ndim != 3 or images.shape[1] != texts.shape[1] or 0 in (*images.shape, *texts.shape):
+        raise ValueError(
+            f"images, texts: got {tuple(images.shape)}, {tuple(texts.shape)}, expected (V, N, D), (C, N, E)"
+        )
+    check.whole(1, dimensions=dimensions)
+    for name, side in (("images", images), ("texts", texts)):
+        if bad := int((~side.isfinite()).sum()):
+            raise ValueError(f"{name}: got {bad} values of {side.numel()} that are NaN or infinite, expected numbers")

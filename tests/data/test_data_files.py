@@ -62,9 +62,8 @@ def test_every_source_resolves(bib):
 def test_gpus_have_their_fields_and_sane_values(gpus):
     formats = {"float32", "tfloat32", "float16", "bfloat16", "float8", "int8", "int4"}
     for name, gpu in gpus.items():
-        assert {"name", "memory_gb", "memory_type", "bandwidth_gb_s", "tflops", "power_w", "sources", "tier"} <= set(
-            gpu
-        )
+        fields = {"name", "memory_gb", "memory_type", "bandwidth_gb_s", "tflops", "power_w", "sources", "tier"}
+        assert fields <= set(gpu), name
         assert gpu["tier"] in TIERS and gpu["sources"], name
         assert 4 <= gpu["memory_gb"] <= 300 and 50 <= gpu["bandwidth_gb_s"] <= 10_000, name
         assert gpu["tflops"].keys() <= formats and "float32" in gpu["tflops"], name
@@ -80,36 +79,14 @@ def test_what_a_card_lacks_is_left_out(gpus):
     assert gpus["A10"]["memory_gb"] == 24, "claim s2.3-02: there is no A10 with 40 GB"
 
 
-@pytest.mark.parametrize(
-    ("gpu", "bytes_per_weight", "milliseconds"),
-    [
-        ("A100_40GB", 2, 214.0),
-        ("A100_80GB", 2, 163.2),
-        ("H100_SXM", 2, 99.3),
-        ("H200", 2, 69.3),
-        ("A10", 2, 554.7),
-        ("L4", 2, 1109.3),
-        ("T4", 2, 1040.0),
-        ("A100_40GB", 1, 107.0),
-        ("A100_80GB", 1, 81.6),
-        ("A100_80GB", 0.5, 40.8),
-    ],
-)
-def test_decode_floor_of_128_tokens(gpus, gpu, bytes_per_weight, milliseconds):
-    floor = 128 * 1.3e9 * bytes_per_weight / (gpus[gpu]["bandwidth_gb_s"] * 1e9)
-    assert floor * 1e3 == pytest.approx(milliseconds, abs=0.05)
-
-
 def test_figures_of_the_speed_claims(gpus):
     """s2.1-02: both floors stand in the sentence, and 82 ms needs about twice the larger card's bandwidth."""
     because = load_ledger()["s2.1-02"].because
     assert "214.0 ms" in because and "163.2 ms" in because
     implied = 128 * 2.6e9 / 0.082
     assert implied / (gpus["A100_80GB"]["bandwidth_gb_s"] * 1e9) == pytest.approx(1.99, abs=0.005)
-    assert 128 * 2.6e9 / 0.115 / 1e12 == pytest.approx(2.89, abs=0.005)  # s2.1-03
-    assert 2 * 21e9 / 1555e9 == pytest.approx(0.0270, abs=5e-5)  # s2.1-03
     assert 671 / gpus["A100_80GB"]["memory_gb"] > 8 and 335.5 / gpus["A100_80GB"]["memory_gb"] > 4  # s2.1-05, s2.3-04
-    assert 2.6e9 / 1555e9 == pytest.approx(1.7e-3, abs=5e-5)  # s3.1-03
+    assert gpus["A100_40GB"]["bandwidth_gb_s"] == 1555  # s2.1-03, s3.1-03
 
 
 # ---------------------------------------------------------------- prices
@@ -128,17 +105,15 @@ def test_prices_are_dated_and_known(gpus):
 
 
 @pytest.mark.parametrize(
-    ("version", "per_request", "printed", "gpu", "rent", "times"),
+    ("version", "per_request", "gpu", "rent", "times"),
     [
-        ("V1", 0.003, 10950, "A10", 0.00018, 17),
-        ("V2", 0.007, 25550, "A100_80GB", 0.00043, 16),
-        ("V3", 0.005, 18250, "A100_80GB", 0.00043, 12),
+        ("V1", 0.003, "A10", 0.00018, 17),
+        ("V2", 0.007, "A100_80GB", 0.00043, 16),
+        ("V3", 0.005, "A100_80GB", 0.00043, 12),
     ],
 )
-def test_figures_of_the_cost_claims(version, per_request, printed, gpu, rent, times):
-    year = per_request * 100_000 * 365
-    assert year == pytest.approx(10 * printed)
-    assert f"${year:,.0f}" in load_ledger()[f"s2.3-year-{version}"].because
+def test_figures_of_the_cost_claims(version, per_request, gpu, rent, times):
+    assert f"${per_request * 100_000 * 365:,.0f}" in load_ledger()[f"s2.3-year-{version}"].because
     rows = read("prices.yml")["gpu_hours"]
     usd = next(row["usd"] for row in rows if row["gpu"] == gpu and row["source"] == "lambda_catalog")
     assert usd * 24 / 100_000 == pytest.approx(rent, abs=5e-6)
@@ -195,7 +170,6 @@ def test_recomputed_from_the_file():
     assert serving["nodes"].value * 8 * 24 * 2 == serving["cost_usd_per_day"].value
     hours = f("deepseek_v3", "gpu_hours").value
     assert hours * 2 == f("deepseek_v3", "training_cost_usd").value and hours == 2_664_000 + 119_000 + 5_000
-    assert 3 / 14.8 == pytest.approx(1 / 5, abs=0.005)  # s2.2-10
 
 
 def test_figures_of_the_4_gb_claim():
@@ -212,24 +186,21 @@ def test_figures_of_the_4_gb_claim():
 
 
 def test_figure_shows_its_source():
-    assert (
-        repr(published_figures.figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
-    )
-    assert str(published_figures.figure("deepseek_v4", "layers")) == "not stated / 43"
-    assert "`deepseek_v2`" in published_figures.figure("deepseek_v2", "mmlu")._repr_markdown_()
-
-
-def test_unknown_figures_name_the_nearest():
+    figure = published_figures.figure
+    assert repr(figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
+    assert str(figure("deepseek_v4", "layers")) == "not stated / 43"
+    assert "`deepseek_v2`" in figure("deepseek_v2", "mmlu")._repr_markdown_()
     with pytest.raises(ValueError, match=r"entry: got 'deepseek_v5'.*deepseek_v"):
-        published_figures.figure("deepseek_v5", "layers")
+        figure("deepseek_v5", "layers")
     with pytest.raises(ValueError, match=r"figure of deepseek_v3: got 'param_total'.*params_total"):
-        published_figures.figure("deepseek_v3", "param_total")
+        figure("deepseek_v3", "param_total")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("models: [", r"published\.yml line \d: not valid YAML"),
+        ("models: \x07", r"published\.yml: not valid YAML: .*not allowed"),
         ("", r"published\.yml: expected 'models'"),
         ("models: {m: {}}", r"published\.yml: expected 'models' and entries with 'figures'"),
         ("models: {m: {figures: {layers: 3}}}", r"published\.yml, m, figure 'layers': got 3, expected value, source"),
@@ -246,6 +217,39 @@ def test_a_faulty_file_says_where(tmp_path, monkeypatch, text, message):
     published_figures.entries.cache_clear()
     with pytest.raises(ValueError, match=message):
         published_figures.entries()
+
+
+# ---------------------------------------------------------------- the folder for weights
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shared", "root"),
+    [
+        (None, None, "~/.cache/dslib"),
+        ("", "", "~/.cache/dslib"),
+        (" ", "relative", "~/.cache/dslib"),
+        (None, "/b", "/b/dslib"),
+        ("/a", "/b", "/a"),
+        ("~", None, "~"),
+        ("~/a b", None, "~/a b"),
+        ("a/b", None, "./a/b"),
+        ("file/../a", None, None),
+        ("file", "/b", None),
+        ("file/a", "/b", None),
+        ("~nobody-of-this-name/a", None, None),
+    ],
+)
+def test_what_the_variables_may_hold(tmp_path, monkeypatch, chosen, shared, root):
+    for name, value in (("DSLIB_CACHE", chosen), ("XDG_CACHE_HOME", shared), ("HOME", str(tmp_path / "home"))):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    if root is None:
+        with pytest.raises(ValueError, match=f"DSLIB_CACHE: got '{chosen}', expected a folder"):
+            files.cache_root()
+    else:
+        wanted = root.replace("~", str(tmp_path / "home")).replace("./", f"{tmp_path}/")
+        assert str(files.cache_root()) == wanted
 
 
 def _each(value):

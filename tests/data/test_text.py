@@ -15,6 +15,7 @@ def test_the_novel_is_whole():
 def test_bytes_come_back_as_text():
     sample = "never mind how long precisely — Ишмаэль"
     assert bytes(text.to_bytes(sample).tolist()).decode() == sample
+    assert text.to_bytes("").dtype == text.to_bytes(sample).dtype == torch.int64
 
 
 def test_slices_are_spread_and_do_not_overlap():
@@ -35,6 +36,8 @@ def test_random_batches_shift_by_one_and_repeat_with_the_seed():
         (lambda tokens: text.slices(tokens, 51, 2), "count: 2 slices of 51 tokens need 102, the text has 100"),
         (lambda tokens: text.slices(tokens, 0, 1), "length: got 0"),
         (lambda tokens: text.slices(tokens, 1, 0), "count: got 0"),
+        (lambda tokens: text.random_batch(tokens, 0, 1, torch.Generator()), "length: got 0"),
+        (lambda tokens: text.random_batch(tokens, 9, 0, torch.Generator()), "batch_size: got 0"),
         (lambda tokens: text.random_batch(tokens, 100, 1, torch.Generator()), "length: got 100, .* text's 100 tokens"),
     ],
 )

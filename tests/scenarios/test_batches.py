@@ -1,9 +1,12 @@
 """Batches of mixed sizes, texts of mixed lengths, and a loader from which no failure gets away."""
 
+import io
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from dslib.data.encoders import load_minilm
 from dslib.scenarios import batches
 from dslib.scenarios.batches import ImageLoader, WorkerLost, collate, tokenise
 from dslib.scenarios.images import ImageError
-from dslib.scenarios.multimodal import HALF, Recipe, prepare
+from dslib.scenarios.multimodal import HALF, Recipe, Views, prepare
+from dslib.scenarios.pipeline import serve
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,29 @@ def greys(loader):
     return [round((value.item() + 1) / 2 * 255 / 20) for batch in loader for value in batch.pixels[:, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_every_picture_once_and_in_order(files, workers):
-    loader = ImageLoader(files, RECIPE, 4, workers=workers)
+@pytest.mark.parametrize("kind", [list, iter])
+@pytest.mark.parametrize(("workers", "size"), [(0, 4), (1, np.int64(4)), (torch.tensor(3), torch.tensor(4))])
+def test_every_picture_once_and_in_order(files, tokenizer, workers, size, kind):
+    texts = kind([f"number {number}" for number in range(10)])
+    loader = ImageLoader(kind(files), RECIPE, size, workers=workers, texts=texts, tokenizer=tokenizer)
     assert len(loader) == 3
     assert [batch.indices for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert greys(loader) == list(range(10))
+
+
+def test_no_pictures_are_no_batches(tokenizer):
+    loader = ImageLoader([], RECIPE, texts=[], tokenizer=tokenizer)
+    assert len(loader) == 0 and list(loader) == [] == serve(None, iter([]), new_tokens=3, ahead=True)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_one_picture_that_is_not_loaded_yet_serves_several_times(files, processes):
+    """Threads that read its file by turns would find it cut off; a damaged one is named in processes too."""
+    with Image.open(files[3]) as whole, Image.open(io.BytesIO(files[4].read_bytes()[:60])) as damaged:
+        sources = [whole] * 8 + [damaged]
+        loader = ImageLoader(sources, RECIPE, 2, workers=2, processes=processes, on_error="skip")
+        assert greys(loader) == [3] * 8 and list(loader.failures) == [8]
+        assert "cut off or damaged" in str(loader.failures[8])
 
 
 def test_processes_give_what_threads_give(files):
@@ -53,7 +74,7 @@ def test_processes_give_what_threads_give(files):
 
 def test_views_of_mixed_number_and_size():
     pictures = [Image.new("RGB", size, "white") for size in ((64, 36), (20, 20), (36, 64))]
-    batch = collate([prepare(picture, Recipe(32, "shorter", HALF)) for picture in pictures])
+    batch = collate(prepare(picture, Recipe(32, "shorter", HALF)) for picture in pictures)
     assert batch.pixels.shape == (3, 3, 56, 56)
     assert batch.mask.sum((1, 2)).tolist() == [56 * 32, 32 * 32, 32 * 56]
     assert (batch.pixels.mean(1)[batch.mask] == 1).all() and (batch.pixels.mean(1)[~batch.mask] == 0).all()
@@ -61,11 +82,6 @@ def test_views_of_mixed_number_and_size():
     counts = [1 + columns * rows for columns, rows in tiled.grids.tolist()]
     assert tiled.pixels.shape == (sum(counts), 3, 16, 16) and tiled.mask.all()
     assert tiled.item.bincount().tolist() == counts and tiled.item.tolist() == sorted(tiled.item.tolist())
-
-
-def test_an_empty_batch_is_refused():
-    with pytest.raises(ValueError, match="at least one picture"):
-        collate([])
 
 
 @pytest.mark.parametrize("workers, processes", [(0, False), (2, False), (1, True)])
@@ -171,34 +187,39 @@ def test_what_is_far_too_long_is_cut_and_said_to_be(tokenizer):
     assert batch["cut"].tolist() == [True, False]
 
 
-@pytest.mark.parametrize("texts, number", [(["a", ""], 1), ([" \n"], 0), (["a", "b", None], 2)])
-def test_empty_captions_are_named(tokenizer, files, texts, number):
-    with pytest.raises(ValueError, match=f"texts: number {number} is"):
-        tokenise(texts, tokenizer)
-    with pytest.raises(ValueError, match=f"texts: number {number} is"):
-        ImageLoader(files[: len(texts)], RECIPE, texts=texts, tokenizer=tokenizer)
+class Bare:
+    pad_token_id = None
 
 
-def test_bad_arguments_are_refused(files, tokenizer):
-    for bad, message in (
-        ({"batch_size": 0}, "batch_size: got 0"),
-        ({"workers": -1}, "workers"),
-        ({"ahead": 0}, "ahead"),
-        ({"on_error": "ignore"}, "on_error: got 'ignore'"),
-        ({"texts": ["one"], "tokenizer": tokenizer}, "texts: got 1, expected 10"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ImageLoader(files, RECIPE, **bad)
-    with pytest.raises(ValueError, match="list of"):
-        tokenise("a cat", tokenizer)
+ONE = Views(torch.zeros(1, 3, 8, 8), (0, 0), (8, 8))
 
 
-def test_a_tokenizer_without_padding_says_what_to_do():
-    class Bare:
-        pad_token_id = None
-
-    with pytest.raises(ValueError, match=r"set tokenizer\.pad_token"):
-        tokenise(["a"], Bare())
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda load, tok: collate([]), "items: got none, expected at least one picture"),
+        (lambda load, tok: collate([ONE], [0, 1]), "indices: got 2, expected 1"),
+        (lambda load, tok: collate([replace(ONE, pixels=ONE.pixels[:0])]), "views of picture 0: got 0"),
+        (lambda load, tok: load(batch_size=0), "batch_size: got 0"),
+        (lambda load, tok: load(batch_size=2.0), "batch_size: got 2.0, expected a whole number"),
+        (lambda load, tok: load(workers=-1), "workers: got -1"),
+        (lambda load, tok: load(ahead=0), "ahead: got 0"),
+        (lambda load, tok: load(timeout=0), "timeout: got 0"),
+        (lambda load, tok: load(on_error="ignore"), "on_error: got 'ignore', expected one of 'raise'"),
+        (lambda load, tok: load(texts=["one"], tokenizer=tok), "texts: got 1, expected 10"),
+        (lambda load, tok: load(texts=["one"]), "tokenizer: got NoneType"),
+        (lambda load, tok: load(texts=["a", ""], tokenizer=tok), "texts: number 1 is empty"),
+        (lambda load, tok: ImageLoader("a.png", RECIPE), "sources: got one str, expected a list"),
+        (lambda load, tok: tokenise("a cat", tok), "texts: got 'a cat', expected a list"),
+        (lambda load, tok: tokenise([" \n"], tok), "texts: number 0 is empty"),
+        (lambda load, tok: tokenise(["a", "b", None], tok), "texts: number 2 is .* None"),
+        (lambda load, tok: tokenise(["a"], tok, 2), "max_length: got 2, expected at least 3"),
+        (lambda load, tok: tokenise(["a"], Bare()), r"expected one with a padding token; set tokenizer\.pad_token"),
+    ],
+)
+def test_what_is_refused(files, tokenizer, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(partial(ImageLoader, files, RECIPE), tokenizer)
 
 
 @pytest.mark.benchmark

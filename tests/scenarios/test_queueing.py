@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +51,12 @@ def test_the_simulation_agrees_with_the_formula(servers, utilisation):
         mean = sum(got) / 5
         error = math.sqrt(sum((x - mean) ** 2 for x in got) / 4 / 5)
         assert abs(mean - want) < 3 * error + 0.005, (mean, want, error)
+
+
+def test_every_kind_of_number_gives_plain_ones():
+    for servers, utilisation in ((np.int64(3), np.float64(0.5)), (torch.tensor(3), torch.tensor(0.5))):
+        assert type(erlang_c(servers, utilisation)) is type(mean_wait(servers, utilisation)) is float
+        assert simulate(servers, utilisation, 100) == simulate(3, 0.5, 100)
 
 
 def test_the_seed_decides():

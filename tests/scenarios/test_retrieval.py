@@ -1,5 +1,7 @@
 """Two maps into one space: against the definition, on planted data, and with real encoders."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,12 @@ from measured.experiments.multimodal_retrieval import character_features, folds,
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_nan(*shape):
+    values = random(*shape)
+    values.view(-1)[0] = math.nan
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +126,22 @@ def test_features_have_a_view_for_each_background_and_a_part_for_each_size_and_b
         (lambda: align(random(4, 5), random(1, 4, 3)), "images, texts: got .*expected"),
         (lambda: align(random(1, 4, 5), random(1, 3, 3)), "images, texts: got .*expected"),
         (lambda: align(random(1, 4, 5), random(1, 4, 3), dimensions=4), "dimensions: got 4, expected 1 to 3"),
+        (lambda: align(random(1, 4, 5), random(1, 4, 3), dimensions=1, ridge=(math.nan, 1)), r"ridge\[0\]: got nan"),
+        (lambda: align(with_nan(1, 4, 5), random(1, 4, 3), dimensions=1), "images: got 1 values of 20 that are NaN"),
+        (lambda: contrast(random(1, 4, 5), with_nan(1, 4, 3)), "texts: got 1 values of 12 that are NaN"),
+        (lambda: contrast(random(1, 0, 5), random(1, 0, 3)), "images, texts: got"),
+        (lambda: contrast(random(1, 4, 5), random(1, 4, 3), epochs=0), "epochs: got 0"),
         (lambda: ranks(random(5, 3), random(4, 3)), "gallery: got shape"),
+        (lambda: ranks(with_nan(5, 3), random(5, 3)), "got NaN in 5 of 25 scores"),
+        (lambda: ranks(random(5, 3), with_nan(5, 3)), "got NaN in 5 of 25 scores"),
+        (lambda: ranks(random(5, 3), random(5, 3), with_nan(5)), "got NaN in 5 of 25 scores"),
+        (lambda: ranks(random(5, 3), random(5, 3), random(5, 1)), r"penalty: got shape \(5, 1\)"),
+        (lambda: search(with_nan(3), random(5, 3)), "got NaN in 5 of 5 scores"),
+        (lambda: search(random(3), with_nan(5, 3)), "got NaN in 1 of 5 scores"),
+        (lambda: search(random(3), random(5, 3), 0), "top: got 0"),
+        (lambda: crowding(random(5, 3), with_nan(4, 3)), "got NaN in 5 of 20 scores"),
+        (lambda: crowding(random(5, 3), random(0, 3)), "known, captions: got 0"),
+        (lambda: crowding(random(5, 3), random(4, 3), 0), "nearest: got 0"),
         (
             lambda: image_features(Eyes(), load_emoji(), papers=("green",)),
             "papers: got 'green', expected one of 'white'",
