@@ -32,7 +32,7 @@ PYTHON = os.path.join(VENV, "bin", "python")
 MARKER = os.path.join(VENV, "setting-up")
 STAMP = os.path.join(VENV, "set-up.json")
 REQUIREMENTS = ("requirements.txt", "requirements-models.txt")
-WATCHED = REQUIREMENTS + ("constraints.txt", "pyproject.toml")
+WATCHED = (*REQUIREMENTS, "constraints.txt", "pyproject.toml")
 OLDEST = (3, 11)
 
 # The settings of pip that say from where, and what uv calls them: "" needs no telling, None it does not have.
@@ -155,22 +155,23 @@ def attempt(command, env=None, cwd=None):
         )
     except OSError as error:
         return str(error)
-    said = (done.stderr.strip() or done.stdout.strip() or "status %d" % done.returncode).splitlines()
-    return said[-1] if done.returncode else None
+    said = done.stderr.strip() or done.stdout.strip() or b"status %d" % done.returncode
+    return said.splitlines()[-1].decode("utf-8", "replace").strip() if done.returncode else None
 
 
 def settings():
     """The reader's settings of pip, from files and variables, that say from where: name -> text."""
     values = {}
-    listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
     lines = [re.match(r"(global|install|:env:)\.([\w-]+)=(.+)", line) for line in listed.stdout.splitlines()]
     for section in ("global", "install", ":env:"):  # what comes later counts more
         for line in lines:
-            if line and line.group(1) == section and line.group(2) in FROM_WHERE and ast.literal_eval(line.group(3)):
-                values[line.group(2)] = ast.literal_eval(line.group(3))
-    return {
-        name: text for name, text in values.items() if name != "no-index" or text.lower() in ("1", "true", "yes", "on")
-    }
+            if line and line.group(1) == section and line.group(2) in FROM_WHERE:
+                text = ast.literal_eval(line.group(3))
+                values.update({line.group(2): text} if text else {})
+    if values.get("no-index", "1").lower() not in ("1", "true", "yes", "on", "y", "t"):
+        del values["no-index"]
+    return values
 
 
 def environment(values):
@@ -211,7 +212,7 @@ def install(commands, env, *arguments):
         problem = attempt([*commands[0], *arguments], env)
         if problem is None:
             return
-        print("uv could not install (%s); pip goes on." % problem.strip(), flush=True)
+        print("uv could not install (%s); pip goes on." % problem, flush=True)
         del commands[0]
     run([*commands[0], *arguments], env)
 
