@@ -150,13 +150,11 @@ def run(command, env=None):
 def attempt(command, env=None, cwd=None):
     """None if `command` succeeds, else the last line that it wrote; nothing is shown."""
     try:
-        done = subprocess.run(
-            command, cwd=cwd or ROOT, env=env, capture_output=True, encoding="utf-8", errors="replace"
-        )
+        done = subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True)
     except OSError as error:
         return str(error)
-    said = done.stderr.strip() or done.stdout.strip() or b"status %d" % done.returncode
-    return said.splitlines()[-1].decode("utf-8", "replace").strip() if done.returncode else None
+    said = done.stderr.strip() or done.stdout.strip() or b"no word"
+    return str(said.splitlines()[-1], "utf-8", "replace").strip() if done.returncode else None
 
 
 def settings():
@@ -223,11 +221,7 @@ def install(commands, env, *arguments):
 def remove_venv():
     """Move .venv aside first: a removal that is interrupted must not leave half of it under its own name."""
     shutil.rmtree(OLD, ignore_errors=True)
-    if os.path.islink(VENV):  # to a disk with more room: the link stays
-        for name in os.listdir(VENV):
-            path = os.path.join(VENV, name)
-            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
-    elif os.path.lexists(VENV):
+    if os.path.lexists(VENV):
         os.rename(VENV, OLD)
         shutil.rmtree(OLD, ignore_errors=True)
 
@@ -254,6 +248,11 @@ def renew_hook():
 def set_up():
     if ready():
         return
+    if os.path.islink(VENV):
+        sys.exit(
+            "error: .venv is a link to %s and may be another checkout's: nothing is changed through a link. "
+            "Run make where that folder belongs, or remove the link." % os.path.realpath(VENV)
+        )
     want, have = wanted(), found()
     shutil.rmtree(OLD, ignore_errors=True)
     interrupted = os.path.exists(MARKER)
@@ -265,7 +264,7 @@ def set_up():
         remove_venv()
         have = {}
     only_moved = bool(have) and have.get("requirements") == want["requirements"]
-    os.makedirs(os.path.realpath(VENV), exist_ok=True)
+    os.makedirs(VENV, exist_ok=True)
     open(MARKER, "w").close()
     if have:
         print(
