@@ -18,7 +18,7 @@ PART ?= machine
 PY := .venv/bin/python
 
 # Nothing of the caller's may leak in: neither other packages, nor a plot backend that would swallow the figures.
-unexport PYTHONPATH PYTHONHOME MPLBACKEND
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS MPLBACKEND
 export PYTHONNOUSERSITE := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
