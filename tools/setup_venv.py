@@ -160,7 +160,12 @@ def attempt(command, env=None, cwd=None):
 def settings():
     """The reader's settings of pip, from files and variables, that say from where: name -> text."""
     values = {}
-    listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
+    keep = ["PIP_CONFIG_FILE"] + ["PIP_" + name.upper().replace("-", "_") for name in FROM_WHERE]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON")) or k in keep}
+    ask = [PYTHON, "-X", "utf8", "-m", "pip", "config", "list"]
+    listed = subprocess.run(ask, cwd=ROOT, env=env, stdout=subprocess.PIPE, encoding="utf-8")
+    if listed.returncode:
+        sys.exit("error: pip cannot read its own settings, see above.")
     lines = [re.match(r"(global|install|:env:)\.([\w-]+)=(.+)", line) for line in listed.stdout.splitlines()]
     for section in ("global", "install", ":env:"):  # what comes later counts more
         for line in lines:
