@@ -188,7 +188,7 @@ def test_without_file_locks_it_goes_on_and_says_so(checkout, monkeypatch, capsys
 WHERE_TO = {"user": "true", "target": "/elsewhere", "prefix": "/elsewhere", "root": "/elsewhere", "python": "/other"}
 FROM = {
     "index-url": "https://a/simple",
-    "extra-index-url": "https://b/simple https://c/simple",
+    "extra-index-url": "https://b/s https://c/s",
     "find-links": "/wheels",
 }
 
