@@ -49,8 +49,8 @@ SETUP_TAGS = ("setup", "hide-input")  # every page has it, so the built one fold
 SETUP = """\
 import importlib.util
 
-if importlib.util.find_spec("dslib") is None:  # Colab, Kaggle, Binder: their own torch and transformers stay
-    print("Installing dslib; this takes a minute.")
+if importlib.util.find_spec("dslib") is None:  # on Colab, Kaggle or Binder
+    print("Installing dslib; torch and transformers stay as they are.")
     %pip install -q "dslib[ocr] @ git+{url}"
     %pip install -q --no-deps {models}
 
