@@ -141,7 +141,8 @@ def normalise(notebook):
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
+            # The exporter's name: without it, `nbconvert --to script` leaves the magics of the set-up cell as they are.
+            "language_info": {"name": "python", "nbconvert_exporter": "python"},
         }
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
