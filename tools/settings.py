@@ -1,0 +1,62 @@
+"""The settings under which notebooks are run and compared: the book's own, whatever the reader has.
+
+A profile of IPython may show every expression of a cell, a matplotlibrc may ask for LaTeX, and where the home folder
+cannot be written matplotlib says so in the first cell that imports it. `conftest.py` calls `prepare` for every run of
+pytest, `python -m tools.notebooks refresh` for every refresh; kernels and workers inherit what it sets.
+"""
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dslib.data.files import cache_root
+
+DONE = "DSLIB_BOOK_SETTINGS"  # names the folder; workers find it set
+READERS = (
+    "MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH", "JUPYTER_CONFIG_PATH",
+    "PYTHONSTARTUP", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONDEVMODE",
+)  # fmt: skip
+OURS = {
+    "IPYTHONDIR": "ipython",
+    "MPLCONFIGDIR": "matplotlib",
+    "JUPYTER_CONFIG_DIR": "jupyter",
+    "JUPYTER_RUNTIME_DIR": "runtime",
+}
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which is made itself if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def prepare() -> None:
+    """Change this process's environment; what it starts later has the book's settings."""
+    if DONE in os.environ:
+        return
+    folder = Path(sys.prefix, "share", "book-settings")  # kept: the list of fonts takes seconds to make
+    if sys.prefix == sys.base_prefix or not writable(folder):
+        folder = Path(tempfile.mkdtemp(prefix="book-settings-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in READERS:
+        os.environ.pop(name, None)
+    for name, part in OURS.items():
+        (folder / part).mkdir(exist_ok=True)
+        os.environ[name] = str(folder / part)
+    os.environ |= {DONE: str(folder), "JUPYTER_PREFER_ENV_PATH": "1"}
+    try:
+        can_keep = writable(cache_root())
+    except RuntimeError:  # no HOME, and a user whom the system does not know
+        can_keep = False
+    if not can_keep:
+        os.environ["DSLIB_CACHE"] = str(folder / "weights")
+    if not any((folder / "matplotlib").glob("fontlist*")):  # or the first cell says that it is being made
+        subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], capture_output=True)
