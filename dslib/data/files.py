@@ -15,6 +15,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _CANDIDATES = (_PACKAGE / "_data", _PACKAGE.parent / "data")
 # What is fetched of a model on the hub.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+OTHER_LAYOUTS = ("consolidated*", "original/*")  # the same weights once more
 
 
 def data_path(name: str = "") -> Path:
@@ -81,8 +82,9 @@ def from_hub(hub_id: str, revision: str | None = None) -> Path:
         # Network libraries raise many kinds of OSError and of HTTP error when there is no network.
         with contextlib.suppress(OSError, HfHubHTTPError, ValueError, httpx.HTTPError):
             folder = snapshot_download(
-                hub_id, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline, etag_timeout=10
-            )
+                hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(OTHER_LAYOUTS),
+                local_files_only=offline, etag_timeout=10,
+            )  # fmt: skip
             if any(Path(folder).glob("*.safetensors")):
                 return Path(folder)
     raise WeightsNotFound(f"{hub_id}: not in the local hub cache, and the hub is out of reach or has no such model")
@@ -91,13 +93,17 @@ def from_hub(hub_id: str, revision: str | None = None) -> Path:
 @contextlib.contextmanager
 def quiet():
     """No progress bars or notices while transformers unpacks: a chapter's output stays clean."""
+    from unittest import mock
+
+    from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()  # in a notebook they are widgets, which no redirection catches
+    no_bar = mock.patch.object(reader, "tqdm", lambda items, **_: items)  # the GGUF reader's own knows no switch
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's own progress bar knows no switch
+        with no_bar, contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         hf_logging.set_verbosity(level)

@@ -83,14 +83,19 @@ def as_seen(image: Image.Image, recipe: Recipe | None) -> Image.Image:
     return whole
 
 
+_INSTALL = (
+    "Run: pip install 'dslib[ocr]' and pip install --no-deps rapidocr-onnxruntime==1.4.4 (with Python 3.12 or older)"
+)
+
+
 @cache
 def _engine():
     if importlib.util.find_spec("rapidocr_onnxruntime") is None:
-        raise WeightsNotFound(
-            "PP-OCRv4: the package is not installed. Run: pip install --no-deps rapidocr-onnxruntime==1.4.4 "
-            "(with Python 3.12 or older)"
-        )
-    from rapidocr_onnxruntime import RapidOCR
+        raise WeightsNotFound(f"PP-OCRv4: the package is not installed. {_INSTALL}")
+    try:
+        from rapidocr_onnxruntime import RapidOCR
+    except (ImportError, OSError) as error:  # the package is there, what it needs is not
+        raise WeightsNotFound(f"PP-OCRv4 cannot be imported ({error}). {_INSTALL}") from error
 
     # One thread: the same numbers on every machine, and the other cores stay free.
     return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)

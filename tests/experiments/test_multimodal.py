@@ -1,7 +1,5 @@
 """The judge and what it is shown."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,9 +8,13 @@ from hypothesis import strategies as st
 from measured.experiments import multimodal
 from measured.experiments.multimodal import STRATEGIES, as_seen, read, recovered, text_page
 
-needs_engine = pytest.mark.skipif(
-    importlib.util.find_spec("rapidocr_onnxruntime") is None, reason="rapidocr-onnxruntime is not installed"
-)
+try:
+    import rapidocr_onnxruntime  # noqa: F401
+
+    MISSING = ""
+except (ImportError, OSError) as error:
+    MISSING = f"the OCR engine cannot be imported: {error}"
+needs_engine = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def distance(a, b):
