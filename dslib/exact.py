@@ -43,18 +43,6 @@ def exactly(module: nn.Module, *kinds: type, bias: bool = True) -> bool:
     return unlike(module, kinds, bias) is None
 
 
-def first_unlike(model: nn.Module, kinds: Collection[type], skip: Collection[str] = ()) -> str | None:
-    """The first module inside ``model`` that is :func:`unlike` all ``kinds``, and how; None if there is none.
-
-    Args:
-        skip: first parts of names to leave out.
-    """
-    for name, module in model.named_modules():
-        if name and name.partition(".")[0] not in skip and (found := unlike(module, kinds)) is not None:
-            return f"{name} {found}"
-    return None
-
-
 def hooked() -> bool:
     """Whether somebody has set hooks for all modules at once; torch's own counters, which only watch, do not count."""
     held = {**torch_modules._global_forward_hooks, **torch_modules._global_forward_pre_hooks}

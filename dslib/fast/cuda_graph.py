@@ -29,8 +29,7 @@ class StaticDecoding:
             products; None does not compile. The first step then takes as long as compiling does.
 
     Raises:
-        ValueError: ``graph`` on another device than CUDA; ``fused`` with an image or a backend, or for what
-            it is not made for.
+        ValueError: ``graph`` elsewhere than on CUDA; ``fused`` with an image or a backend, or for another model.
         RuntimeError: a step that cannot be recorded, such as one whose kernels make the host wait.
 
     Example:

@@ -94,7 +94,8 @@ def log_likelihoods(
 @torch.inference_mode()
 def whole_passes(model: Decoder, rows: Sequence[Row], progress: bool = False) -> Tensor:
     """What :func:`log_likelihoods` gives: float32 (rows, continuations), from logits in the model's own format."""
-    device, out = model.embed_tokens.weight.device, _empty(rows)
+    device = model.embed_tokens.weight.device
+    out = torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32, device="cpu")
     for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
         for size in {len(end) for end in row.ends}:  # those of equal length share a batch, so that nothing is padded
             same = [number for number, end in enumerate(row.ends) if len(end) == size]
@@ -105,7 +106,7 @@ def whole_passes(model: Decoder, rows: Sequence[Row], progress: bool = False) ->
 
 
 def _shared_passes(model: Decoder, rows: Sequence[Row], groups: Sequence, batch_tokens: int, progress: bool) -> Tensor:
-    out, head = _empty(rows), _float_head(model)
+    head, found = _float_head(model), {}
     with tqdm(total=len(rows), desc="questions", disable=not progress) as bar:
         for group in dict.fromkeys(groups):
             order = [index for index in range(len(rows)) if groups[index] == group]
@@ -114,13 +115,10 @@ def _shared_passes(model: Decoder, rows: Sequence[Row], groups: Sequence, batch_
             while order:
                 count = max(1, batch_tokens // (len(rows[order[0]].tokens) - prefix.length))
                 batch, order = order[:count], order[count:]
-                out[batch] = _score_batch(model, head, [rows[index] for index in batch], prefix)
+                scores = _score_batch(model, head, [rows[index] for index in batch], prefix)
+                found.update(zip(batch, scores, strict=True))
                 bar.update(len(batch))
-    return out
-
-
-def _empty(rows: Sequence[Row]) -> Tensor:
-    return torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32, device="cpu")
+    return torch.stack([found[index] for index in range(len(rows))])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU
 from dslib.architecture.sparse_decoder import SparseBlock, SparseDecoder
 from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention, ImageContext, SeeingBlock
 from dslib.architecture.window import RollingCache
-from dslib.exact import as_written, first_unlike, own_method, unlike, written
+from dslib.exact import as_written, own_method, unlike, written
 from dslib.fast.int4 import QuickInt4
 from dslib.fast.lean_step import LeanStep
 from dslib.fast.shortcut import Shortcut, Snapshot, shortcut_of, watched
@@ -95,8 +95,6 @@ def why_not(model: Decoder) -> str | None:
     Blocks have plain attention and a dense feed-forward network, on a CPU, in the sizes that the configuration says.
     Weights of four bits need their kernel.
     """
-    if type(model) not in MODELS:
-        return f"is a {type(model).__name__}"
     weight = model.embed_tokens.weight
     if weight.device.type != "cpu":  # elsewhere, kernel launches and not Python set the pace
         return f"is on {weight.device.type}"
@@ -152,22 +150,23 @@ def changed(model: Decoder, kinds: Collection[type] = KINDS) -> str | None:
     Modules are of the classes ``kinds``, unchanged, and as the configuration makes them; the configuration and all that
     it makes is in the lists above.
     """
-    if (reason := unlike(model, MODELS) or first_unlike(model, kinds, ELSEWHERE)) is not None:
-        return reason
+    found, vision = _parts(model), (model.vision,) if isinstance(model, VisionLanguageDecoder) else ()
+    for name, part in found.items():
+        if (reason := unlike(part, kinds if name else MODELS)) is not None:
+            return f"{name} {reason}".strip()
     for field in dataclasses.fields(model.config):
         value = getattr(model.config, field.name)
         if field.name not in FIELDS and value != field.default:
             return f"has {field.name}={value!r}, which only the modules compute"
-    vision = (model.vision,) if isinstance(model, VisionLanguageDecoder) else ()  # shared: a stream may be anything
-    with torch.device("meta"):
-        found, wanted = _parts(model), _parts(type(model)(model.config, *vision))
+    with torch.device("meta"):  # without memory; an image stream, which may be anything, is shared
+        wanted = _parts(type(model)(model.config, *vision))
     for name in found | wanted:
         part, like = found.get(name), wanted.get(name)
-        if part is None or like is None or _facts(part, like) != _facts(like, like):
+        if part is None or like is None or not _same(part, like):
             return f"{name} is not what the configuration says"
-        held = {**_settings(like), **like._modules, **like._parameters, **like._buffers}
-        there = [key for key, value in held.items() if value is not None and value is not False]
-        if type(like) in KNOWN and (more := set(there) - set(KNOWN[type(like)].split())):
+        held = {**_held(like), **like._modules, **like._buffers}
+        there = {key for key, value in held.items() if value is not None and value is not False}
+        if type(like) in KNOWN and (more := there - set(KNOWN[type(like)].split())):
             return f"{name or 'the model'} has a {min(more)}, which only the modules compute"
     return None
 
@@ -178,19 +177,18 @@ def _parts(model: Decoder) -> dict[str, nn.Module]:
     return {name: part for name, part in named if name.partition(".")[0] not in ELSEWHERE}
 
 
-def _settings(part: nn.Module) -> dict:
-    """By name, what a module keeps in attributes."""
-    own = vars(part)
-    return {name: own[name] for name in own if not name.startswith("_") and name not in ("training", "forward")}
+def _held(part: nn.Module) -> dict:
+    """By name, the settings of a module and the shapes of its parameters."""
+    held = {name: value for name, value in vars(part).items() if name not in ("training", "forward", "config")}
+    shapes = {name: value if value is None else value.shape for name, value in part._parameters.items()}
+    return {name: value for name, value in (held | shapes).items() if name[0] != "_"}
 
 
-def _facts(part: nn.Module, wanted: nn.Module) -> tuple:
-    """What a module has to have in common with the one that is wanted: kind, sizes, settings that its class makes."""
-    if isinstance(wanted, nn.Linear):  # a layer of fewer bits may stand there
-        bias = getattr(part, "bias", None)
-        return getattr(part, "in_features", None), getattr(part, "out_features", None), bias is not None
-    if type(wanted) not in KNOWN:
-        return ()
-    sizes = [weight.shape for weight in part._parameters.values() if weight is not None]
-    own = vars(part)
-    return type(part), sizes, {name: own.get(name) for name in _settings(wanted) if name != "config"}
+def _same(part: nn.Module, like: nn.Module) -> bool:
+    """Whether a module has kind, sizes and settings of the one that it should be like; others than KNOWN are called."""
+    own, wanted = _held(part), _held(like)
+    if isinstance(like, nn.Linear) and not isinstance(part, nn.Linear):  # a layer of fewer bits may stand there
+        return all(own.get(name) == wanted[name] for name in ("in_features", "out_features"))
+    if type(like) not in KNOWN:
+        return True
+    return type(part) is type(like) and all(own.get(name) == wanted[name] for name in wanted)
