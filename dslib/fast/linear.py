@@ -22,15 +22,7 @@ from dslib.fast.shortcut import Shortcut, watched
 
 
 def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` for a single row, with the rows of W spread over the threads.
-
-    Args:
-        x: (..., in_features) with exactly one row.
-        weight: (out_features, in_features).
-
-    Returns:
-        (..., out_features). Falls back to ``F.linear`` if no chunk count divides ``out_features``.
-    """
+    """``x Wᵀ`` for a single row x, (..., in_features) -> (..., out_features), with the rows of W over the threads."""
     return row_product(weight, row_chunks(len(weight)))(x.reshape(1, -1)).view(*x.shape[:-1], -1)
 
 
@@ -71,10 +63,9 @@ def onednn() -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` by the quickest kernel for the size; only for where no gradients are recorded.
+    """``x Wᵀ`` by the quickest kernel for the size, without gradients.
 
-    Args:
-        x: (rows, in_features). weight: (out_features, in_features), contiguous.
+    x: (rows, in_features). weight: (out_features, in_features), contiguous.
     """
     rows, chunks = len(x), row_chunks(len(weight))
     if x.dtype is torch.float32 and x.device.type == "cpu" and weight.numel() > FEW_WEIGHTS:

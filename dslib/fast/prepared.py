@@ -59,14 +59,14 @@ class Report:
     plain: tuple[tuple[str, str, str], ...]
 
     def __str__(self) -> str:
-        lines = []
+        groups: dict[tuple[str, str, str], list[str]] = {}
         for title, rows in (("fast", self.fast), ("plain", self.plain)):
-            kinds: dict[tuple[str, str], list[str]] = {}
             for name, kind, text in rows:
-                kinds.setdefault((kind, text), []).append(name or "the model")
-            for (kind, text), names in kinds.items():
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                lines.append(f"{title:5}  {len(names):4} x {kind}: {text} ({names[0]}{more})")
+                groups.setdefault((title, kind, text), []).append(name or "the model")
+        lines = []
+        for (title, kind, text), names in groups.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"{title:5}  {len(names):4} x {kind}: {text} ({names[0]}{more})")
         return "\n".join(lines) or "nothing here has a faster way"
 
 
@@ -113,8 +113,8 @@ def release(model: nn.Module) -> None:
     """Take every shortcut out of ``model`` again. Raises as :func:`prepare`."""
     for module in _checked(model).modules():
         shortcut = shortcut_of(module)
-        hidden = vars(module).get("packed_by")  # under a forward that was set afterwards
-        if (held := shortcut or hidden) is not None:
+        held = shortcut or vars(module).get("packed_by")  # the latter under a forward that was set afterwards
+        if held is not None:
             held.let_go()
         if shortcut is not None:
             del module.forward

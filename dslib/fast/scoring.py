@@ -59,16 +59,10 @@ class Row:
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: Decoder,
-    rows: Sequence[Row],
-    *,
-    groups: Sequence | None = None,
-    batch_tokens: int = 512,
+    model: Decoder, rows: Sequence[Row], *, groups: Sequence | None = None, batch_tokens: int = 512,
     progress: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Log-likelihood of each continuation after its context, in nats: float32 (rows, continuations), on the CPU.
-
-    The shared way for a prepared model, whole passes for any other.
 
     Args:
         groups: a label for each row; what the rows of a group have in common at the start runs once. None is one group.
@@ -93,7 +87,7 @@ def log_likelihoods(
 
 @torch.inference_mode()
 def whole_passes(model: Decoder, rows: Sequence[Row], progress: bool = False) -> Tensor:
-    """What :func:`log_likelihoods` gives: float32 (rows, continuations), from logits in the model's own format."""
+    """What :func:`log_likelihoods` gives of a model that is not prepared: from logits in the model's own format."""
     device = model.embed_tokens.weight.device
     out = torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32, device="cpu")
     for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
@@ -214,10 +208,9 @@ def _check(model: Decoder, rows: Sequence[Row], groups: Sequence) -> None:
     ends, size, limit = len(rows[0].ends), model.config.vocab_size, model.config.max_position_embeddings
     for number, row in enumerate(rows):
         if not row.context or not row.ends or len(row.ends) != ends or not all(row.ends):
-            raise ValueError(
-                f"rows: number {number} has {len(row.context)} tokens and continuations of {list(map(len, row.ends))}, "
-                f"expected at least one token in each, and {max(ends, 1)} continuations"
-            )
+            found = f"{len(row.context)} tokens and continuations of {list(map(len, row.ends))}"
+            wanted = f"at least one token in each, and {max(ends, 1)} continuations"
+            raise ValueError(f"rows: number {number} has {found}, expected {wanted}")
         for token in chain(row.context, *row.ends):
             if not hasattr(token, "__index__") or not 0 <= token < size:
                 raise ValueError(f"rows: number {number} has the token id {token!r}, expected 0 to {size - 1}")

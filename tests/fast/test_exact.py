@@ -440,25 +440,56 @@ def test_autocast_and_other_defaults_change_nothing_about_the_answer(kind):
         for default in (torch.float64, torch.bfloat16):
             torch.set_default_dtype(default)
             try:
-                found.append(model(token, cache))
+                found += [model(token, cache), log_likelihoods(model, [Row([1, 2], [[3, 4], [5]])])]
             finally:
                 torch.set_default_dtype(before)
-    for plain, quick in zip(found[:3], found[3:], strict=True):
+    for plain, quick in zip(found[:5], found[5:], strict=True):
         assert plain.dtype is quick.dtype
         torch.testing.assert_close(plain, quick, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_another_default_device_changes_nothing():
-    model, wanted = used(), []
+    model, found = used(), []
     for default in ("cpu", "meta"):
         cache, ids = model.make_cache(max_length=8), torch.tensor([PROMPT])
         model(ids, cache)
         with torch.device(default):
             logits = model(ids[:, -1:], cache)
             scores = log_likelihoods(model, [Row([1, 2], [[3], [4, 5]])])
-        wanted.append(torch.cat((logits.flatten(), scores.flatten())))
-    assert torch.equal(*wanted)
+        found.append(torch.cat((logits.flatten(), scores.flatten())))
+    assert torch.equal(*found)
+
+
+ONE, TWO = Row([3, 4], [[5, 7]]), Row((3, 4), ((5, 7), (6, 8)))
+BAD_ROWS = {  # rows, options, and words of the error
+    "none": ([], {}, "rows: got none"),
+    "no context": ([Row([], [[5, 7], [6, 8]]), TWO], {}, "number 0 has 0 tokens"),
+    "no continuation": ([Row([1], [])], {}, "at least one token in each, and 1 continuations"),
+    "an empty one": ([TWO, Row([3], [[5], []])], {}, r"number 1 has 1 tokens and continuations of \[1, 0\]"),
+    "more than before": ([ONE, TWO], {}, r"number 1 has 2 tokens and continuations of \[2, 2\]"),
+    "below the vocabulary": ([Row([1], [[-1]])], {}, "number 0 has the token id -1, expected 0 to 63"),
+    "above the vocabulary": ([Row([64], [[1]])], {}, "number 0 has the token id 64"),
+    "no whole number": ([Row([1.5], [[1]])], {}, "number 0 has the token id 1.5"),
+    "too long": ([Row([1] * 2048, [[1, 2]])], {}, "the longest takes 2049 tokens, the model has room for 2048"),
+    "too few labels": ([TWO, TWO], {"groups": [0]}, "groups: got 1 labels, expected 2"),
+    "no batch": ([TWO], {"batch_tokens": 0}, "batch_tokens: got 0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(("rows", "options", "words"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_rows_that_cannot_be_scored_are_refused(rows, options, words, prepared):
+    with pytest.raises(ValueError, match=words):
+        log_likelihoods(used() if prepared else noisy(), rows, **options)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_scores_that_are_not_a_number_are_an_error(prepared):
+    model = used() if prepared else noisy()
+    model.embed_tokens.weight.data[9] = torch.nan
+    with pytest.raises(ValueError, match="logits: not a number for row 1"):
+        log_likelihoods(model, [ONE, Row([9, 4], [[5, 7]])])
 
 
 @pytest.mark.parametrize("call", [fast.prepare, fast.describe, fast.release, fast.is_prepared])
