@@ -58,9 +58,11 @@ def own_method(thing: object) -> str | None:
 @cache
 def written(kind: type) -> dict[str, Callable]:
     """The methods of a class as they are when this is first asked, which is when whoever stands in for it is loaded."""
-    bases = [base for base in kind.__mro__ if base is not nn.Module]
-    names = {name for base in bases for name, value in vars(base).items() if isinstance(value, FunctionType)}
-    return {name: getattr(kind, name) for name in (*names, "__call__") if hasattr(kind, name)}
+    names = {"__call__"} if issubclass(kind, nn.Module) else set()
+    for base in kind.__mro__:
+        if base is not nn.Module:
+            names |= {name for name, value in vars(base).items() if isinstance(value, FunctionType)}
+    return {name: getattr(kind, name) for name in names}
 
 
 def as_written(kind: type) -> bool:

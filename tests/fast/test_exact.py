@@ -23,6 +23,7 @@ from dslib.architecture.layers import Attention, RMSNorm, SwiGLU
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.exact import exactly
 from dslib.fast import scoring, token_step
+from dslib.fast.lean_step import LeanStep
 from dslib.fast.scoring import Row, log_likelihoods
 from dslib.fast.token_step import why_not
 from dslib.performance.speculative import PromptLookup, speculate
@@ -350,12 +351,21 @@ def test_fields_parts_and_settings_that_no_step_knows_are_refused_by_name(monkey
             assert f"has a {known}, which only the modules compute" in why_not(used())
 
 
-def test_the_shortcut_is_taken_where_nothing_was_changed():
-    for config in (MODELS["dense"], MODELS["window, bias"], FusionConfig(*SIZES, cross_attention_every=2)):
-        assert why_not(used(config)) is None
+@pytest.mark.parametrize("cache", ["preallocated", "rolling"])
+def test_the_shortcut_is_taken_where_nothing_was_changed(cache, monkeypatch):
+    taken, step = [], LeanStep.__call__
+    monkeypatch.setattr(LeanStep, "__call__", lambda *args: taken.append(args) or step(*args))
+    for config in (
+        MODELS["window, bias"],
+        FusionConfig(*SIZES, cross_attention_every=2, sliding_window=5),
+        MODELS["dense"],
+    ):
+        model, kind = used(config), cache if config.sliding_window else "preallocated"
+        taken.clear()
+        generate(model, [PROMPT], 6, cache=kind)
+        assert why_not(model) is None and len(taken) == 5  # the first token is the prompt's
     model = used(MODELS["experts"])
-    assert why_not(model) == "layers.0 is a SparseBlock" or "is a MoE" in why_not(model)
-    assert scoring.why_not(model) is None
+    assert why_not(model) == "layers.0.mlp is a MoE" and scoring.why_not(model) is None
 
 
 def test_kinds_biases_and_watchers(monkeypatch):
