@@ -54,7 +54,7 @@ class StaticDecoding:
         # Read and written by every step, always at the same addresses: (B, 1).
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.token)
-        self.broken = torch.zeros_like(self.token, dtype=torch.bool)  # whether a logit of this text was not a number
+        self.broken = torch.zeros_like(self.token, dtype=torch.bool)  # whether logits of this text were NaN or infinite
         if fused:
             from dslib.fast.fused_step import FusedStep  # here: it needs Triton
 
@@ -74,10 +74,10 @@ class StaticDecoding:
         self.position.add_(1)
 
     def _choose(self, logits: Tensor) -> None:
-        """(B, vocab_size) -> the next token. NaN counts as the largest, so the largest tells whether there is one."""
+        """(B, vocab_size) -> the next token. NaN counts as the largest, so the largest tells whether all are numbers."""
         largest, token = logits.max(-1, keepdim=True)
         self.token.copy_(token)
-        self.broken.logical_or_(largest.isnan())
+        self.broken.logical_or_(largest.isfinite().logical_not_())
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class StaticDecoding:
         for index in range(1, new_tokens):
             out[:, index : index + 1] = self.step()
         if broken := self.broken.flatten().nonzero().flatten().tolist():
-            raise ValueError(f"logits: not a number for sequence {broken[0]}, expected numbers; look at the weights")
+            raise ValueError(f"logits: not a number (NaN or infinite) for sequence {broken[0]}, expected finite logits")
         return out
 
     def _record(self):
