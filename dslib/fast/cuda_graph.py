@@ -74,7 +74,7 @@ class StaticDecoding:
         self.position.add_(1)
 
     def _choose(self, logits: Tensor) -> None:
-        """(B, vocab_size) -> the next token. NaN counts as the largest, so the largest tells whether all are numbers."""
+        """(B, vocab_size) -> the next token. NaN counts as the largest, so the largest tells of it."""
         largest, token = logits.max(-1, keepdim=True)
         self.token.copy_(token)
         self.broken.logical_or_(largest.isfinite().logical_not_())

@@ -106,7 +106,7 @@ def test_the_sequence_is_named(broken):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model.embed_tokens.weight.data[prompts[1, -1]] = broken
     prompts[0] = (prompts[1, -1] + 1) % 256
-    with pytest.raises(ValueError, match="logits: not a number .* for sequence 1"):
+    with pytest.raises(ValueError, match=r"logits: not a number .* for sequence 1"):
         StaticDecoding(model, 2, 12).generate(prompts, 1)
 
 

@@ -125,5 +125,5 @@ def test_shapes_are_checked_and_a_logit_that_is_not_a_number_is_seen():
         with pytest.raises(ValueError, match=f"{name}: got shape .*, expected .1, 1."):
             step(*args)
     model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="logits: not a number .* for sequence 0"):
+    with pytest.raises(ValueError, match=r"logits: not a number .* for sequence 0"):
         StaticDecoding(model, 1, 6, fused=True).generate(one, 3)
