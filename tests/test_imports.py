@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,7 @@ ORDER = (
     ("dslib.scenarios",),
     ("dslib.migration",),
     ("dslib.roadmap",),
-    (
-        "measured.timing",
-        "measured.machine",
-        "measured.probes",
-        "measured.plots",
-        "measured.claims",
-        "measured.recordings",
-        "measured.provenance",
-    ),
+    tuple(f"measured.{name}" for name in "timing machine probes plots claims recordings provenance".split()),
     ("measured.exercises", "measured.experiments"),
     ("measured.record", "measured.bench"),
 )
@@ -78,80 +72,62 @@ def forbidden(sources):
 
 
 def cycle(sources):
-    """A circle of imports among `sources`, as a list of names, or []. An import inside a function counts too."""
+    """Some names among `sources` that import each other in a circle, or []. An import inside a function counts too."""
     names = {name.removesuffix(".__init__"): name for name in sources}
+    # A package's __init__ may import its own modules, and they name the package by their own name only.
     graph = {
-        short: sorted((imports_of(sources[full], full) & names.keys()) - {short, *PACKAGES})
+        short: (imports_of(sources[full], full) & names.keys()) - {short, short.rpartition(".")[0], *PACKAGES}
         for short, full in names.items()
     }
-    done, path = set(), []
-
-    def visit(name):
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name in done:
-            return []
-        path.append(name)
-        for target in graph[name]:
-            # A package's __init__ may import its own modules, and they name the package by their own name only.
-            if target != name.rpartition(".")[0] and (found := visit(target)):
-                return found
-        path.pop()
-        done.add(name)
-        return []
-
-    return next((found for name in sorted(graph) if (found := visit(name))), [])
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
-def test_imports_climb_no_step():
-    assert list(forbidden(modules())) == []
+@pytest.fixture(scope="module")
+def ours():
+    return modules()
 
 
-def test_every_module_stands_on_a_step():
-    assert [name for name in modules() if step(name.removesuffix(".__init__")) is None] == []
+def test_imports_climb_no_step_and_go_in_no_circle(ours):
+    assert list(forbidden(ours)) == []
+    assert cycle(ours) == []
+    assert [name for name in ours if step(name.removesuffix(".__init__")) is None] == [], "every module has a step"
 
 
-def test_the_library_never_imports_the_laboratory():
-    library = {name: source for name, source in modules().items() if name.startswith("dslib")}
+def test_the_library_never_imports_the_laboratory(ours):
+    library = {name: source for name, source in ours.items() if name.startswith("dslib")}
     assert not [name for name in library if any(t.startswith("measured") for t in imports_of(library[name], name))]
-
-
-def test_no_circles():
-    assert cycle(modules()) == []
 
 
 def test_no_folder_is_crowded():
     files = [path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.*") if path.suffix != ".pyc"]
-    counts = {}
-    for path in files:
-        folder = path.parent.relative_to(ROOT).as_posix()
-        counts[folder] = counts.get(folder, 0) + path.is_file()
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in files if path.is_file())
     assert {folder: n for folder, n in counts.items() if n > MOST_FILES and folder not in FLAT} == {}
 
 
-@pytest.mark.parametrize(
-    ("module", "line"),
-    [
-        ("dslib.architecture.decoder", "import dslib.performance.speculative"),
-        ("dslib.architecture.decoder", "from dslib.performance import speculative"),
-        ("dslib.architecture.decoder", "def f():\n    from dslib.performance.speculative import speculate"),
-        ("dslib.architecture.decoder", "from ..performance import speculative"),
-        ("dslib.architecture.decoder", "from ..fast import token_step"),
-        ("dslib.architecture.moe", "from dslib.fast.experts import QuickExperts"),
-        ("dslib.performance.cost", "from measured import timing"),
-        ("measured.claims", "from measured.experiments import moe"),
-    ],
-)
+FORBIDDEN = [
+    ("dslib.architecture.decoder", "import dslib.performance.speculative"),
+    ("dslib.architecture.decoder", "from dslib.performance import speculative"),
+    ("dslib.architecture.decoder", "def f():\n    from dslib.performance.speculative import speculate"),
+    ("dslib.architecture.decoder", "from ..performance import speculative"),
+    ("dslib.architecture.decoder", "from ..fast import token_step"),
+    ("dslib.architecture.moe", "from dslib.fast.experts import QuickExperts"),
+    ("dslib.performance.cost", "from measured import timing"),
+    ("measured.claims", "from measured.experiments import moe"),
+]
+
+
+@pytest.mark.parametrize(("module", "line"), FORBIDDEN)
 def test_a_forbidden_import_is_seen(module, line):
     assert list(forbidden({module: line}))
 
 
-def test_an_allowed_import_is_not_reported():
+def test_an_allowed_import_is_not_reported_and_a_circle_is():
     assert not list(forbidden({"dslib.performance.cost": "import torch\nfrom dslib import roofline"}))
     assert not list(forbidden({"dslib.fast.linear": "from dslib.architecture.layers import SwiGLU"}))
-
-
-def test_a_circle_is_seen():
     one, two = "from measured import b", "def f():\n    import measured.a"
     assert cycle({"measured.__init__": "", "measured.a": one, "measured.b": two})
     assert not cycle({"measured.__init__": "", "measured.a": one, "measured.b": "import json"})
@@ -160,19 +136,19 @@ def test_a_circle_is_seen():
 HEAVY = ("torch", "transformers", "matplotlib", "IPython", "ipywidgets")
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "import dslib, measured",
-        "import dslib.data.files, dslib.data.published_figures",
-        "from dslib.roofline import decode_floor, published_roof as roof; assert decode_floor(2e9, roof('T4'))",
-        "import measured.exercises",
-        "from dslib.performance import cost; assert cost.main(['estimate', '--parameters', '671e9']) == 0",
-        "from measured import exercises; assert exercises.check('cost/replicas', lambda **_: None).status == 'todo'",
-        "from dslib.scenarios import queueing; assert queueing.erlang_c(1, 0.5) == 0.5",
-        "from measured import claims; ledger = claims.load_ledger(); assert len(ledger) > 100 and ledger.counts()",
-    ],
-)
+LIGHT = [
+    "import dslib, measured",
+    "import dslib.data.files, dslib.data.published_figures",
+    "from dslib.roofline import decode_floor, published_roof as roof; assert decode_floor(2e9, roof('T4'))",
+    "import measured.exercises",
+    "from dslib.performance import cost; assert cost.main(['estimate', '--parameters', '671e9']) == 0",
+    "from measured import exercises; assert exercises.check('cost/replicas', lambda **_: None).status == 'todo'",
+    "from dslib.scenarios import queueing; assert queueing.erlang_c(1, 0.5) == 0.5",
+    "from measured import claims; ledger = claims.load_ledger(); assert len(ledger) > 100 and ledger.counts()",
+]
+
+
+@pytest.mark.parametrize("lines", LIGHT)
 def test_works_without_torch(lines, tmp_path):
     """In a fresh interpreter in which every import of a heavy package fails."""
     block = f"import sys\nfor name in {HEAVY}: sys.modules[name] = None\n"

@@ -29,8 +29,7 @@ class StaticDecoding:
             products; None does not compile. The first step then takes as long as compiling does.
 
     Raises:
-        ValueError: ``graph`` on another device than CUDA; ``fused`` with an image or a backend, or for what
-            it is not made for.
+        ValueError: ``graph`` elsewhere than on CUDA; ``fused`` with an image or a backend, or for another model.
         RuntimeError: a step that cannot be recorded, such as one whose kernels make the host wait.
 
     Example:
@@ -46,6 +45,8 @@ class StaticDecoding:
         device = model.embed_tokens.weight.device
         if graph and device.type != "cuda":
             raise ValueError(f"graph: got True on device {device}, expected a CUDA device")
+        if fused and (image is not None or backend is not None):
+            raise ValueError("fused: got True, expected neither an image nor a backend with it")
         self.model, self.seen = model, {} if image is None else {"image": image}
         prefix = 0 if image is None else image.prefix
         self.max_length = max_length
@@ -53,16 +54,30 @@ class StaticDecoding:
         # Read and written by every step, always at the same addresses: (B, 1).
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.token)
-        self._next = self._forward if backend is None else torch.compile(self._forward, backend=backend, dynamic=False)
+        self.broken = torch.zeros_like(self.token, dtype=torch.bool)  # whether logits of this text were NaN or infinite
         if fused:
-            if image is not None or backend is not None:
-                raise ValueError("fused: got True, expected neither an image nor a backend with it")
             from dslib.fast.fused_step import FusedStep  # here: it needs Triton
 
             self._next = FusedStep(model, self.cache)
-        self._run = self._step
-        if graph:
-            self._run = self._record()
+        elif backend is None:
+            self._next = self._forward
+        else:
+            self._next = torch.compile(self._forward, backend=backend, dynamic=False)
+        self._run = self._record() if graph else self._step
+
+    def _forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return self.model(token, self.cache, position, **self.seen)[:, 0]  # (B, vocab_size)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._choose(self._next(self.token, self.position))
+        self.position.add_(1)
+
+    def _choose(self, logits: Tensor) -> None:
+        """(B, vocab_size) -> the next token. NaN counts as the largest, so the largest tells of it."""
+        largest, token = logits.max(-1, keepdim=True)
+        self.token.copy_(token)
+        self.broken.logical_or_(largest.isfinite().logical_not_())
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:
@@ -73,42 +88,42 @@ class StaticDecoding:
             raise ValueError(f"prompts: got shape {tuple(prompts.shape)}, expected {wanted}")
         self.cache.static = False
         self.cache.truncate(0)
+        # A step looks at all slots and gives those behind the text a weight of zero, which a NaN there would survive.
+        self.cache.buffer.zero_()
+        self.broken.zero_()
         last = torch.full_like(self.token, length - 1)
         logits = self.model(
             prompts.to(self.token.device), self.cache, logits_at=last, **self.seen
         )  # (B, 1, vocab_size)
-        self.token.copy_(logits.argmax(-1))
+        self._choose(logits[:, 0])
         self.position.fill_(length)
         self.cache.static = True
         return self.token
 
     def step(self) -> Tensor:
-        """Feed the last token and get the next one of each sequence, (B, 1): a view that the next step overwrites."""
+        """Feed the last token and get the next one of each sequence, (B, 1): a view that the next step overwrites.
+
+        Nothing asks the device, so whether logits were numbers is for the caller to look at, in ``broken``, (B, 1).
+        """
         self._run()
         return self.token
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Tensor:
-        """(B, T) prompts -> (B, new_tokens). The host waits for nothing until somebody looks at the result.
+        """(B, T) prompts -> (B, new_tokens). The host waits for the device once, at the end.
 
         Raises:
-            ValueError: prompt and new tokens do not fit into ``max_length``.
+            ValueError: prompt and new tokens do not fit into ``max_length``; logits that are not a number.
         """
-        if not 1 <= new_tokens <= self.max_length - prompts.shape[1] + 1:
-            most = self.max_length - prompts.shape[1] + 1
+        most = self.max_length - prompts.shape[1] + 1
+        if not 1 <= new_tokens <= most:
             raise ValueError(f"new_tokens: got {new_tokens}, expected 1 to {most} with max_length={self.max_length}")
         out = torch.empty(len(self.token), new_tokens, dtype=torch.int64, device=self.token.device)
         out[:, :1] = self.prefill(prompts)
         for index in range(1, new_tokens):
             out[:, index : index + 1] = self.step()
+        if broken := self.broken.flatten().nonzero().flatten().tolist():
+            raise ValueError(f"logits: not a number (NaN or infinite) for sequence {broken[0]}, expected finite logits")
         return out
-
-    def _forward(self, token: Tensor, position: Tensor) -> Tensor:
-        return self.model(token, self.cache, position, **self.seen).argmax(-1)  # (B, 1, vocab_size) -> (B, 1)
-
-    @torch.inference_mode()
-    def _step(self) -> None:
-        self.token.copy_(self._next(self.token, self.position))
-        self.position.add_(1)
 
     def _record(self):
         """Run a step a few times where CUDA wants it (kernels load and libraries get memory then), and record one."""

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import PreallocatedCache
-from dslib.architecture.decoder import Decoder, build
-from dslib.architecture.layers import RMSNorm
-from dslib.exact import hooks
+from dslib.architecture.decoder import Decoder
+from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU
+from dslib.fast.token_step import changed
 
 try:
     import triton
@@ -137,7 +137,7 @@ def _attention(qkv, cos, sin, keys, values, position, out, scale, length, HEADS:
 
 
 class FusedStep:
-    """Callable for one greedy step: ``step(token, position)`` -> the next token, each int64 (1, 1) on the device.
+    """Callable for one step: ``step(token, position)``, each int64 (1, 1) on the device -> (1, vocab_size) logits.
 
     Make it when decoding begins, with a cache for one sequence that the model has filled. It refers to the model's
     weights, writes to the cache, leaves the cache's ``length`` alone and relies on positions below ``max_length``.
@@ -163,10 +163,6 @@ class FusedStep:
         self.attention = {"scale": dim**-0.5, "length": cache.max_length, "HEADS": heads, "GROUP": heads // kv_heads,
                           "DIM": dim, "BLOCK": block, "num_warps": 16}  # fmt: skip
 
-    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
-        """The token with the highest logit, (1, 1); arguments and errors as for :meth:`logits`."""
-        return self.logits(token, position).argmax(-1, keepdim=True)
-
     @torch.no_grad()
     def logits(self, token: Tensor, position: Tensor) -> Tensor:
         """(1, vocab_size) logits behind ``token``, for the next step to overwrite. A ValueError for other shapes."""
@@ -184,6 +180,8 @@ class FusedStep:
         self._norm_rows(_norm_product, x, self.model.norm, self.model.lm_head.weight, self.scores)
         return self.scores.unsqueeze(0)
 
+    __call__ = logits
+
     def _norm_rows(self, kernel, x: Tensor, norm: RMSNorm, weight: Tensor, out: Tensor) -> None:
         kernel[(len(out),)](x, norm.weight, norm.eps, weight, out, **self.whole)
 
@@ -194,27 +192,17 @@ class FusedStep:
 def _facts(model: Decoder, cache: PreallocatedCache) -> Iterator[tuple]:
     """(what, as it is, as it has to be), one after the other: later ones need the earlier ones to be right."""
     yield "model", type(model), Decoder
+    yield "model", changed(model, (nn.ModuleList, nn.Embedding, nn.Linear, RMSNorm, Block, Attention, SwiGLU)), None
     config, weight = model.config, model.embed_tokens.weight
     yield "sliding_window and qkv_bias of model", (config.sliding_window, config.qkv_bias), (None, False)
     dim, dtypes = config.head_dim, (torch.float32, torch.bfloat16, torch.float16)
     yield "head_dim of model", dim, "a power of two" if dim & (dim - 1) else dim
     yield "dtype of model", weight.dtype, weight.dtype if weight.dtype in dtypes else dtypes
-    plain = build(config, device="meta", dtype=weight.dtype)  # what the configuration says, without memory
-    given, plain = (dict(kind.named_modules(remove_duplicate=False)) for kind in (model, plain))
-    yield "modules of model, too many or too few", given.keys() ^ plain.keys(), set()
-    for name, module in given.items():
-        yield f"model.{name}", _looks(module), _looks(plain[name])
     yield "cache", type(cache), PreallocatedCache
     yield "window and batch_size of cache", (cache.window, cache.batch_size), (None, 1)
-    buffer, shape = cache.buffer, (config.num_hidden_layers, 2, 1, config.num_key_value_heads, cache.max_length, dim)
-    yield "cache", (tuple(buffer.shape), buffer.dtype), (shape, weight.dtype)
-    yield "devices of model and cache", {buffer.device, *(part.device for part in model.parameters())}, {weight.device}
+    shape = (config.num_hidden_layers, 2, 1, config.num_key_value_heads, cache.max_length, dim)
+    yield "shape of cache", tuple(cache.buffer.shape), shape
+    places = {(part.dtype, part.device, part.is_contiguous()) for part in (*model.parameters(), cache.buffer)}
+    yield "formats, devices and rows in order", places, {(weight.dtype, weight.device, True)}
     yield "triton", "missing" if triton is None else "installed", "installed"
     yield "device of model", weight.device.type, weight.device.type if INTERPRETED else "cuda"
-
-
-def _looks(module: nn.Module) -> dict:
-    """What a module and its plain counterpart have in common."""
-    parts = module.named_parameters(recurse=False)
-    weights = {name: (type(part), tuple(part.shape), part.dtype, part.is_contiguous()) for name, part in parts}
-    return {"type": type(module), "hooks": hooks(module), **weights}

@@ -5,13 +5,14 @@ Decoding multiplies one row by every weight matrix, so its speed is the speed at
 Cutting the weight's rows into a few chunks turns the same sum into a batch of products, which torch does spread over
 the threads. It is a view: no weight is copied.
 
-With a few rows, as an expert of a mixture has them, the question is which library multiplies. :func:`product` asks
-oneDNN where that is the quicker one, and :func:`pack` lays a matrix out once in the order in which oneDNN reads it.
+With a few rows, as an expert of a mixture has them, :func:`product` asks oneDNN where that is the quicker library, and
+:func:`pack` lays a matrix out once in the order in which oneDNN reads it.
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes", and ``chapters/architecture/moe.ipynb``.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,35 +21,30 @@ from torch import Tensor, nn
 from dslib.fast.shortcut import Shortcut, watched
 
 
-def row_chunks(*rows: int) -> int:
-    """Into how many chunks matrices with so many rows are cut: 4 or 2 if that divides all of them, else 1.
+def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` for a single row x, (..., in_features) -> (..., out_features), with the rows of W over the threads."""
+    return row_product(weight, row_chunks(len(weight)))(x.reshape(1, -1)).view(*x.shape[:-1], -1)
+
+
+def row_product(weight: Tensor, chunks: int) -> Callable[[Tensor], Tensor]:
+    """What multiplies one row, (1, in_features) -> (1, out_features): for loops, with the view of W made once."""
+    if chunks == 1:
+        return partial(F.linear, weight=weight)
+    cut = cut_rows(weight, chunks)
+    return lambda row: torch.bmm(row.expand(chunks, 1, -1), cut).view(1, -1)
+
+
+def row_chunks(rows: int) -> int:
+    """Into how many chunks a matrix with so many rows is cut: 4 or 2 if that divides them, else 1.
 
     More chunks than threads even out the load; 4 was best or equal best from 576x576 to 49152x576 with two threads.
     """
-    return next((chunks for chunks in (4, 2) if not any(n % chunks for n in rows)), 1)
+    return 4 if rows % 4 == 0 else 2 if rows % 2 == 0 else 1
 
 
 def cut_rows(weight: Tensor, chunks: int) -> Tensor:
     """(out_features, in_features) -> a view (chunks, in_features, out_features / chunks), ready for ``torch.bmm``."""
     return weight.unflatten(0, (chunks, -1)).transpose(1, 2)
-
-
-def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` for a single row, with the rows of W spread over the threads.
-
-    Args:
-        x: (..., in_features) with exactly one row.
-        weight: (out_features, in_features), contiguous.
-
-    Returns:
-        (..., out_features). Falls back to ``F.linear`` if no chunk count divides ``out_features``.
-    """
-    rows, columns = weight.shape
-    chunks = row_chunks(rows)
-    if chunks == 1:
-        return F.linear(x, weight)
-    copies = x.reshape(1, 1, columns).expand(chunks, 1, columns)
-    return torch.bmm(copies, cut_rows(weight, chunks)).view(*x.shape[:-1], rows)
 
 
 # Below this many weights, a call of oneDNN costs more than it saves (measured at 256 x 704 and at 1024 x 2816).
@@ -67,10 +63,9 @@ def onednn() -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` by the quickest kernel for the size; only for where no gradients are recorded.
+    """``x Wᵀ`` by the quickest kernel for the size, without gradients.
 
-    Args:
-        x: (rows, in_features). weight: (out_features, in_features), contiguous.
+    x: (rows, in_features). weight: (out_features, in_features), contiguous.
     """
     rows, chunks = len(x), row_chunks(len(weight))
     if x.dtype is torch.float32 and x.device.type == "cpu" and weight.numel() > FEW_WEIGHTS:
@@ -111,17 +106,15 @@ class QuickLinear(Shortcut):
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        layer = self.stands_for
-        weight, bias = layer.weight, layer.bias
-        if (
-            watched() or x.dtype is not torch.float32 or type(weight) is not nn.Parameter
-            or type(layer) is not nn.Linear or x.device.type != "cpu" or x.shape[-1] != layer.in_features
-        ):  # fmt: skip
+        weight, bias = self.stands_for.weight, self.stands_for.bias
+        fits = x.numel() and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+        formats = {(part.dtype, part.device.type) for part in (x, weight, bias) if part is not None}
+        if watched() or not self.stands() or not fits or formats != {(torch.float32, "cpu")}:
             return self.plain(x)
-        if x.numel() == layer.in_features:
+        if x.numel() == x.shape[-1]:
             y = one_row_linear(x, weight)
-        elif onednn() and x.numel() and weight.numel() > FEW_WEIGHTS:
-            y = packed_product(x.reshape(-1, layer.in_features), weight).view(*x.shape[:-1], -1)
+        elif onednn() and weight.numel() > FEW_WEIGHTS:
+            y = packed_product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
         else:
             return self.plain(x)
         return y if bias is None else y + bias

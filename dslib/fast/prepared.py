@@ -27,17 +27,18 @@ class QuickLatent(Shortcut):
         super().__init__(module)
         self.before, module.form = module.form, "auto"
 
-    def __getstate__(self) -> dict:
-        return {"stands_for": self.stands_for, "before": self.before}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-
     def __call__(self, *args, **kwargs):
         return self.plain(*args, **kwargs)  # the form is an attribute; whether it may be absorbed is asked there
 
     def let_go(self) -> None:
-        self.stands_for.form = self.before
+        if self.stands_for.form == "auto":  # unless somebody has chosen since
+            self.stands_for.form = self.before
+
+    def __getstate__(self) -> dict:
+        return vars(self)
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
 
 
 SHORTCUTS: dict[type[nn.Module], type[Shortcut]] = {
@@ -58,14 +59,14 @@ class Report:
     plain: tuple[tuple[str, str, str], ...]
 
     def __str__(self) -> str:
-        lines = []
+        groups: dict[tuple[str, str, str], list[str]] = {}
         for title, rows in (("fast", self.fast), ("plain", self.plain)):
-            kinds: dict[tuple[str, str], list[str]] = {}
             for name, kind, text in rows:
-                kinds.setdefault((kind, text), []).append(name or "the model")
-            for (kind, text), names in kinds.items():
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                lines.append(f"{title:5}  {len(names):4} x {kind}: {text} ({names[0]}{more})")
+                groups.setdefault((title, kind, text), []).append(name or "the model")
+        lines = []
+        for (title, kind, text), names in groups.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"{title:5}  {len(names):4} x {kind}: {text} ({names[0]}{more})")
         return "\n".join(lines) or "nothing here has a faster way"
 
 
@@ -82,24 +83,21 @@ def prepare(model: nn.Module, *, quick_products: bool = True, pack_experts: bool
     Raises:
         ValueError: not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     release(model)
     for module in model.modules():
         shortcut = SHORTCUTS.get(type(module))
-        if shortcut is QuickLinear and not quick_products:
+        if shortcut is None or "forward" in vars(module) or (shortcut is QuickLinear and not quick_products):
             continue
-        if shortcut is not None and "forward" not in vars(module):
-            module.forward = shortcut(module)
-            if pack_experts and isinstance(module.forward, QuickExperts):
-                module.forward.pack()
+        module.forward = shortcut(module)
+        if pack_experts and isinstance(module.forward, QuickExperts):
+            module.forward.pack()
     return describe(model)
 
 
 def describe(model: nn.Module) -> Report:
-    """Which modules of ``model`` run fast as things stand, and why others do not; ``print`` it."""
+    """Which modules of ``model`` run fast as things stand, and why others do not. Raises as :func:`prepare`."""
     fast, plain = [], []
-    for name, module in model.named_modules():
+    for name, module in _checked(model).named_modules():
         shortcut, kind = shortcut_of(module), type(module).__name__
         if shortcut is not None:
             reason = shortcut.why_not()
@@ -112,16 +110,22 @@ def describe(model: nn.Module) -> Report:
 
 
 def release(model: nn.Module) -> None:
-    """Take every shortcut out of ``model`` again."""
-    for module in model.modules():
+    """Take every shortcut out of ``model`` again. Raises as :func:`prepare`."""
+    for module in _checked(model).modules():
         shortcut = shortcut_of(module)
-        hidden = vars(module).get("packed_by")  # under a forward that was set afterwards
-        if (held := shortcut or hidden) is not None:
+        held = shortcut or vars(module).get("packed_by")  # the latter under a forward that was set afterwards
+        if held is not None:
             held.let_go()
         if shortcut is not None:
             del module.forward
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether :func:`prepare` was called for this model."""
-    return shortcut_of(model) is not None
+    """Whether :func:`prepare` was called for this model. Raises as :func:`prepare`."""
+    return shortcut_of(_checked(model)) is not None
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    return model

@@ -11,16 +11,9 @@ from operator import is_
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
-
-def autocast() -> bool:
-    """Whether torch chooses the format of each operation by its kind, which is not that of a shortcut's operations."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-
-def watched() -> bool:
-    """Whether gradients are recorded or autocast is on: then the plain way is the only right one."""
-    return torch.is_grad_enabled() or autocast()
+from dslib.exact import as_written, written
 
 
 class Shortcut:
@@ -37,13 +30,18 @@ class Shortcut:
     kind: type[nn.Module]
     what: str
 
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "kind"):
+            written(cls.kind)
+
     def __init__(self, module: nn.Module):
         self.stands_for = module
 
     def stands(self) -> bool:
-        """Whether the module is still of that very class, with parameters of torch's own."""
+        """Whether the module is still of that very class, with parameters of torch's own, and the class as written."""
         held = self.stands_for._parameters.values()
-        return type(self.stands_for) is self.kind and all(type(p) is nn.Parameter for p in held if p is not None)
+        unchanged = type(self.stands_for) is self.kind and as_written(self.kind)
+        return unchanged and all(type(part) is nn.Parameter for part in held if part is not None)
 
     def plain(self, *args, **kwargs):
         """What the module's class computes."""
@@ -71,41 +69,52 @@ def shortcut_of(module: nn.Module) -> Shortcut | None:
     return found if isinstance(found, Shortcut) and found.stands_for is module else None
 
 
+def autocast() -> bool:
+    """Whether torch chooses the format of each operation by its kind, which is not that of a shortcut's operations."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def watched() -> bool:
+    """Whether the plain way is the only right one: gradients, autocast, or a compiler that follows the operations."""
+    return torch.is_grad_enabled() or autocast() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class Snapshot:
-    """What a model was made of when this was taken: modules, hooks, settings, and where every tensor lies.
+    """What a model was made of when this was taken: modules, classes, hooks, settings, and where every tensor lies.
 
     What is *in* the tensors is not looked at: whoever takes a snapshot keeps views of weights and no copies. So a
     change is seen whatever made it, and looking takes a tenth of a millisecond for thirty layers.
 
     Args:
-        skip: first parts of the names of modules that do not matter.
+        kinds: of the modules whose settings matter. skip: first parts of the names of modules that do not.
     """
 
-    SETTINGS = ("config", "eps", "activations", "window", "sinks", "query_heads", "kv_heads", "head_dim", "number")
-
-    def __init__(self, model: nn.Module, skip: Collection[str] = ()):
+    def __init__(self, model: nn.Module, kinds: Collection[type], skip: Collection[str] = ()):
         named = model.named_modules(remove_duplicate=False)
         self._modules = [part for name, part in named if name.partition(".")[0] not in skip]
-        owns = [vars(part) for part in self._modules]
+        owns = [vars(part) for part in self._modules if type(part) in kinds]
         # Where to look, as (dict, key): looking itself happens once a token.
-        self._places = [(own, name) for own in owns for name in self.SETTINGS if name in own]
+        public = [(own, name) for own in owns for name in own if not name.startswith("_") and name != "training"]
+        self._places = public + [(vars(model.config), name) for name in vars(model.config)]
         self._places += [(part._modules, name) for part in self._modules for name in part._modules]
-        self._forwards = owns
         self._tensors = [
             (held, name) for part in self._modules for held in (part._parameters, part._buffers) for name in held
         ]
-        self._sizes = [held for part in self._modules for held in (part._forward_hooks, part._forward_pre_hooks)]
-        self._sizes += [part._modules for part in self._modules] + [vars(model)]
+        # A hook for all modules has a number of its own.
+        self._global_hooks = [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
+        self._sizes = owns + [held for part in self._modules for held in (part._forward_hooks, part._forward_pre_hooks)]
+        self._sizes += [held for part in self._modules for held in (part._modules, part._parameters)]
+        self._methods = [(kind, name) for kind in set(map(type, self._modules)) for name in written(kind)]
         self._was = self._look()
 
     def _look(self) -> tuple[list, list]:
         """Objects, which have to be the same ones, and numbers, which have to be equal."""
-        held = [place.get(name) for place, name in self._tensors]
-        tensors = [tensor for tensor in held if tensor is not None]
-        objects = [*map(type, self._modules), *held, *[place.get(name) for place, name in self._places]]
-        objects += [own.get("forward") for own in self._forwards]
-        numbers = [*map(len, self._sizes), *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
-        return objects, [*numbers, *map(Tensor.stride, tensors)]
+        tensors = [place.get(name) for place, name in self._tensors]
+        objects = [*map(type, self._modules), *tensors, *[place.get(name) for place, name in self._places]]
+        objects += [getattr(kind, name, None) for kind, name in self._methods]
+        there = [tensor for tensor in tensors if tensor is not None]
+        numbers = [*map(len, self._sizes), *map(Tensor.data_ptr, there), *map(Tensor.numel, there)]
+        return objects, [*numbers, *map(Tensor.stride, there), *map(tuple, self._global_hooks)]
 
     def same(self) -> bool:
         """Whether all is as it was."""

@@ -69,16 +69,45 @@ def test_a_compiled_step_gives_the_same_tokens(name):
         assert loop.generate(prompts, 6).tolist() == plain
 
 
-def test_what_does_not_fit_is_refused():
+WRONG = {
+    "graph: got True on device cpu": lambda m, ids: StaticDecoding(m, 2, 24, graph=True),
+    "fused: got True, expected neither": lambda m, ids: StaticDecoding(m, 1, 9, fused=True, backend="inductor"),
+    "new_tokens: got 5, expected 1 to 4": lambda m, ids: StaticDecoding(m, 2, 12).generate(ids, 5),
+    r"prompts: got shape \(1, 9\), expected \(2, 1 to 11\)": lambda m, ids: StaticDecoding(m, 2, 12).prefill(ids[:1]),
+}
+
+
+@pytest.mark.parametrize(("words", "call"), WRONG.items())
+def test_what_does_not_fit_is_refused(words, call):
     model, prompts, _ = made("V1")
-    with pytest.raises(ValueError, match="graph: got True on device cpu"):
-        StaticDecoding(model, 2, 24, graph=True)
-    loop = StaticDecoding(model, 2, 12)
-    with pytest.raises(ValueError, match="new_tokens: got 5, expected 1 to 4"):
-        loop.generate(prompts, 5)
-    with pytest.raises(ValueError, match=r"prompts: got shape \(1, 9\), expected \(2, 1 to 11\)"):
-        loop.prefill(prompts[:1])
-    assert loop.generate(prompts, 4).shape == (2, 4)
+    with pytest.raises(ValueError, match=words):
+        call(model, prompts)
+    assert StaticDecoding(model, 2, 12).generate(prompts, 4).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["V1", "V2, cross", "V3, latent"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_text_that_overflows_is_an_error_and_spoils_no_later_one(name, broken):
+    model, prompts, image = made(name)
+    loop = StaticDecoding(model, 2, 24, image=image)
+    want = loop.generate(prompts, 6).tolist()
+    weight = model.layers[1].self_attn.o_proj.weight.data
+    kept = weight[3, 4].clone()
+    weight[3, 4] = broken
+    with pytest.raises(ValueError, match="logits"):  # a router says so too
+        loop.generate(torch.cat((prompts, prompts), dim=1), 3)  # longer than the next text
+    weight[3, 4] = kept
+    assert loop.generate(prompts, 6).tolist() == want
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_the_sequence_is_named(broken):
+    model, prompts, _ = made("V1, window")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.embed_tokens.weight.data[prompts[1, -1]] = broken
+    prompts[0] = (prompts[1, -1] + 1) % 256
+    with pytest.raises(ValueError, match=r"logits: not a number .* for sequence 1"):
+        StaticDecoding(model, 2, 12).generate(prompts, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

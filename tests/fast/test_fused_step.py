@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dslib.architecture.decoder import DecoderConfig, build
+from dslib.architecture.fusion import FusionConfig
 from dslib.fast.cuda_graph import StaticDecoding
 
 pytest.importorskip("triton")
@@ -19,7 +20,8 @@ from dslib.fast import fused_step
 
 interpreter = pytest.mark.skipif(not fused_step.INTERPRETED, reason="run by test_in_the_interpreter")
 cuda = pytest.mark.skipif(fused_step.INTERPRETED or not torch.cuda.is_available(), reason="needs CUDA")
-PLAIN = DecoderConfig(35, 12, 20, 2, 2, 2, head_dim=4, rope_scaling=2.0, rms_norm_eps=1e-3)
+SIZES = (35, 12, 20, 2, 2, 2)
+PLAIN = DecoderConfig(*SIZES, head_dim=4, rope_scaling=2.0, rms_norm_eps=1e-3)
 GROUPED = DecoderConfig(33, 14, 17, 1, 4, 2, head_dim=4, tie_word_embeddings=True)
 
 
@@ -59,7 +61,7 @@ def test_in_the_interpreter():
     root, env = Path(__file__).parents[2], {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    assert result.returncode == 0 and "3 passed" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "4 passed" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreter), pytest.param("cuda", marks=cuda)])
@@ -88,14 +90,16 @@ def test_a_recorded_step_in_bfloat16():
 
 
 REFUSED = {
-    "model: got (8, False), expected (None, False)": {"sliding_window": 8},
+    "model: got <class 'dslib.architecture.fusion.VisionLanguageDecoder'>": {"config": FusionConfig(*SIZES)},
+    "sliding_window and qkv_bias of model: got (8, False)": {"sliding_window": 8},
     "sliding_window and qkv_bias of model: got (None, True)": {"qkv_bias": True},
     "head_dim of model: got 6, expected a power of two": {"head_dim": 6},
     "dtype of model: got torch.float64, expected (torch.float32": {"spoil": lambda m: m.double()},
-    "model.layers.1.input_layernorm: got": {"spoil": lambda m: m.layers[1].half()},
-    "'hooks': 1}, expected": {"spoil": lambda m: m.layers[0].mlp.register_forward_hook(print)},
-    "model.norm: got {'type': <class 'torch": {"spoil": lambda m: setattr(m, "norm", nn.RMSNorm(12))},
-    "modules of model, too many or too few: got {": {"spoil": lambda m: m.layers.append(m.layers[0])},
+    "formats, devices and rows in order: got {": {"spoil": lambda m: m.layers[1].half()},
+    "model: got layers.0.mlp has hooks": {"spoil": lambda m: m.layers[0].mlp.register_forward_hook(print)},
+    "model: got has hooks": {"spoil": lambda m: m.register_forward_hook(print)},
+    "model: got norm is a RMSNorm": {"spoil": lambda m: setattr(m, "norm", nn.RMSNorm(12))},
+    "model: got layers.2 is not what the configuration says": {"spoil": lambda m: m.layers.append(m.layers[0])},
     "window and batch_size of cache: got (None, 2), expected (None, 1)": {"cache": {"batch_size": 2}},
     "cache: got <class 'dslib.architecture.cache.GrowingCache'>": {"cache": {"kind": "growing"}},
     "device of model: got cpu, expected cuda": {},
@@ -105,7 +109,21 @@ REFUSED = {
 @pytest.mark.skipif(fused_step.INTERPRETED, reason="a CPU will do there")
 @pytest.mark.parametrize(("words", "case"), REFUSED.items(), ids=map(str, range(len(REFUSED))))
 def test_what_does_not_fit_is_refused(words, case):
-    model = build(dataclasses.replace(PLAIN, **{name: case[name] for name in case.keys() - {"spoil", "cache"}}))
+    changes = {name: case[name] for name in case.keys() - {"spoil", "cache", "config"}}
+    model = build(dataclasses.replace(case.get("config", PLAIN), **changes))
     case.get("spoil", id)(model)
     with pytest.raises(ValueError, match=re.escape(words)):
         fused_step.FusedStep(model, model.make_cache(**case.get("cache", {})))
+
+
+@interpreter
+@torch.no_grad()
+def test_shapes_are_checked_and_a_logit_that_is_not_a_number_is_seen():
+    model, one = noisy(GROUPED), torch.ones(1, 1, dtype=torch.int64)
+    step = fused_step.FusedStep(model, model.make_cache(max_length=4))
+    for args, name in (((one[0], one), "token"), ((one, one.expand(2, 1)), "position")):
+        with pytest.raises(ValueError, match=f"{name}: got shape .*, expected .1, 1."):
+            step(*args)
+    model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"logits: not a number .* for sequence 0"):
+        StaticDecoding(model, 1, 6, fused=True).generate(one, 3)

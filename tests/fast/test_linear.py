@@ -26,69 +26,69 @@ def test_one_row_equals_f_linear(shape, rows):
 def calls(monkeypatch):
     """Counts how often the one-row path is taken."""
     seen = []
-    real = one_row_linear
-    monkeypatch.setattr(linear, "one_row_linear", lambda x, w: seen.append(x.shape) or real(x, w))
+    monkeypatch.setattr(linear, "one_row_linear", lambda x, w: seen.append(x.shape) or one_row_linear(x, w))
     return seen
 
 
-@pytest.mark.parametrize(
-    "shape, bias, dtype, taken",
-    [
-        ((1, 1, 16), False, torch.float32, True),
-        ((1, 16), False, torch.float32, True),
-        ((1, 2, 16), False, torch.float32, False),
-        ((2, 1, 16), False, torch.float32, False),
-        ((1, 1, 16), True, torch.float32, True),
-        ((1, 1, 16), False, torch.bfloat16, False),
-    ],
-)
-def test_one_row_path_is_for_one_float32_row(calls, shape, bias, dtype, taken):
+@pytest.mark.parametrize("shape, bias, dtype, gradients, taken", [
+    ((1, 1, 16), False, torch.float32, False, True),
+    ((1, 16), False, torch.float32, False, True),
+    ((1, 2, 16), False, torch.float32, False, False),
+    ((2, 1, 16), False, torch.float32, False, False),
+    ((1, 1, 16), True, torch.float32, False, True),
+    ((1, 1, 16), False, torch.bfloat16, False, False),
+    ((1, 1, 16), True, torch.float32, True, False),
+])  # fmt: skip
+def test_one_row_path_is_for_one_float32_row_without_gradients(calls, shape, bias, dtype, gradients, taken):
     torch.manual_seed(0)
     layer, x = nn.Linear(16, 8, bias=bias).to(dtype), torch.randn(shape, dtype=dtype)
     fast.prepare(layer)
-    with torch.no_grad():
-        got = layer(x)
+    with torch.set_grad_enabled(gradients):
+        got, want = layer(x), F.linear(x, layer.weight, layer.bias)
+        if gradients:
+            torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), layer.weight) for y in (got, want)))
     assert bool(calls) is taken
-    torch.testing.assert_close(got, F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-
-
-def test_training_takes_the_ordinary_path_and_has_its_gradients(calls):
-    torch.manual_seed(0)
-    ours, theirs = nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)
-    theirs.load_state_dict(ours.state_dict())
-    fast.prepare(ours)
-    x = torch.randn(1, 1, 16)
-    for layer in (ours, theirs):
-        layer(x).square().sum().backward()
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
-    assert not calls
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_a_whole_model_is_prepared_and_released(calls):
     model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Sequential(nn.Linear(8, 4, bias=False)))
-    model(torch.randn(1, 16))
-    assert calls == []
-    fast.prepare(model)
-    model(torch.randn(1, 16))
-    assert len(calls) == 2
-    fast.prepare(model, quick_products=False)
-    model(torch.randn(1, 16))
-    assert len(calls) == 2
+    for step, taken in ((fast.release, 0), (fast.prepare, 2), (lambda m: fast.prepare(m, quick_products=False), 2)):
+        step(model)
+        model(torch.randn(1, 16))
+        assert len(calls) == taken
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 70])
 @torch.no_grad()
-def test_large_layers_equal_torch(rows, monkeypatch):
+def test_large_layers_equal_torch(rows, transposed, monkeypatch):
     monkeypatch.setattr(linear, "onednn", lambda: True)
     layer, x = nn.Linear(512, 1024), torch.randn(rows, 512)
+    if transposed:
+        layer.weight.data = layer.weight.data.t().contiguous().t()
     want = layer(x)
     fast.prepare(layer)
     torch.testing.assert_close(layer(x), want, atol=1e-4, rtol=1e-4)
 
 
-def test_shapes_that_do_not_fit_are_torchs_own_error():
+BAD = {  # what is wrong with the layer or the input, and two words of torch's own error
+    "another width": (lambda layer: torch.ones(2, 8), "cannot be multiplied"),
+    "another dtype": (lambda layer: torch.ones(1, 16, dtype=torch.float64), "same dtype"),
+    "a number": (lambda layer: torch.ones(()), "at least 1D"),
+    "a bias of another dtype": (lambda layer: setattr(layer.bias, "data", layer.bias.data.double()) or ROW, "dtype"),
+    "a bias of another size": (lambda layer: setattr(layer, "bias", nn.Parameter(torch.ones(3, 8))) or ROW, "expand"),
+}
+ROW = torch.ones(1, 16)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("spoil, words", BAD.values(), ids=BAD)
+@torch.no_grad()
+def test_what_does_not_fit_is_torchs_own_error(spoil, words, prepared):
     layer = nn.Linear(16, 8)
-    fast.prepare(layer)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
-        layer(torch.randn(2, 8))
+    if prepared:
+        fast.prepare(layer)
+    with pytest.raises(RuntimeError, match=words):
+        layer(spoil(layer))

@@ -24,29 +24,36 @@ SIZES = {
 def noisy(size, dtype=torch.float32, **changes):
     model = build(DecoderConfig(*size, rope_scaling=2.0, **changes), seed=0)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
     return model.to(dtype).eval()
 
 
+def text(model):
+    return torch.randint(model.config.vocab_size, (1, 25), generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
-def both(model, kind, prompt=5, steps=20, release=True):
+def both(model, kind, prompt=5, release=True, **options):
     """Logits of the lean step and of the decoder on one text, token by token after a prompt; (steps, vocab) each.
 
     ``release=False`` leaves the decoder's layers prepared: both then multiply by the same kernels.
     """
-    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
-    caches = [model.make_cache(kind, max_length=prompt + steps) for _ in range(2)]
+    ids = text(model)
+    caches = [model.make_cache(kind, max_length=ids.shape[1]) for _ in range(2)]
     if prompt:
         for cache in caches:
             model(ids[:, :prompt], cache)
-    fast.prepare(model)
+    fast.prepare(model, **options)
     assert why_not(model) is None
     step = LeanStep(model)
     lean = torch.cat([step(token, caches[0]) for token in ids[0, prompt:].tolist()])
     if release:
         fast.release(model)
     full = torch.cat([type(model).forward(model, one, caches[1])[:, 0] for one in ids[:, prompt:].split(1, dim=1)])
-    assert caches[0].length == caches[1].length == prompt + steps
+    assert caches[0].length == caches[1].length == ids.shape[1]
+    torch.testing.assert_close(
+        *(cache.buffer for cache in caches), atol=3e-5 if lean.dtype.itemsize == 4 else 1, rtol=0
+    )
     return lean, full, model(ids)[0, prompt:]
 
 
@@ -62,6 +69,19 @@ def test_equals_the_decoder_in_float32(size, kind, window, bias, tied):
     torch.testing.assert_close(lean, uncached, atol=3e-5, rtol=1e-4)
 
 
+OTHERWISE = {  # what else may be asked for: of the model, and of both ways
+    "no prompt": ({}, {"kind": "preallocated", "prompt": 0}),
+    "sinks": ({"sliding_window": 4, "attention_sinks": 2}, {"kind": "rolling"}),
+    "torch's products": ({}, {"kind": "preallocated", "quick_products": False}),
+}
+
+
+@pytest.mark.parametrize("changes, options", OTHERWISE.values(), ids=OTHERWISE)
+def test_equals_the_decoder_otherwise_too(changes, options):
+    lean, full, _ = both(noisy(SIZES["chunks of 4"], **changes), **options)
+    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("kind, window", [("preallocated", None), ("rolling", 7)])
 def test_is_as_near_to_float32_as_the_decoder_in_bfloat16(size, kind, window):
@@ -75,33 +95,24 @@ def test_is_as_near_to_float32_as_the_decoder_in_bfloat16(size, kind, window):
     assert lean_error < 1.5 * full_error
 
 
-def test_starts_without_a_prompt():
-    lean, _, uncached = both(noisy(SIZES["chunks of 4"]), "preallocated", prompt=0)
-    torch.testing.assert_close(lean, uncached, atol=3e-5, rtol=1e-4)
-
-
-def test_rolling_cache_with_sinks():
-    lean, full, _ = both(noisy(SIZES["chunks of 4"], sliding_window=4, attention_sinks=2), "rolling")
-    torch.testing.assert_close(lean, full, atol=3e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("size, chunks", [("chunks of 4", 4), ("chunks of 2", 2), ("no chunks", 1)])
-def test_cuts_the_weights_only_where_it_divides_and_only_for_float32(size, chunks):
-    for dtype, quick_products, wanted in (
-        (torch.float32, True, chunks),
-        (torch.float32, False, 1),
-        (torch.bfloat16, True, 1),
-    ):
-        model = noisy(SIZES[size], dtype)
-        fast.prepare(model, quick_products=quick_products)
-        assert LeanStep(model).chunks == wanted
-
-
 def test_keeps_views_of_the_weights_not_copies():
     model = noisy(SIZES["chunks of 4"], tie_word_embeddings=True)
-    step = LeanStep(model)
-    assert step.head.data_ptr() == model.embed_tokens.weight.data_ptr()
-    assert step.layers[1][1].data_ptr() == model.layers[1].self_attn.qkv_proj.weight.data_ptr()
+    kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    step, found = LeanStep(model), set()
+    for part in (*step.layers, (step.head,)):
+        for product in part:
+            if not isinstance(product, int):  # the place of a norm
+                found |= {t.untyped_storage().data_ptr() for t in product.keywords.values()}
+    assert found <= kept and len(found) == 2 * 4 + 1
+
+
+ONE = torch.tensor([[1]])
+
+
+def filled(model, length):
+    cache = model.make_cache(max_length=length)
+    model(ONE.expand(1, length), cache)
+    return cache
 
 
 CALLS = {  # what the lean step is not for: the model answers, or says what is wrong
@@ -113,13 +124,6 @@ CALLS = {  # what the lean step is not for: the model answers, or says what is w
     "no token": (lambda m: m(ONE[:, :0], m.make_cache(max_length=4)), "input_ids: got shape"),
     "no integer": (lambda m: m(ONE.float(), m.make_cache(max_length=4)), "input_ids: got dtype torch.float32"),
 }
-ONE = torch.tensor([[1]])
-
-
-def filled(model, length):
-    cache = model.make_cache(max_length=length)
-    model(ONE.expand(1, length), cache)
-    return cache
 
 
 @pytest.mark.parametrize("call, words", CALLS.values(), ids=CALLS)
@@ -133,9 +137,17 @@ def test_wrong_calls_have_the_errors_of_the_model(call, words):
         call(model)
 
 
+@torch.no_grad()
+def test_a_cache_of_more_layers_is_for_the_modules():
+    model, larger = noisy(SIZES["chunks of 4"]), noisy((64, 32, 48, 3, 4, 2, None))
+    caches = [larger.make_cache(max_length=4) for _ in range(2)]
+    plain = model(ONE, caches[0])
+    fast.prepare(model)
+    torch.testing.assert_close(model(ONE, caches[1]), plain)
+
+
 def test_elsewhere_than_on_a_cpu_the_modules_run():
     model = build(DecoderConfig(*SIZES["chunks of 4"]), device="meta")
-    assert why_not(model) == "is on meta"
     assert fast.prepare(model).plain[0] == ("", "Decoder", "is on meta")
 
 
@@ -144,31 +156,24 @@ def test_elsewhere_than_on_a_cpu_the_modules_run():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weights_of_four_bits(dtype, skip, symmetric):
     """The kernel computes in bfloat16, so both are compared with the same codes, unpacked and multiplied in float32."""
-    size = (128, 64, 64, 2, 4, 2, 32)
-    model = quantize_(noisy(size, qkv_bias=True, tie_word_embeddings=True), 32, symmetric=symmetric, skip=skip).to(
-        dtype
-    )
-    exact = noisy(size, qkv_bias=True, tie_word_embeddings=True)
+    size, changes = (128, 64, 64, 2, 4, 2, 32), {"qkv_bias": True, "tie_word_embeddings": True}
+    model = quantize_(noisy(size, **changes), 32, symmetric=symmetric, skip=skip).to(dtype)
+    exact = noisy(size, **changes)
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             parent, _, last = name.rpartition(".")
-            setattr(exact.get_submodule(parent), last, nn.Linear(module.in_features, module.out_features, bias=False))
-            plain = exact.get_submodule(name)
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
             plain.weight = nn.Parameter(module.dequantize())
             plain.bias = None if module.bias is None else nn.Parameter(module.bias.float())
-    want = uncached(exact)
+            setattr(exact.get_submodule(parent), last, plain)
+    with torch.no_grad():
+        want = exact(text(exact))[0, 5:]
     fast.prepare(model)
     if why_not(model) is None:  # there is a kernel
         lean, full, _ = both(model, "preallocated", release=False)
         errors = [(got.float() - want).norm() / want.norm() for got in (lean, full)]
         assert errors[0] < 1.5 * errors[1] + 1e-3
         assert errors[0] < 0.05
-
-
-@torch.no_grad()
-def uncached(model, prompt=5, steps=20):
-    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
-    return model(ids)[0, prompt:]
 
 
 def test_four_bits_without_a_kernel_take_the_decoder():
