@@ -8,7 +8,7 @@ its code is that commit's. On a CPU, ``machine`` runs the same functions at the 
 
 The other parts take longer than a page should, up to half an hour each, and are made on a CPU with nothing else
 running: ``make record PART=experts``. ``make record STALE=1`` measures again what no recording answers any more, and
-``ALL=1`` also what was made by older code (see :mod:`measured.hashes`), in one part or in all.
+``ALL=1`` also what was made by older code (see :mod:`measured.provenance`), in one part or in all.
 
 ``make record PART=probes`` runs the functions whose results are no timings at a size of about a second. Tests compare
 their numbers with a new run, so that code that now gives other results is noticed though its recordings are old.

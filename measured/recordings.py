@@ -2,9 +2,9 @@
 
 ``data/recordings/<machine>.json`` is written by ``make record`` only. A page calls :func:`live_or_recorded`: with a
 CUDA device it runs the function; without one it shows the recording of the *same* function and arguments, or says
-honestly that there is none. Two hashes (:mod:`measured.hashes`) tell whether a recording still answers the question:
-where the function itself has changed it does not, and counts as missing; where only what it calls has, the page says
-so beside the commit.
+honestly that there is none. Two hashes (:mod:`measured.provenance`) tell whether a recording still answers the
+question: where the function itself has changed it does not, and counts as missing; where only what it calls has, the
+page says so beside the commit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 from dslib.data.files import data_path
 from dslib.html import html_table
-from measured import hashes
+from measured import provenance
 from measured.recordings_file import Recording, machine_name, parse
 from measured.timing import Timing
 
@@ -85,8 +85,8 @@ def record(fn: Callable[..., Any], origin: tuple[str, str] | None = None, /, **a
         command=_command(),
         seed=bound.get("seed"),
         date=datetime.date.today().isoformat(),
-        protocol=hashes.protocol(fn),
-        code=hashes.code(fn),
+        protocol=provenance.protocol(fn),
+        code=provenance.code(fn),
         tree=origin[1] if origin else None,
     )
 
@@ -149,9 +149,9 @@ def standing(recording: Recording) -> str:
     module, _, name = recording.function.partition(":")
     try:
         fn = getattr(importlib.import_module(module), name)
-        if hashes.protocol(fn) != recording.protocol:
+        if provenance.protocol(fn) != recording.protocol:
             return "stale"
-        return "current" if hashes.code(fn) == recording.code else "older code"
+        return "current" if provenance.code(fn) == recording.code else "older code"
     except (ImportError, AttributeError, OSError, TypeError):
         return "stale"
 

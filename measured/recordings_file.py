@@ -29,8 +29,8 @@ class Recording:
         tree: fingerprint of its files, see :mod:`measured.provenance`; None in recordings older than that.
         seed: the ``seed`` argument, if the function has one.
         date: day of the run, ISO.
-        protocol, code: hashes of the function and of all that it calls, see :mod:`measured.hashes`; ``code`` is None
-            where it is not known, as the checkout had changes.
+        protocol, code: hashes of the function and of all that it calls, see :mod:`measured.provenance`; ``code`` is
+            None where it is not known, as the checkout had changes.
     """
 
     function: str

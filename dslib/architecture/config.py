@@ -181,7 +181,7 @@ class Yarn(RopeScaling):
         return self._growth(self.mscale_all_dim) ** 2
 
     def slowed(self, plain, theta):
-        pair, head_dim = torch.arange(len(plain), device=plain.device), 2 * len(plain)
+        pair, head_dim = torch.arange(len(plain), dtype=plain.dtype, device=plain.device), 2 * len(plain)
 
         def pair_that_turns(times: float) -> float:
             length = self.original_max_position_embeddings / (2 * math.pi * times)

@@ -64,7 +64,7 @@ class Sampling:
         best = logits.amax(-1)
         if not best.isfinite().all():
             rows = (~best.isfinite()).nonzero().flatten().tolist()
-            raise ValueError(f"logits: NaN or infinite in rows {rows}, expected a finite largest one")
+            raise ValueError(f"logits: not a number (NaN or infinite) in rows {rows}, expected a finite largest one")
         if self.temperature == 0:
             return self._penalised(logits, written).argmax(-1)
         rows = self.probabilities(logits, written)

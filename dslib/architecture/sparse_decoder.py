@@ -90,9 +90,10 @@ class SparseConfig(DecoderConfig):
             raise ValueError(f"qk_rope_head_dim: got {self.qk_rope_head_dim}, expected an even number")
         if self.q_lora_rank is not None:
             whole(1, q_lora_rank=self.q_lora_rank)
-        if self.sliding_window is not None or self.attention_sinks or self.qkv_bias or self.qk_norm:
-            names = "sliding_window, attention_sinks, qkv_bias, qk_norm"
-            raise ValueError(f"{names}: expected none of them with latent attention")
+        if self.sliding_window is not None or self.attention_sinks or self.qkv_bias:
+            raise ValueError("sliding_window, attention_sinks, qkv_bias: expected none of them with latent attention")
+        if self.qk_norm:
+            raise ValueError("qk_norm: got True, expected False with latent attention")
         if isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling: got {self.rope_scaling}, expected a number with latent attention, or yarn")
         if self.yarn is not None and self.rope_scaling != 1.0:

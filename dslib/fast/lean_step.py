@@ -19,6 +19,7 @@ Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from dslib.architecture.int4.layers import Int4Linear
 from dslib.architecture.layers import RMSNorm
 from dslib.architecture.vision.cross_attention import GatedCrossAttention, ImageContext, SeeingBlock
 from dslib.architecture.window import RollingCache
-from dslib.fast.linear import row_chunks, row_product
+from dslib.fast.linear import row_product
 from dslib.fast.shortcut import shortcut_of
 
 Product = Callable[[Tensor], Tensor]  # one row times a matrix, (1, in) -> (1, out)
@@ -121,9 +122,7 @@ class LeanStep:
             product = shortcut_of(linear).row_product(self.embedding.dtype)
         else:
             weight = linear.weight.detach()
-            # Formats other than float32 have a kernel of their own that is spread over the threads.
-            cut = weight.dtype is torch.float32 and shortcut_of(linear) is not None
-            product = row_product(weight, row_chunks(len(weight)) if cut else 1)
+            product = row_product(weight) if shortcut_of(linear) else partial(F.linear, weight=weight)
         if linear.bias is None:
             return product
         bias = linear.bias.detach()

@@ -5,7 +5,8 @@ Decoding multiplies one row by every weight matrix, so its speed is the speed at
 Cutting the weight's rows into a few chunks turns the same sum into a batch of products, which torch does spread over
 the threads. It is a view: no weight is copied.
 
-With a few rows, as an expert of a mixture has them, :func:`product` asks oneDNN where that is the quicker library, and
+Where a C++ compiler is at hand, :mod:`dslib.fast.kernels.rows` reads the weights of up to four rows twice as fast.
+With more, as an expert of a mixture has them, :func:`product` asks oneDNN where that is the quicker library, and
 :func:`pack` lays a matrix out once in the order in which oneDNN reads it.
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes", and ``chapters/architecture/moe.ipynb``.
@@ -18,20 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dslib.fast.kernels import rows
 from dslib.fast.shortcut import Shortcut, watched
 
 
-def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ`` for a single row x, (..., in_features) -> (..., out_features), with the rows of W over the threads."""
-    return row_product(weight, row_chunks(len(weight)))(x.reshape(1, -1)).view(*x.shape[:-1], -1)
-
-
-def row_product(weight: Tensor, chunks: int) -> Callable[[Tensor], Tensor]:
-    """What multiplies one row, (1, in_features) -> (1, out_features): for loops, with the view of W made once."""
+def row_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies one row, (1, in_features) -> (1, out_features), by the quickest way there is: for loops."""
+    if rows.why_not(weight) is None:
+        return rows.multiplier(weight)
+    chunks = row_chunks(len(weight)) if weight.dtype is torch.float32 else 1
     if chunks == 1:
         return partial(F.linear, weight=weight)
     cut = cut_rows(weight, chunks)
     return lambda row: torch.bmm(row.expand(chunks, 1, -1), cut).view(1, -1)
+
+
+def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` for a single row x, (..., in_features) -> (..., out_features), with the rows of W over the threads."""
+    chunks = row_chunks(len(weight))
+    if chunks == 1:
+        return F.linear(x, weight)
+    return torch.bmm(x.reshape(1, 1, -1).expand(chunks, 1, -1), cut_rows(weight, chunks)).view(*x.shape[:-1], -1)
 
 
 def row_chunks(rows: int) -> int:
@@ -67,13 +75,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     x: (rows, in_features). weight: (out_features, in_features), contiguous.
     """
-    rows, chunks = len(x), row_chunks(len(weight))
+    count, chunks = len(x), row_chunks(len(weight))
+    if count <= rows.FEW and x.dtype is weight.dtype and rows.why_not(weight) is None:
+        return rows.few_rows(x, weight)
     if x.dtype is torch.float32 and x.device.type == "cpu" and weight.numel() > FEW_WEIGHTS:
         # At another precision than the default, every product below goes to oneDNN anyway.
         default = torch.get_float32_matmul_precision() == "highest"
-        if onednn() and (rows > 1 or not default):
+        if onednn() and (count > 1 or not default):
             return packed_product(x, weight)  # takes a plain matrix too, and then rearranges it itself
-        if default and rows <= 64 and chunks > 1:
+        if default and count <= 64 and chunks > 1:
             return torch.bmm(x.expand(chunks, *x.shape), cut_rows(weight, chunks)).transpose(0, 1).flatten(1)
     return torch.mm(x, weight.mT)
 
@@ -94,27 +104,33 @@ def packed_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class QuickLinear(Shortcut):
-    """``nn.Linear`` in float32 on a CPU where no gradient is recorded: one row over the threads, more by oneDNN."""
+    """``nn.Linear`` on a CPU where no gradient is recorded: a few rows as memory gives the weights, more by oneDNN."""
 
-    kind, what = nn.Linear, "one row over the threads"
+    kind, what = nn.Linear, "a few rows over the threads"
 
     def why_not(self) -> str | None:
         weight = self.stands_for.weight
-        if weight.device.type != "cpu":
-            return f"is on {weight.device.type}"
-        return super().why_not() if weight.dtype is torch.float32 else f"is in {weight.dtype}, expected torch.float32"
+        if weight.dtype is torch.float32 and weight.device.type == "cpu":
+            return super().why_not()
+        return super().why_not() or rows.why_not(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         weight, bias = self.stands_for.weight, self.stands_for.bias
         fits = x.numel() and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
         formats = {(part.dtype, part.device.type) for part in (x, weight, bias) if part is not None}
-        if watched() or not self.stands() or not fits or formats != {(torch.float32, "cpu")}:
+        known = formats == {(weight.dtype, "cpu")} and weight.dtype in rows.FUNCTIONS
+        if watched() or not self.stands() or not fits or not known:
             return self.plain(x)
-        if x.numel() == x.shape[-1]:
-            y = one_row_linear(x, weight)
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) <= rows.FEW and rows.why_not(weight) is None:
+            y = rows.few_rows(flat, weight)
+        elif weight.dtype is not torch.float32:
+            return self.plain(x)
+        elif len(flat) == 1:
+            y = one_row_linear(flat, weight)
         elif onednn() and weight.numel() > FEW_WEIGHTS:
-            y = packed_product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+            y = packed_product(flat, weight)
         else:
             return self.plain(x)
-        return y if bias is None else y + bias
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)

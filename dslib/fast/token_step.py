@@ -67,6 +67,7 @@ class TokenStep(Shortcut):
             == (config.num_hidden_layers, 2, 1, config.num_key_value_heads, config.head_dim)
             and (image is None or (
                 type(model) is VisionLanguageDecoder and image.batch_size == 1
+                and (image.mask is None or image.mask.ndim == 2)  # one mask for all tokens
                 and (image.tokens is None) == (config.fusion == "cross") and not image.enters(cache)
                 and len(image.keys_values) == (len(model.seeing()) if config.fusion == "cross" else 0)
             ))

@@ -292,11 +292,14 @@ BAD = [
     ("use PreallocatedCache for sequences", lambda: generate(noisy(sliding_window=4), PROMPTS, 3, cache="growing")),
     ("use PreallocatedCache for sequences", lambda: generate(noisy(sliding_window=4), PROMPTS, 3, cache="rolling")),
     (r"prompts\[0\]: token id 99 is outside", lambda: stream(noisy(), [99], 3)),  # before the first token is asked for
-    *[(r"logits: NaN .* in rows \[0, 1, 2\]", lambda v=value, s=sampling: generate(broken(v), PROMPTS, 3, sampling=s))
+    *[(r"logits: not a number .* in rows \[0, 1, 2\]", lambda v=value, s=sampling: generate(broken(v), PROMPTS, 3, sampling=s))
       for value in (NAN, INF) for sampling in (None, SAMPLED)],
-    ("logits: NaN or infinite", lambda: next(stream(broken(NAN, "lm_head"), [1], 3))),
-    ("logits: NaN", lambda: Sampling().choose(torch.tensor([[0.0, NAN]]))),
-    (r"logits: NaN or infinite in rows \[1\]", lambda: Sampling().choose(torch.tensor([[0.0, 1.0], [-INF, -INF]]))),
+    ("logits: not a number", lambda: next(stream(broken(NAN, "lm_head"), [1], 3))),
+    ("logits: not a number", lambda: Sampling().choose(torch.tensor([[0.0, NAN]]))),
+    (
+        r"logits: not a number .NaN or infinite. in rows \[1\]",
+        lambda: Sampling().choose(torch.tensor([[0.0, 1.0], [-INF, -INF]])),
+    ),
     ("repetition_penalty: needs the", lambda: Sampling(1.0, repetition_penalty=2.0).probabilities(torch.ones(1, 2))),
     ("repetition_penalty: needs the", lambda: Sampling(repetition_penalty=2.0).choose(torch.ones(1, 2))),
     *[(f"^{name}: got {value}, expected", lambda n=name, v=value: Sampling(**{n: v})) for name, value in [

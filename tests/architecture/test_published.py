@@ -135,8 +135,8 @@ def test_published_models_keep_what_they_are_said_to_keep(name, elements):
     ("original_max_position_embeddings: got 0", {"original_max_position_embeddings": 0}),
     ("mscale: got -1", {"mscale": -1}),
     ("mscale_all_dim: got -0.1", {"mscale_all_dim": -0.1}),
-    ("beta_fast: got 1, expected a number above 1", {"beta_fast": 1, "beta_slow": 1}),
-    ("beta_slow: got 0, expected a number above 0", {"beta_slow": 0}),
+    ("beta_slow, beta_fast: got 1 and 1, expected 0 < beta_slow < beta_fast", {"beta_fast": 1, "beta_slow": 1}),
+    ("beta_slow, beta_fast: got 0 and 32", {"beta_slow": 0}),
 ])  # fmt: skip
 def test_bad_input_is_named(message, changes):
     if isinstance(changes, dict):

@@ -274,6 +274,9 @@ def test_with_window_works_for_plain_attention():
     ("qk_rope_head_dim: got 5, expected an even number", {**LATENT, "qk_rope_head_dim": 5}),
     ("sliding_window, attention_sinks, qkv_bias: expected none", {**LATENT, "sliding_window": 8}),
     ("sliding_window, attention_sinks, qkv_bias: expected none", {**LATENT, "qkv_bias": True}),
+    ("qk_norm: got True", {**LATENT, "qk_norm": True}),
+    ("rope_scaling: got Yarn.*, expected a number with latent attention, or yarn", {
+        **LATENT, "rope_scaling": Yarn(2.0, 16)}),
     ("rope_scaling: got 2.0, expected 1.0 beside yarn", {**LATENT, "yarn": Yarn(2.0, 16), "rope_scaling": 2.0}),
     ("hidden_size: got 0", {"hidden_size": 0}),
     ("num_attention_heads: got None", {**LATENT, "num_attention_heads": None}),

@@ -392,9 +392,11 @@ def test_prepared_twice_copied_moved_and_released():
             parameter.data.neg_()
         assert greedy(model) == wanted
         assert greedy(twin) == by_whole_passes(twin) != wanted
-    half = copy.deepcopy(model).bfloat16()
+    half = copy.deepcopy(model).half()
     assert fast.describe(half).fast == first.fast[:1] and generate(half, [PROMPT], 3)[0].new_tokens == 3
-    assert {why for _, _, why in fast.describe(half).plain} == {"is in torch.bfloat16, expected torch.float32"}
+    assert {why for _, _, why in fast.describe(half).plain} == {
+        "is in torch.float16, expected torch.float32 or torch.bfloat16"
+    }
     assert greedy(model.double()) == generate(model, [PROMPT, PROMPT], 6)[0].tokens == wanted
     assert fast.describe(model).plain[0] == ("", "Decoder", "is in torch.float64") and not fast.describe(model).fast
     assert_scores(model)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dslib.fast import compiled, rows
+from dslib.fast.kernels import compiled, rows
 
 pytestmark = [
     pytest.mark.processor,

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from measured import hashes
+from measured import provenance
 
 FILES = {
     "measured/__init__.py": "",
@@ -52,7 +52,7 @@ def both(folder, monkeypatch, changes=()):
     module.__file__ = str(path)
     exec(compile(path.read_text().replace("from dslib import work", ""), path, "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "measured.run", module)
-    return hashes.protocol(module.step), hashes.code(module.step, folder)
+    return provenance.protocol(module.step), provenance.code(module.step, folder)
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_what_changes_which_hash(tmp_path, monkeypatch, change, protocol, code):
 
 
 def test_a_hash_in_a_string_is_no_comment():
-    assert hashes.bare('x = "# no comment"  # one\n') == 'x = "# no comment"'
-    assert hashes.bare('def f():\n    """Only this."""\n') == "def f():"
+    assert provenance.bare('x = "# no comment"  # one\n') == 'x = "# no comment"'
+    assert provenance.bare('def f():\n    """Only this."""\n') == "def f():"

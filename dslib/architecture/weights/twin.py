@@ -22,11 +22,10 @@ def hf_twin(model: Decoder) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    other = config.sliding_window is not None or config.qkv_bias or config.qk_norm
-    if type(config) is not DecoderConfig or other or isinstance(config.rope_scaling, RopeScaling):
-        raise ValueError(
-            "model: has experts, eyes, a window, biases, head norms or a rule of scaling, expected plain Llama"
-        )
+    if type(config) is not DecoderConfig or config.sliding_window is not None or config.qkv_bias:
+        raise ValueError("model: has experts, eyes, a window or biases, expected plain Llama")
+    if config.qk_norm or isinstance(config.rope_scaling, RopeScaling):
+        raise ValueError("model: has head norms or a rule of rope_scaling, expected plain Llama")
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling != 1.0:
         rope |= {"rope_type": "linear", "factor": config.rope_scaling}
