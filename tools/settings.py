@@ -54,7 +54,7 @@ def prepare() -> None:
     os.environ |= {DONE: str(folder), "JUPYTER_PREFER_ENV_PATH": "1"}
     try:
         can_keep = writable(cache_root())
-    except RuntimeError:  # no HOME, and a user whom the system does not know
+    except (RuntimeError, ValueError):  # no HOME, or one that leads through a file
         can_keep = False
     if not can_keep:
         os.environ["DSLIB_CACHE"] = str(folder / "weights")

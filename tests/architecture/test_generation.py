@@ -292,7 +292,9 @@ BAD = [
     ("use PreallocatedCache for sequences", lambda: generate(noisy(sliding_window=4), PROMPTS, 3, cache="growing")),
     ("use PreallocatedCache for sequences", lambda: generate(noisy(sliding_window=4), PROMPTS, 3, cache="rolling")),
     (r"prompts\[0\]: token id 99 is outside", lambda: stream(noisy(), [99], 3)),  # before the first token is asked for
-    *[(r"logits: not a number .* in rows \[0, 1, 2\]", lambda v=value, s=sampling: generate(broken(v), PROMPTS, 3, sampling=s))
+    *[(
+        r"logits: not a number .* in rows \[0, 1, 2\]",
+        lambda v=value, s=sampling: generate(broken(v), PROMPTS, 3, sampling=s))
       for value in (NAN, INF) for sampling in (None, SAMPLED)],
     ("logits: not a number", lambda: next(stream(broken(NAN, "lm_head"), [1], 3))),
     ("logits: not a number", lambda: Sampling().choose(torch.tensor([[0.0, NAN]]))),
