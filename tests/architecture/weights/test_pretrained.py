@@ -250,7 +250,7 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path, content):
 @needs_package
 def test_a_truncated_gguf_is_named_and_the_package_found_without_importing_it(tmp_path):
     cut = tmp_path / "cut.gguf"
-    with pretrained._packaged_gguf().open("rb") as whole:
+    with pretrained.packaged_gguf().open("rb") as whole:
         cut.write_bytes(whole.read(1_000_000))
     assert cut.read_bytes()[:4] == b"GGUF" and pretrained.SMOLLM2_PACKAGE not in sys.modules
     with pytest.raises(ValueError, match=r"cut\.gguf: cannot be read as GGUF .* Is it complete\?"):
@@ -361,7 +361,7 @@ def test_the_real_file_unpacks_to_its_own_values(tmp_path):
     """About 20 s. One matrix is dequantised again with the gguf package and compared bit for bit after rounding."""
     from gguf import GGUFReader, dequantize
 
-    source = pretrained._packaged_gguf()
+    source = pretrained.packaged_gguf()
     folder = smollm2_folder(tmp_path, source)
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(pretrained._NEEDED, rel=0.05)
     model, tokenizer = load_folder(folder)
