@@ -146,7 +146,7 @@ PARTS = {
     **{f"vision-{seed}": (call,) for seed, call in enumerate(VISION_CALLS)},
     "vision-speed": ((f"{SPEED}:look_cost", {}), (f"{SPEED}:look_cost", {"every": 4})),
     "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
-    "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {})),
+    "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {"rounds": 5})),
     "llama-cpp": (("measured.experiments.speed_llama_cpp:beside_llama_cpp", {}),),
     "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
