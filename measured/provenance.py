@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dslib", "measured")
-SUFFIXES = (".py", ".cpp")
+SUFFIXES = (".py", ".cpp", ".h")
 # What a recording itself changes does not make a checkout modified.
 RESULTS = re.compile(r"data/recordings/.*\.json|.*\.ipynb")
 
@@ -147,7 +147,8 @@ def code(fn: Callable[..., Any], root: Path = ROOT) -> str:
         if name not in reached and (path := _file(name, root)) is not None:
             text = path.read_text(encoding="utf-8")
             loops = path.with_suffix(".cpp")
-            reached[name] = _bare_file(text) + (loops.read_text(encoding="utf-8") if loops.exists() else "")
+            beside = [loops, *sorted(path.parent.rglob("*.h"))] if loops.exists() else []
+            reached[name] = _bare_file(text) + "".join(file.read_text(encoding="utf-8") for file in beside)
             todo += _imports(name, text, path)
     return _digest(f"{name}\n{reached[name]}" for name in sorted(reached))
 

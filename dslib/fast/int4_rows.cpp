@@ -5,10 +5,6 @@
 // 64 unsigned bytes by 64 signed ones and adds the products in fours (AVX-512), vpmaddubsw 32 by 32 in twos (AVX2). What
 // is left is reading the weights.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define X86 1
@@ -21,6 +17,8 @@
 #include <cstring>
 #include <numeric>
 #include <vector>
+
+#include "kernels/floats.h"
 
 namespace {
 
@@ -131,12 +129,12 @@ struct Rounded {
   std::vector<int32_t> code_sums;
 };
 
-template <typename scalar_t>
-void round_row(const scalar_t* x, int64_t group, Rounded& row) {
+template <typename number>
+void round_row(const number* x, int64_t group, Rounded& row) {
   for (size_t g = 0; g < row.scales.size(); ++g, x += group) {
     float largest = 0, sum = 0;
     for (int64_t i = 0; i < group; ++i) {
-      const float value = static_cast<float>(x[i]);
+      const float value = wide(x[i]);
       largest = std::max(largest, std::abs(value));
       sum += value;
     }
@@ -144,7 +142,7 @@ void round_row(const scalar_t* x, int64_t group, Rounded& row) {
     const float steps = largest > 0 && std::isfinite(sum) ? 127 / largest : 0;
     int32_t code_sum = 0;
     for (int64_t i = 0; i < group; ++i) {
-      const int32_t code = steps > 0 ? static_cast<int32_t>(std::nearbyint(static_cast<float>(x[i]) * steps)) : 0;
+      const int32_t code = steps > 0 ? static_cast<int32_t>(std::nearbyint(wide(x[i]) * steps)) : 0;
       row.codes[g * group + i] = static_cast<int8_t>(code);
       code_sum += code;
     }
@@ -246,103 +244,80 @@ bool supported() { return has_avx512() || has_avx2(); }
 bool supported() { return false; }
 #endif
 
-// Every row of x times every block of W, blocks spread over the threads. `block` multiplies one row by one block.
-template <typename scalar_t, typename Row, typename Block>
-at::Tensor all_blocks(const std::vector<Row>& rows, const at::Tensor& x, const at::Tensor& packed,
-                      const at::Tensor& pairs, int64_t group, Block block) {
-  const int64_t columns = x.size(1), out = packed.size(0);
-  at::Tensor y = at::empty({x.size(0), out}, x.options());
-  const uint8_t* codes = packed.const_data_ptr<uint8_t>();
-  const int32_t* scales = reinterpret_cast<const int32_t*>(pairs.const_data_ptr());
-  scalar_t* result = y.mutable_data_ptr<scalar_t>();
-  at::parallel_for(0, out / kBlock, 1, [&](int64_t begin, int64_t end) {
+// Rows x (n, columns) times W: codes of (out, columns / 2) bytes, and a scale and a zero for each group and row of W.
+template <typename number>
+struct Call {
+  const number* x;
+  const uint8_t* codes;
+  const int32_t* pairs;
+  number* y;
+  int64_t n, columns, out, group;
+};
+
+// Every row times every block of W, blocks spread over the threads. `block` multiplies one row by one block.
+template <typename number, typename Row, typename Block>
+void all_blocks(const Call<number>& call, const std::vector<Row>& rows, Block block) {
+#pragma omp parallel for schedule(static) if (call.out > kBlock)
+  for (int64_t first = 0; first < call.out; first += kBlock) {
     float sums[kBlock];
-    for (int64_t b = begin; b < end; ++b) {
-      for (size_t n = 0; n < rows.size(); ++n) {
-        block(codes + b * kHalf * columns, scales + b * kBlock, out, rows[n], group, sums);
-        std::copy(sums, sums + kBlock, result + n * out + b * kBlock);
-      }
-    }
-  });
-  return y;
-}
-
-template <typename scalar_t>
-at::Tensor product(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group,
-                   bool portable) {
-  std::vector<Floats> rows(x.size(0));
-  const scalar_t* from = x.const_data_ptr<scalar_t>();
-  for (auto& row : rows) {
-    row.values.assign(from, from + x.size(1));
-    from += x.size(1);
-    for (int64_t at = 0; at < x.size(1); at += group) {
-      row.sums.push_back(std::accumulate(row.values.begin() + at, row.values.begin() + at + group, 0.0f));
+    for (int64_t n = 0; n < call.n; ++n) {
+      block(call.codes + first / 2 * call.columns, call.pairs + first, call.out, rows[n], call.group, sums);
+      for (int64_t i = 0; i < kBlock; ++i) store(sums[i], call.y + n * call.out + first + i);
     }
   }
-#if X86
-  if (has_avx2() && !portable) return all_blocks<scalar_t>(rows, x, packed, pairs, group, product_block_avx2);
-#endif
-  return all_blocks<scalar_t>(rows, x, packed, pairs, group, product_block);
-}
-
-template <typename scalar_t>
-at::Tensor multiply(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
-#if X86
-  const int64_t columns = x.size(1), groups = columns / group;
-  std::vector<Rounded> rounded(x.size(0));
-  for (size_t n = 0; n < rounded.size(); ++n) {
-    rounded[n].codes.resize(columns);
-    rounded[n].scales.resize(groups);
-    rounded[n].sums.resize(groups);
-    rounded[n].code_sums.resize(groups);
-    round_row(x.const_data_ptr<scalar_t>() + n * columns, group, rounded[n]);
-  }
-  return all_blocks<scalar_t>(rounded, x, packed, pairs, group, has_avx512() ? multiply_block : multiply_block_avx2);
-#else
-  TORCH_CHECK(false, "int4_rows: this processor has no product for rows in eight bits");
-#endif
-}
-
-void check(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && packed.is_contiguous() && pairs.is_contiguous(),
-              "int4_rows: expected contiguous tensors, x of two dimensions");
-  TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == at::kByte && packed.size(0) % kBlock == 0 &&
-                  2 * packed.size(1) == x.size(1),
-              "int4_rows: packed: got ", packed.sizes(), " ", packed.scalar_type(), ", expected uint8 (out, ",
-              x.size(1) / 2, ") with a multiple of ", kBlock, " rows");
-  TORCH_CHECK(group > 0 && group % kAtOnce == 0 && x.size(1) % group == 0, "int4_rows: group: got ", group,
-              ", expected a divisor of ", x.size(1), " and a multiple of ", kAtOnce);
-  TORCH_CHECK(pairs.scalar_type() == at::kBFloat16 && pairs.dim() == 3 && pairs.size(0) == x.size(1) / group &&
-                  pairs.size(1) == packed.size(0) && pairs.size(2) == 2,
-              "int4_rows: pairs: got ", pairs.sizes(), " ", pairs.scalar_type(), ", expected bfloat16 (",
-              x.size(1) / group, ", ", packed.size(0), ", 2)");
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "int4_rows: x: got ",
-              x.scalar_type(), ", expected float32 or bfloat16");
 }
 
 // `portable`: by the loops that run on any processor, for tests on one that has better.
-at::Tensor int4_product(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group,
-                        bool portable) {
-  check(x, packed, pairs, group);
-  return x.scalar_type() == at::kFloat ? product<float>(x, packed, pairs, group, portable)
-                                       : product<at::BFloat16>(x, packed, pairs, group, portable);
+template <typename number>
+void product(const Call<number>& call, bool portable) {
+  std::vector<Floats> rows(call.n);
+  const number* from = call.x;
+  for (auto& row : rows) {
+    for (int64_t i = 0; i < call.columns; ++i) row.values.push_back(wide(*from++));
+    for (int64_t at = 0; at < call.columns; at += call.group) {
+      row.sums.push_back(std::accumulate(row.values.begin() + at, row.values.begin() + at + call.group, 0.0f));
+    }
+  }
+#if X86
+  if (has_avx2() && !portable) return all_blocks(call, rows, product_block_avx2);
+#endif
+  all_blocks(call, rows, product_block);
 }
 
-at::Tensor int4_rows(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& pairs, int64_t group) {
-  check(x, packed, pairs, group);
-  return x.scalar_type() == at::kFloat ? multiply<float>(x, packed, pairs, group)
-                                       : multiply<at::BFloat16>(x, packed, pairs, group);
+template <typename number>
+void rounded_product(const Call<number>& call) {
+#if X86
+  const int64_t groups = call.columns / call.group;
+  std::vector<Rounded> rows(call.n);
+  for (int64_t n = 0; n < call.n; ++n) {
+    rows[n].codes.resize(call.columns);
+    rows[n].scales.resize(groups);
+    rows[n].sums.resize(groups);
+    rows[n].code_sums.resize(groups);
+    round_row(call.x + n * call.columns, call.group, rows[n]);
+  }
+  all_blocks(call, rows, has_avx512() ? multiply_block : multiply_block_avx2);
+#endif
+}
+
+template <typename number>
+void either(const Call<number>& call, int64_t how) {
+  how == 2 ? rounded_product(call) : product(call, how == 1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(dslib, library) {
-  library.def("int4_product(Tensor x, Tensor packed, Tensor pairs, int group, bool portable=False) -> Tensor");
-  library.def("int4_rows(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor");
-  library.def("int4_rows_supported() -> bool", &supported);
-}
+// how: 0 rows as they are, 1 the same by the loops for any processor, 2 rows in eight bits.
+#define FUNCTION(name, number)                                                                                     \
+  void name(const void* x, const void* codes, const void* pairs, void* y, int64_t n, int64_t columns, int64_t out, \
+            int64_t group, int64_t how) {                                                                          \
+    either(Call<number>{static_cast<const number*>(x), static_cast<const uint8_t*>(codes),                         \
+                        static_cast<const int32_t*>(pairs), static_cast<number*>(y), n, columns, out, group},      \
+           how);                                                                                                   \
+  }
 
-TORCH_LIBRARY_IMPL(dslib, CPU, library) {
-  library.impl("int4_product", &int4_product);
-  library.impl("int4_rows", &int4_rows);
+extern "C" {
+FUNCTION(int4_float32, float)
+FUNCTION(int4_bfloat16, bfloat16)
+int64_t int4_rounds() { return supported(); }
 }

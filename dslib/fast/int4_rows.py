@@ -8,18 +8,13 @@ and inputs can be multiplied as they are, and what remains is to read the weight
 level 4". The price is an error of about 0.6 %, next to about 8 % that the four bits cost and 0.25 % of activations in
 bfloat16.
 
-Both are in ``int4_rows.cpp``. Compiling takes about twenty seconds and needs a C++ compiler; the result is kept in
-torch's cache folder. :func:`plain` is the arithmetic of the second in torch, and what the tests hold it against.
+Both are in ``int4_rows.cpp``, which :mod:`dslib.fast.kernels.compiled` compiles and keeps. :func:`plain` is the
+arithmetic of the second in torch, and what the tests hold it against.
 
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 """
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dslib.architecture.int4.levels import BLOCK, unpack
+from dslib.fast.kernels.compiled import NotCompiled, load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FEW = 4  # rows; each goes through the weights by itself, so that more are faster in torch's product
-# Without -fopenmp, at::parallel_for runs on one thread. It is not linked: torch brings the threads it uses itself.
-FLAGS = ["-O3", "-fopenmp"]
+FUNCTIONS = {torch.float32: "int4_float32", torch.bfloat16: "int4_bfloat16"}
+PLAIN, PORTABLE, ROUNDED = range(3)  # rows as they are, the same by loops for any processor, rows in eight bits
 
 
 def plain(rows: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
@@ -58,49 +54,47 @@ def why_not(packed: Tensor, group_size: int) -> str | None:
     if len(packed) % BLOCK or group_size % 4:
         return f"{len(packed)} rows in groups of {group_size}, expected multiples of {BLOCK} and 4"
     reason = compiled()
-    if reason is None and not torch.ops.dslib.int4_rows_supported():
+    if reason is None and not load(SOURCE).int4_rounds():
         return "this CPU has neither AVX-512 with VNNI nor AVX2, which rows in eight bits need"
     return reason
 
 
-@cache
 def compiled() -> str | None:
-    """Compile and load the products, if that was not done before; why that is not possible, or None."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([torch.__version__, *FLAGS]).encode()).hexdigest()[:16]
-    library = Path(torch.hub.get_dir()) / f"dslib-int4-rows-{key}.so"
-    try:
-        if not library.exists():
-            _compile(library)
-        torch.ops.load_library(library)
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"our 4-bit products cannot be compiled: {str(error).strip().splitlines()[0]}"
-    return None
+    """Why the products cannot be had; None if they can. The first call compiles them, in about two seconds."""
+    return f"our 4-bit products {found}" if isinstance(found := load(SOURCE), NotCompiled) else None
 
 
-def product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+def product(portable: bool = False) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """``product()(rows, packed, pairs, group_size)``: rows as they are, for where :func:`compiled` is None."""
-    return torch.ops.dslib.int4_product.default
+    return _product(PORTABLE if portable else PLAIN)
 
 
 def rounded_product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """The same with rows in eight bits, for where :func:`why_not` is None."""
-    return torch.ops.dslib.int4_rows.default
+    return _product(ROUNDED)
 
 
-def _compile(library: Path) -> None:
-    """Compile, in a process of its own: torch loads what it compiles, and one process must not load two copies."""
-    import ninja
+@cache
+def _product(how: int) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    functions = {}
+    for dtype, name in FUNCTIONS.items():
+        functions[dtype] = function = getattr(load(SOURCE), name)
+        function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5, None
 
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"extra_cflags": FLAGS, "build_directory": folder, "is_python_module": False}
-        load = f"cpp_extension.load('dslib_int4_rows', [{str(SOURCE)!r}], **{options!r})"
-        # torch calls ninja by its name, but a Python called by its full path does not have its own folder in PATH.
-        environment = os.environ | {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])}
-        run = [sys.executable, "-c", f"from torch.utils import cpp_extension; {load}"]
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-        made = next(Path(folder).glob("*.so"))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(made, part := library.with_suffix(f".{os.getpid()}"))
-        part.replace(library)  # processes that compile at the same time need not wait for each other
+    def multiply(x: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
+        n, columns, out = *x.shape, len(packed)  # nothing below looks at shapes again
+        fits = packed.shape == (out, columns // 2) and pairs.shape == (columns // group_size, out, 2)
+        kinds = x.dtype in functions and packed.dtype is torch.uint8 and pairs.dtype is torch.bfloat16
+        whole = out % BLOCK == 0 and group_size % 4 == 0 and columns % group_size == 0
+        if not (fits and kinds and whole and x.is_contiguous() and packed.is_contiguous() and pairs.is_contiguous()):
+            given = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (x, packed, pairs))
+            raise ValueError(
+                f"x, packed, pairs: got {given} in groups of {group_size}, expected contiguous (N, in) float32 or "
+                f"bfloat16, (out, in / 2) uint8 and (groups, out, 2) bfloat16, out a multiple of {BLOCK}"
+            )
+        y = x.new_empty(n, out)
+        addresses = (tensor.data_ptr() for tensor in (x, packed, pairs, y))
+        functions[x.dtype](*addresses, n, columns, out, group_size, how)
+        return y
+
+    return multiply

@@ -33,7 +33,11 @@ class NotCompiled(Exception):
 def load(source: Path) -> ctypes.CDLL | NotCompiled:
     """The compiled file, or why there is none: no compiler, or what the compiler says."""
     compiler, flags = os.environ.get("CXX", "c++"), [*FLAGS, *THREADS.get(sys.platform, [])]
-    made_of = source.read_bytes() + " ".join([torch.__version__, platform.machine(), compiler, *flags]).encode()
+    texts = [source, *sorted(Path(__file__).parent.glob("*.h"))]
+    made_of = (
+        b"".join(text.read_bytes() for text in texts)
+        + " ".join([torch.__version__, platform.machine(), compiler, *flags]).encode()
+    )
     name = f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     try:
         folder = Path(torch.hub.get_dir()) / "dslib"

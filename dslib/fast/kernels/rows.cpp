@@ -5,32 +5,14 @@
 // compiler turns into the vectors of the processor; a reader may hold them against `dot` below, which is all there is.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "floats.h"
 
 namespace {
 
 constexpr int64_t kLanes = 32;                // sums that are added to in turn: enough to never wait for one
 constexpr int64_t kWeightsAThread = 1 << 15;  // fewer are not worth waking a thread for
-
-struct bfloat16 {  // the upper half of a float
-  uint16_t bits;
-};
-inline float wide(float value) { return value; }
-inline float wide(bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float found;
-  std::memcpy(&found, &bits, sizeof found);
-  return found;
-}
-inline void store(float value, float* place) { *place = value; }
-inline void store(float value, bfloat16* place) {  // to the nearest, a tie to the even one
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  place->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 #define INLINE __attribute__((always_inline)) inline
 
