@@ -6,6 +6,7 @@ dense models; the presets' model cards; YaRN (arXiv 2309.00071, section 3); Llam
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,10 @@ class DecoderConfig:
                 f"num_key_value_heads: got {self.num_key_value_heads}, expected a divisor of "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+
+    def of_layers(self, layers: Sequence[int]) -> "DecoderConfig":
+        """The configuration of a decoder made of these layers of this one."""
+        return dataclasses.replace(self, num_hidden_layers=len(layers))
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

@@ -17,7 +17,6 @@ Book: ``chapters/performance/speed.ipynb``. Sources: Leviathan et al. (arXiv 221
 text is known as prompt lookup.
 """
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -214,13 +213,7 @@ def with_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
     config, chosen = model.config, list(layers)
     if not chosen or any(not 0 <= layer < config.num_hidden_layers for layer in chosen):
         raise ValueError(f"layers: got {chosen}, expected some of 0 to {config.num_hidden_layers - 1}")
-    # Fields that count layers count those that are left of theirs.
-    counts, dense = {"num_hidden_layers": len(chosen)}, getattr(config, "first_k_dense_replace", 0)
-    if hasattr(config, "first_k_dense_replace"):
-        hashed = range(dense, dense + config.num_hash_layers)
-        counts["first_k_dense_replace"] = sum(layer < dense for layer in chosen)
-        counts["num_hash_layers"] = sum(layer in hashed for layer in chosen)
-    twin = build(dataclasses.replace(config, **counts), device="meta")
+    twin = build(config.of_layers(chosen), device="meta")
     twin.embed_tokens, twin.norm, twin.lm_head = model.embed_tokens, model.norm, model.lm_head
     twin.layers = nn.ModuleList(model.layers[layer] for layer in chosen)
     twin.training = twin.layers.training = model.training  # what is shared keeps its own mode
