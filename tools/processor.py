@@ -1,7 +1,7 @@
 """What the libraries under torch really use of this processor, and how to play a lesser one.
 
 torch's own kernels, oneDNN and MKL each choose their instructions for themselves, so each has to be told. Products of
-our own (`dslib/fast/int4_rows.cpp`) ask the processor and cannot be told.
+our own (`dslib/fast/int4_rows.cpp`, `dslib/fast/kernels/rows.cpp`) ask the processor and cannot be told.
 
     python -m tools.processor                 print what each library uses, here and as each lesser processor
     python -m tools.processor COMMAND …       run a command once as each lesser processor; exit status 1 if one fails

@@ -26,18 +26,9 @@ constexpr int64_t kBlock = 64;  // rows of W that lie together, see int4.py
 constexpr int64_t kHalf = kBlock / 2;
 constexpr int64_t kAtOnce = 4;  // columns that one vpdpbusd adds up
 
-float scale_of(int32_t pair) {  // two bfloat16 to 32 bits, the scale below; a bfloat16 is the upper half of a float
-  const uint32_t bits = static_cast<uint32_t>(pair) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-float zero_of(int32_t pair) {
-  const uint32_t bits = static_cast<uint32_t>(pair) & 0xffff0000u;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// Two bfloat16 to 32 bits, the scale below.
+float scale_of(int32_t pair) { return wide(bfloat16{static_cast<uint16_t>(pair)}); }
+float zero_of(int32_t pair) { return wide(bfloat16{static_cast<uint16_t>(static_cast<uint32_t>(pair) >> 16)}); }
 
 // A row x as it is, and its sums over the groups.
 struct Floats {

@@ -14,7 +14,6 @@ arithmetic of the second in torch, and what the tests hold it against.
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 """
 
-import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dslib.architecture.int4.levels import BLOCK, unpack
-from dslib.fast.kernels.compiled import NotCompiled, load
+from dslib.fast.kernels.compiled import NotCompiled, function, load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FEW = 4  # rows; each goes through the weights by itself, so that more are faster in torch's product
@@ -76,10 +75,7 @@ def rounded_product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
 
 @cache
 def _product(how: int) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    functions = {}
-    for dtype, name in FUNCTIONS.items():
-        functions[dtype] = function = getattr(load(SOURCE), name)
-        function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5, None
+    functions = {dtype: function(SOURCE, name, addresses=4, numbers=5) for dtype, name in FUNCTIONS.items()}
 
     def multiply(x: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
         n, columns, out = *x.shape, len(packed)  # nothing below looks at shapes again

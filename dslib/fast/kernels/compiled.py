@@ -51,6 +51,13 @@ def load(source: Path) -> ctypes.CDLL | NotCompiled:
         return NotCompiled(f"cannot be compiled: {error}")
 
 
+def function(source: Path, name: str, addresses: int, numbers: int) -> ctypes._CFuncPtr:
+    """A function of the compiled file that takes so many addresses, then so many whole numbers, and returns nothing."""
+    found = getattr(load(source), name)
+    found.argtypes, found.restype = [ctypes.c_void_p] * addresses + [ctypes.c_int64] * numbers, None
+    return found
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

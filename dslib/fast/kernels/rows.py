@@ -7,7 +7,6 @@ for many rows. ``dot`` in ``rows.cpp`` is five lines, on all threads, and reads 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 """
 
-import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -65,6 +64,4 @@ def multiplier(weight: Tensor, kind: str = "widest") -> Callable[[Tensor], Tenso
 
 @cache
 def _function(dtype: torch.dtype):
-    function = getattr(compiled.load(SOURCE), FUNCTIONS[dtype])
-    function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4, None
-    return function
+    return compiled.function(SOURCE, FUNCTIONS[dtype], addresses=3, numbers=4)
