@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dslib.check import above
+from measured.claims_html import prose
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A3497F", "#000000", "#8C6D00")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
+# One colour, marker and line for each method, in the whole book: who learns "ours is blue" on one page can use it on
+# the next. A page that needs another method adds it here.
+METHODS = {
+    "ours": ("#0072B2", "o", "-"),
+    "ours, prepared": ("#000000", "s", "-"),
+    "transformers": ("#D55E00", "^", "--"),
+    "llama.cpp": ("#8C6D00", "v", "-."),
+    "bound": ("#222222", "", ":"),
+    "full attention": ("#0072B2", "o", "-"),
+    "window": ("#D55E00", "s", "--"),
+    "window with sinks": ("#009E73", "^", "-."),
+    "dense": ("#000000", "D", ":"),
+}
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book
 LARGEST = 150_000  # bytes of one picture
@@ -53,6 +67,14 @@ def use_style() -> None:
     mpl.rc(("text", "xtick", "ytick"), color=INK)
     mpl.rc("font", size=10, family="DejaVu Sans")  # matplotlib brings it along: a figure looks the same everywhere
     mpl.rc("legend", frameon=False, fontsize=9)
+
+
+def look(method: str) -> dict[str, str]:
+    """Colour, marker and line of a method, for ``ax.plot(…, **look("ours"))``."""
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, wanted one of {', '.join(METHODS)}; new ones are added to METHODS")
+    colour, marker, line = METHODS[method]
+    return {"color": colour, "marker": marker, "linestyle": line}
 
 
 def draw_roofs(ax: Any, roofs: Sequence[Roof], dtype: str, low: float = 0.5, high: float = 4096) -> None:
@@ -94,15 +116,20 @@ class Picture:
     png: bytes
     alt: str  # what the figure shows, in words
     width: int  # shown, in CSS pixels; the picture has more, for sharp screens
+    caption: str = ""  # below the figure; the book's style sheet puts the number before it
 
     def to_html(self) -> str:
         source = base64.b64encode(self.png).decode("ascii")
         # "dark-light" tells the book's theme that the picture suits both modes, so that it is not dimmed.
-        return (
+        image = (
             f'<img class="dark-light" alt="{html.escape(self.alt)}" width="{self.width}" '
             f'style="max-width:100%;height:auto;background:{PAPER};border-radius:4px" '
             f'src="data:image/png;base64,{source}">'
         )
+        if not self.caption:
+            return image
+        caption = f"<figcaption>{prose(self.caption)}</figcaption>"
+        return f'<figure class="measured" style="margin:0">{image}{caption}</figure>'
 
     def __repr__(self) -> str:
         return f"Figure: {self.alt}"
@@ -111,12 +138,13 @@ class Picture:
         return {"text/html": self.to_html(), "text/plain": repr(self)}
 
 
-def show(fig: Figure, alt: str) -> Picture:
+def show(fig: Figure, alt: str, caption: str = "") -> Picture:
     """Turn a matplotlib figure into a :class:`Picture` and close the figure, so that Jupyter does not show it twice.
 
     Args:
         fig: the figure; drawn as it is.
         alt: what a reader who does not see it has to know: kind of figure, axes, and what it shows.
+        caption: what to look at, one or two sentences; backticks mark code.
 
     Raises:
         ValueError: not a figure, or no text alternative.
@@ -133,7 +161,7 @@ def show(fig: Figure, alt: str) -> Picture:
             break
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close(fig)
-    return Picture(file.getvalue(), alt, round(inches * 100))
+    return Picture(file.getvalue(), alt, round(inches * 100), " ".join(caption.split()))
 
 
 class Explorer:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from measured.exercises_compare import around_the_difference, cut, difference, text
+from measured.exercises._compare import around_the_difference, cut, difference, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,7 +170,7 @@ def find(name: str) -> Exercise:
 
 def chapters() -> list[str]:
     """Chapters that have exercises, by module name."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def all_exercises() -> Iterator[Exercise]:
