@@ -4,7 +4,7 @@
 # name, may be moved after the set-up, and may be built from elsewhere with `make -C`.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lab refresh record record-key lint portability clean
+.PHONY: help venv book test lab refresh record record-key lint portability student clean
 
 # The Python that makes .venv, 3.11 or newer:  make book PYTHON=python3.12
 PYTHON ?= python3
@@ -57,7 +57,10 @@ record-key: venv ## print what `python -m measured.record gpu` needs on a machin
 	@$(PY) -m measured.record --key
 
 lint: venv ## check style and formatting of code and notebooks
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check && $(PY) -m tools.lines
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check && $(PY) -m tools.lines && $(PY) -m tools.heights
+
+student: venv ## copies of the notebooks without solutions, below student/ (NB=path for some)
+	@$(PY) -m tools.notebooks student $(NB)
 
 portability: venv ## try the book where a machine may differ: folder, locale, home, Python, versions (ROWS=… for some)
 	@$(PY) -m tools.portability $(ROWS)

@@ -32,6 +32,16 @@ def card(claim: Any, symbol: str) -> str:
     return f'<div class="claim-card {_css(claim.verdict)}" id="{claim.anchor}">\n{body}\n</div>'
 
 
+def recap(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
+    """The verdicts of a chapter in short, each with a link to its card above."""
+    rows = [
+        f'<li class="{_css(claim.verdict)}"><strong>{_verdict(claim.verdict, symbols[claim.verdict])}</strong> '
+        f'<a href="#{claim.anchor}">{claim.id}</a> {prose(claim.said)}</li>'
+        for claim in claims
+    ]
+    return "\n".join(['<ul class="claim-recap">', *rows, "</ul>"])
+
+
 def table(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
     """A table with one anchor a row, and the part and verdict of each as data attributes to filter by."""
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "The article says", "Verdict", "We find"))

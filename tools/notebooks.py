@@ -3,8 +3,9 @@
     python -m tools.notebooks refresh [paths]     run from top to bottom, measure, normalise and write back;
                                                   --keep-timings: those of unchanged cells stay as they are
     python -m tools.notebooks normalise [paths]   only normalise (what the pre-commit hook does)
-    python -m tools.notebooks setup [paths]       only write the set-up cell anew; no cell is run, no output changes
+    python -m tools.notebooks setup [paths]       only write set-up cell and opening block anew; no cell is run
     python -m tools.notebooks check [paths]       say what is wrong, exit 1 if anything is
+    python -m tools.notebooks student [paths]     copies without solutions below student/
 
 Without paths: every notebook below chapters/. A refresh without a change gives the same file again, the run line and
 the outputs of cells tagged nbval-ignore-output excepted.
@@ -12,9 +13,9 @@ the outputs of cells tagged nbval-ignore-output excepted.
 
 import argparse
 import copy
-import datetime
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,20 +27,19 @@ import psutil
 import yaml
 from nbclient import NotebookClient
 
-from tools import settings
+from tools import opening, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
 IGNORE = "nbval-ignore-output"
 TAGS = frozenset(
-    "setup hide-input hide-output hide-cell remove-cell gpu exercise solution widget raises-exception".split()
+    "setup hide-input hide-output hide-cell remove-cell gpu exercise solution widget whole raises-exception".split()
 ) | {IGNORE}
-MAX_LINES = 15
+MAX_LINES, MAX_WHOLE = 15, 40  # of a cell, and of the one tagged "whole": the whole thing on one screen
 MAX_SECONDS, MAX_GIB = 60, 3
 COMPARED = 2 / 3
 CORES = 2  # what the run line speaks of, and what a small hosted machine has
 WIDGET = "application/vnd.jupyter.widget-view+json"
-RUN_LINE = re.compile(r"<!-- run:begin -->.*?<!-- run:end -->", re.DOTALL)
 # A page that names the machine it was run on does not reproduce elsewhere.
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/])/(?:home|root|tmp|Users|opt|usr|mnt|srv|var|work(?:space)?s?)/|\b[A-Z]:\\{1,2}(?:Users|Windows|Program|Temp)|file:///"
@@ -115,16 +115,6 @@ def inject_setup(notebook):
     cell = nbformat.v4.new_code_cell(setup_source(), id="setup", metadata=metadata)
     cell.execution_count = older[0].get("execution_count") if older else None
     notebook.cells = [*cells[:1], cell, *cells[1:]]
-
-
-def fill_run_line(notebook, seconds, peak, cores=CORES, date=None):
-    """Write run time, peak memory and date between the markers of the title cell."""
-    title = notebook.cells[0]
-    if not RUN_LINE.search(title.source):
-        title.source = title.source.rstrip() + "\n\n<!-- run:begin --><!-- run:end -->"
-    date = date or datetime.date.today().isoformat()
-    line = f"*Runs in {seconds:.0f} s with {peak / 2**30:.1f} GiB on a {cores}-core CPU. Last executed: {date}.*"
-    title.source = RUN_LINE.sub(f"<!-- run:begin -->\n{line}\n<!-- run:end -->", title.source)
 
 
 def _normal_output(output):
@@ -279,10 +269,11 @@ def refresh(path, cores=CORES, keep=False):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     seconds, peak = execute(notebook, path.parent)
+    run = (round(seconds), peak / 2**30, cores, opening.today())
     if keep:
         keep_timings(notebook, before)
-    else:
-        fill_run_line(notebook, seconds, peak, cores)
+        run = opening.run_of(before) or run
+    opening.fill(notebook, run, opening.page_of(path))
     write(path, normalise(notebook))
     return seconds, peak
 
@@ -364,10 +355,14 @@ def _comparable(cell):
 
 def check_cells(notebook):
     """Short cells, unique and meaningful ids, no empty cell."""
+    whole = [cell.id for cell in notebook.cells if "whole" in tags(cell)]
+    if len(whole) > 1:
+        yield f"more than one cell is tagged whole: {', '.join(whole)}"
     for cell in notebook.cells:
         lines = len(cell.source.strip().splitlines())
-        if cell.cell_type == "code" and lines > MAX_LINES:
-            yield f"cell {cell.id!r} has {lines} lines; at most {MAX_LINES}"
+        most = MAX_WHOLE if "whole" in tags(cell) else MAX_LINES
+        if cell.cell_type == "code" and lines > most:
+            yield f"cell {cell.id!r} has {lines} lines; at most {most}"
         if not lines:
             yield f"cell {cell.get('id')!r} is empty"
         if re.fullmatch(r"[0-9a-f]{8}", cell.get("id", "")):
@@ -383,8 +378,7 @@ def check_frame(notebook):
     title = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
     if not title.startswith("# "):
         yield "does not begin with a title"
-    run = RUN_LINE.search(title)
-    if not run or "Last executed" not in run.group():
+    if not opening.run_of(notebook):
         yield "has no run line; make refresh writes it"
     second = cells[1] if len(cells) > 1 else None
     if second is None or (second.get("id"), second.source, tags(second)) != ("setup", setup_source(), list(SETUP_TAGS)):
@@ -393,9 +387,9 @@ def check_frame(notebook):
 
 def check_budget(notebook):
     """Within 60 s and 3 GiB, as measured when the notebook was last refreshed."""
-    found = re.search(r"Runs in (\d+) s with ([\d.]+) GiB", notebook.cells[0].source if notebook.cells else "")
-    if found and (int(found[1]) > MAX_SECONDS or float(found[2]) > MAX_GIB):
-        yield f"is too heavy: {found[1]} s and {found[2]} GiB; at most {MAX_SECONDS} s and {MAX_GIB} GiB"
+    found = opening.run_of(notebook)
+    if found and (found[0] > MAX_SECONDS or found[1] > MAX_GIB):
+        yield f"is too heavy: {found[0]} s and {found[1]} GiB; at most {MAX_SECONDS} s and {MAX_GIB} GiB"
 
 
 def check_normal(notebook):
@@ -416,6 +410,32 @@ CHECKS = (
 )
 
 
+def check_opening(notebook, path):
+    """The block under the title is the one that pages.yml, the contents and the page itself give."""
+    run, again = opening.run_of(notebook), copy.deepcopy(notebook)
+    if run:
+        opening.fill(again, run, opening.page_of(path))
+        if again.cells[0].source != notebook.cells[0].source:
+            yield "its opening block is not up to date: run python -m tools.notebooks setup on it"
+
+
+def without_solutions(notebook):
+    """For a class: the notebook without its solution cells, the answers to be written."""
+    notebook.cells = [cell for cell in notebook.cells if "solution" not in tags(cell)]
+    return notebook
+
+
+def write_student(paths, folder=ROOT / "student"):
+    """Copies without solutions of these notebooks, with the drawings they show, below `folder`."""
+    for path in paths:
+        target = folder / path.resolve().relative_to(CHAPTERS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for drawing in path.parent.glob("*.svg"):
+            shutil.copy(drawing, target.parent)
+        write(target, without_solutions(read(path)))
+        print(target)
+
+
 def problems(notebook):
     """Everything that is wrong with `notebook`, one sentence each."""
     return [problem for check in CHECKS for problem in check(notebook)]
@@ -423,7 +443,7 @@ def problems(notebook):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description="Run, normalise, check notebooks.")
-    parser.add_argument("command", choices=("refresh", "normalise", "setup", "check"))
+    parser.add_argument("command", choices=("refresh", "normalise", "setup", "check", "student"))
     parser.add_argument("paths", nargs="*", help="notebooks or folders (default: all chapters)")
     parser.add_argument("--keep-timings", action="store_true", help="of cells that did not change, and the run line")
     options = parser.parse_intermixed_args(arguments)
@@ -431,6 +451,9 @@ def main(arguments=None):
     if options.command == "refresh":
         settings.prepare()
     cores = limit_cores() if options.command == "refresh" else None
+    if options.command == "student":
+        write_student(find(options.paths))
+        return 0
     for path in find(options.paths):
         if options.command == "refresh":
             try:
@@ -445,9 +468,11 @@ def main(arguments=None):
         elif options.command == "setup":
             notebook = read(path)
             inject_setup(notebook)
+            if run := opening.run_of(notebook):
+                opening.fill(notebook, run, opening.page_of(path))
             write(path, normalise(notebook))
         else:
-            for problem in problems(read(path)):
+            for problem in [*problems(read(path)), *check_opening(read(path), path)]:
                 failed += 1
                 print(f"{path}: {problem}", file=sys.stderr)
     return 1 if failed else 0

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import notebooks, settings
+from tools import notebooks, opening, settings
 
 NOTEBOOKS = notebooks.find()
 
@@ -22,6 +22,11 @@ NOTEBOOKS = notebooks.find()
 @pytest.mark.parametrize("check", notebooks.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_notebook(path, check):
     assert list(check(notebooks.read(path))) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_opening_is_up_to_date(path):
+    assert list(notebooks.check_opening(notebooks.read(path), path)) == []
 
 
 # ---------------------------------------------------------------- each check fails on what it is for
@@ -48,7 +53,7 @@ def good():
     )
     notebook.cells[3].metadata["tags"] = ["nbval-ignore-output"]
     notebooks.inject_setup(notebook)
-    notebooks.fill_run_line(notebook, 3.2, 2**30, date="2026-01-31")
+    opening.fill(notebook, (3, 1.0, 2, "2026-01-31"))
     for cell in notebook.cells[1:]:
         cell.execution_count = 1
     return notebooks.normalise(notebook)
@@ -122,6 +127,8 @@ FAULTS = {
     "nothing asserted": ("compared", lambda n: edit(n, "time", source="t = 0.1\nt")),
     "assert in a comment": ("compared", lambda n: edit(n, "time", source="t = 0.1  # assert t\nt")),
     "long cell": ("cells", lambda n: edit(n, "sum", source="\n".join(["1 + 1"] * 16))),
+    "long whole": ("cells", lambda n: edit(n, "sum", source="\n".join(["1 + 1"] * 41), tags=["whole"])),
+    "two wholes": ("cells", lambda n: [edit(n, label, tags=["whole"]) for label in ("sum", "shape")]),
     "empty cell": ("cells", lambda n: n.cells.append(new_markdown_cell("", id="empty"))),
     "random id": ("cells", lambda n: edit(n, "sum", id="3fa9c01b")),
     "same id twice": ("cells", lambda n: n.cells[3].update(id="sum")),
@@ -129,8 +136,8 @@ FAULTS = {
     "no run line": ("frame", lambda n: edit(n, "title", source="# A title\n\nA question?")),
     "setup by hand": ("frame", lambda n: edit(n, "setup", source=n.cells[1].source + "\nimport torch")),
     "setup missing": ("frame", lambda n: n.cells.pop(1)),
-    "too slow": ("budget", lambda n: notebooks.fill_run_line(n, 61, 2**30)),
-    "too large": ("budget", lambda n: notebooks.fill_run_line(n, 5, 3.2 * 2**30)),
+    "too slow": ("budget", lambda n: opening.fill(n, (61, 1.0, 2, "2026-01-31"))),
+    "too large": ("budget", lambda n: opening.fill(n, (5, 3.2, 2, "2026-01-31"))),
     "timing in metadata": ("normal", timing_metadata),
     "kernel version": ("normal", later_kernel),
 }
@@ -203,7 +210,7 @@ def test_refresh_twice_differs_in_the_run_line_only(tmp_path):
     assert peak > 300_000_000, "the kernel's peak memory has to hold the block"
     assert "1 file here" in first, "a notebook runs in its own folder"
     notebooks.refresh(path)
-    assert notebooks.RUN_LINE.search(notebooks.read(path).cells[0].source).group().count("Last executed") == 1
+    assert opening.BLOCK.search(notebooks.read(path).cells[0].source).group().count("Last executed") == 1
     assert without_run_line(path.read_text()) == without_run_line(first)
     assert notebooks.problems(notebooks.read(path)) == []
 
