@@ -120,6 +120,79 @@ def draw_places(ax: Any, placements: Sequence[Placement]) -> None:
         ax.annotate(placed.workload.name, **place, bbox=paper)
 
 
+def label_ends(ax: Any) -> None:
+    """Write each labelled line's name at its right end, in its colour, instead of a legend. Names never overlap.
+
+    Call it when the axes have their limits and scales: names that would meet are moved apart, as little as possible,
+    and a thin line leads back to the end that a moved one belongs to.
+
+    Raises:
+        ValueError: no line with a label, or a labelled line of which no point is in view.
+    """
+    import matplotlib as mpl
+    import numpy as np
+
+    ends = []
+    for line in ax.get_lines():
+        if line.get_label().startswith("_"):
+            continue
+        points = np.column_stack([np.asarray(values, float) for values in line.get_data(orig=False)])
+        (left, right), (low, high) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+        seen = [tuple(p) for p in points if left <= p[0] <= right and low <= p[1] <= high]  # false for nan
+        if not seen:
+            raise ValueError(f"ax: no point of the line {line.get_label()!r} is in view")
+        ends.append((line, max(seen, key=lambda point: point[0])))
+    if not ends:
+        raise ValueError("ax: no line has a label, wanted ax.plot(…, label='its name')")
+    ax.figure.draw_without_rendering()  # the layout decides how high the axes are
+    points = 72 / ax.figure.dpi
+    heights = [ax.transData.transform(end)[1] * points for _, end in ends]
+    box = ax.get_window_extent()
+    places = _apart(heights, 1.25 * mpl.rcParams["font.size"], box.y0 * points, box.y1 * points)
+    for (line, end), height, place in zip(ends, heights, places, strict=True):
+        colour = _ink(line.get_color())
+        lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
+        ax.annotate(
+            line.get_label(),
+            end,
+            (10, place - height),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            arrowprops=lead if abs(place - height) > 3 else None,
+        )
+
+
+def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places nearest to ``heights`` (least squares) that keep their order, ``gap`` apart, from low to high."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    blocks: list[list[float]] = []  # isotonic regression of the heights less the gaps below: [sum, count] a block
+    for rank, i in enumerate(order):
+        blocks.append([heights[i] - rank * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    level = [total / count for total, count in blocks for _ in range(int(count))]
+    top = max(low, high - gap * (len(heights) - 1))
+    places = {i: min(max(level[rank], low), top) + rank * gap for rank, i in enumerate(order)}
+    return [places[i] for i in range(len(heights))]
+
+
+def _ink(colour: Any) -> tuple[float, ...]:
+    """The colour, darkened until small text in it reaches 4.5:1 on the paper (WCAG 2, 1.4.3)."""
+    from matplotlib.colors import to_rgb
+
+    parts = to_rgb(colour)
+    while 1.05 / (_luminance(parts) + 0.05) < 4.5:
+        parts = tuple(0.95 * part for part in parts)
+    return parts
+
+
+def _luminance(parts: tuple[float, ...]) -> float:
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 @dataclass(frozen=True)
 class Picture:
     """A drawn figure with its text alternative; the last line of a cell shows it."""
@@ -229,7 +302,7 @@ def _svg(fig: Figure) -> bytes:
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "measured", "svg.fonttype": "path"}):
         fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = file.getvalue()
+    text = file.getvalue().rstrip()
     text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' id="[\w.]+_\d+"', "", re.sub(r"\s+", " ", text))
     text = re.sub(r"> <", "><", re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.5g}", text))
@@ -300,7 +373,11 @@ class Explorer:
     def __repr__(self) -> str:
         count, last = len(self._states), len(self._states) - 1
         shown = sorted({0, count // 2, last})
-        kept = f"{count} of {self._all:,} states, one control at a time" if count < self._all else f"{count} states"
+        kept = (
+            f"{count} of {self._all:,} states, one control at a time"
+            if count < self._all
+            else f"{count} state{'s' * (count > 1)}"
+        )
         return "\n".join([f"Explorer of {kept}.", *(f"{self._name(i)}: {self._alts[i]}" for i in shown)])
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -335,7 +412,8 @@ class Explorer:
     def _name(self, state: int) -> str:
         return ", ".join(f"{name}={label}" for name, (label, _) in self._values(state).items())
 
-    def _picture(self, state: int, drawing: bool) -> Picture:
+    def _picture(self, state: int, dots: int, colours: int) -> Picture:
+        """A state's picture: a drawing for 0 dots, or pixels."""
         values = {name: value for name, (_, value) in self._values(state).items()}
         try:
             alt = _words(self._alt(**values) if callable(self._alt) else self._alt)
@@ -343,23 +421,23 @@ class Explorer:
             _check_figure(fig)
             if len(self._states) == 1:
                 return show(fig, alt)
-            data = _svg(fig) if drawing else _png(fig, dots=100, colours=64)
+            data = _png(fig, dots, colours) if dots else _svg(fig)
         except Exception as error:  # whatever the page's function does wrong
             raise ValueError(f"no picture for {self._name(state)}: {type(error).__name__}: {error}") from error
-        return Picture(data, alt, _close(fig), self._caption, "svg+xml" if drawing else "png")
+        return Picture(data, alt, _close(fig), self._caption, "png" if dots else "svg+xml")
 
     def _store(self) -> tuple[str, list[str]]:
         """The output for a page without a kernel, and the text alternative of each state."""
-        for drawing in (True, False):
-            pictures = [self._picture(0, drawing)]
-            if drawing and len(pictures[0].data) > LARGEST:
+        for dots, colours in ((0, 0), (100, 64), (80, 16)):  # drawings, then what is dense in fewer and fewer colours
+            pictures = [self._picture(0, dots, colours)]
+            if not dots and len(pictures[0].data) > LIGHT:
                 continue
-            pictures += [self._picture(state, drawing) for state in range(1, len(self._states))]
+            pictures += [self._picture(state, dots, colours) for state in range(1, len(self._states))]
             markup = self._markup(pictures)
-            if len(markup) <= STATES_BYTES or len(pictures) == 1:
+            if len(markup.encode()) <= STATES_BYTES or len(pictures) == 1:
                 return markup, [picture.alt for picture in pictures]
         raise ValueError(
-            f"draw: the pictures of {len(pictures)} states take {len(markup) / 1e3:,.0f} kB, wanted at most "
+            f"draw: the pictures of {len(pictures)} states take {len(markup.encode()) / 1e3:,.0f} kB, wanted at most "
             f"{STATES_BYTES / 1e3:.0f} kB: give fewer values, a smaller figure, or draw fewer marks"
         )
 
