@@ -16,7 +16,7 @@ BLOCK = re.compile(r"<!-- run:begin -->.*?<!-- run:end -->", re.DOTALL)
 RUN = re.compile(r"Runs in (\d+) s with ([\d.]+) GiB on a (\d+)-core CPU\. Last executed: (\d{4}-\d\d-\d\d)\.")
 FOLDED = {"setup", "hide-input", "hide-cell", "remove-cell", "exercise", "solution"}
 # What a reader who follows takes; measured on nobody, so pages say "about" and round to five minutes.
-WORDS, LINES, DISPLAYS, EXERCISE = 200, 10, 2, 5  # words, lines of code, formulas and outputs a minute; minutes for one
+WORDS, LINES, DISPLAYS, EXERCISE = 200, 12, 3, 5  # words, lines of code, formulas and outputs a minute; minutes for one
 
 
 def pages():

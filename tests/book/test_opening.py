@@ -26,7 +26,7 @@ def page(words=1000):
 
 def test_minutes_count_words_open_code_outputs_and_exercises():
     reading, exercises = opening.minutes(page().cells)
-    assert reading == pytest.approx(1004 / 200 + 10 / 10 + 1 / 2, abs=0.05) and exercises == 5
+    assert reading == pytest.approx(1004 / 200 + 10 / 12 + 1 / 3, abs=0.05) and exercises == 5
     assert [heading for heading, _ in opening.sections(page())] == ["", "One", "Exercises"]
     assert sum(minutes for _, minutes in opening.sections(page())) == pytest.approx(reading + exercises)
 
