@@ -89,7 +89,7 @@ class KVCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"length: got {length}, expected 0 to {self.length}, the tokens held")
-        self.length = length  # a buffer's later slots are overwritten before any query may look at them
+        self.length = length
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds keys or values."""
@@ -144,6 +144,12 @@ class BufferCache(KVCache):
     def __getstate__(self) -> dict:
         return {**vars(self), "_layers": None}
 
+    def truncate(self, length):
+        before = self.length
+        super().truncate(length)
+        with torch.inference_mode():  # which may write to a buffer of either mode
+            self.buffer[..., length:before, :] = 0  # behind a mask a NaN that was left here would still count
+
     def tensors(self):
         return [self.buffer]
 
@@ -180,10 +186,6 @@ class PreallocatedCache(BufferCache):
         return super().advance(tokens, None, device)
 
     def _advance_ragged(self, tokens: int, positions: Tensor) -> Step:
-        shape = (self.batch_size, tokens)
-        if positions.shape != shape or positions.is_floating_point():
-            wanted = f"({shape[0]}, tokens), here {shape}, of whole numbers"
-            raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected {wanted}")
         self._from, self._stop = None, self.max_length
         if not self.static:
             last, first = int(positions.max()), int(positions.min())
@@ -222,6 +224,8 @@ def step_for(
             not fit, or that this kind of cache cannot take.
     """
     tokens = x.shape[1]
+    if positions is not None:
+        _check_positions(positions, x, one_row=cache is None)
     if attention_mask is not None:
         _check_mask(attention_mask, x, cache)
         attention_mask = None if attention_mask.all() else attention_mask.bool()
@@ -242,6 +246,14 @@ def step_for(
     if cache is not None:
         cache._from = None  # update then returns every key: with padding between, a window is not the last few slots
     return Step(new if positions is None else positions, mask.unsqueeze(1))
+
+
+def _check_positions(positions: Tensor, x: Tensor, one_row: bool) -> None:
+    shape = tuple(x.shape[:2])
+    fits = positions.shape == shape or (one_row and positions.shape == (1, shape[1]))  # for all sequences
+    if not fits or positions.is_floating_point():
+        wanted = f"({shape[0]}, tokens), here {shape}, of whole numbers"
+        raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected {wanted}")
 
 
 def _check_mask(attention_mask: Tensor, x: Tensor, cache: KVCache | None) -> None:

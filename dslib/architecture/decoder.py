@@ -58,7 +58,9 @@ class Decoder(nn.Module):
         Args:
             input_ids: int64, the *new* tokens; the cache stands for those before them.
             cache: filled in place.
-            positions: int64 (B, T), needed only when the sequences of a batch are at different positions.
+            positions: int64 (B, T), needed only when the sequences of a batch are at different positions. Without a
+                cache they say how tokens are rotated and not who sees whom: several texts packed into one row, whose
+                positions begin anew, would see those before them. Give each text a row.
             logits_at: int64 (B, N), the only tokens of this call whose logits are wanted, (B, N, V).
             seen: ``attention_mask`` for padded batches, see :func:`~dslib.architecture.cache.step_for`; what other
                 kinds of model look at besides, see :meth:`place`.

@@ -169,8 +169,8 @@ class Pairs:
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """(S, H) sorted rows, (N, k) weights -> (N, H), each token's rows weighted and added up."""
-        rows, weights = rows.masked_fill(self.left_out, 0), weights.to(rows.dtype)
-        return F.embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights)
+        rows, weights = rows.masked_fill(self.left_out, 0), weights.masked_fill(self.left_out[self.places, 0], 0)
+        return F.embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
 
 
 def count(indices: Tensor, size: int, real: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vis
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache
@@ -194,12 +195,12 @@ class VisionLanguageDecoder(Decoder):
 
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-        logits_at: Tensor | None = None, image: ImageContext | None = None,
+        logits_at: Tensor | None = None, image: ImageContext | None = None, **seen,
     ) -> Tensor:  # fmt: skip
         """(B, T) token ids -> (B, T, vocab_size) logits; as for :class:`Decoder`, with what ``encode_image`` returned.
 
         With a cache, hand ``image`` over at every call. A projector's tokens enter at the first one, when the cache is
-        empty, and need room for ``image.prefix`` more positions; ``positions`` count text tokens only.
+        empty, and need room for ``image.prefix`` more positions; ``positions`` and ``attention_mask`` are of text only.
 
         Raises:
             ValueError: an image made for another number of sequences or another kind of model; a projector's image
@@ -208,15 +209,15 @@ class VisionLanguageDecoder(Decoder):
         if image is not None and image.enters(cache):  # nobody wants the logits of the picture's own tokens
             text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
             logits_at = (text if logits_at is None else logits_at) + image.prefix
-        return super().forward(input_ids, cache, positions, logits_at, image=image)
+        return super().forward(input_ids, cache, positions, logits_at, image=image, **seen)
 
     def place(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-              image: ImageContext | None = None):  # fmt: skip
+              image: ImageContext | None = None, attention_mask: Tensor | None = None):  # fmt: skip
         """As :meth:`Decoder.place`; a projector's picture stands before the text, the other kind goes with the step."""
         if image is None:
             if cache is not None and cache.length == 0:
                 cache.picture = None
-            return super().place(x, cache, positions)
+            return super().place(x, cache, positions, attention_mask)
         if (image.tokens is None) != (self.config.fusion == "cross"):
             raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
         if image.batch_size != len(x):
@@ -228,7 +229,9 @@ class VisionLanguageDecoder(Decoder):
             if positions is not None:
                 before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
                 positions = torch.cat((before, positions), dim=1)
-        x, step, rope = super().place(x, cache, positions)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (image.prefix, 0), value=1)
+        x, step, rope = super().place(x, cache, positions, attention_mask)
         if enters and cache is not None:
             cache.picture = image.tokens
         return x, SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions)), rope

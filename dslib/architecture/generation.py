@@ -74,7 +74,8 @@ class Sampling:
         return torch.cat(drawn)
 
     def probabilities(self, logits: Tensor, written: Tensor | None = None) -> Tensor:
-        """What tokens are drawn from: (B, V) logits -> the same shape, float32; ``temperature`` must be above 0."""
+        """What tokens are drawn from: (B, V) logits -> the same shape, float32; ValueError for a temperature of 0."""
+        above(0, temperature=self.temperature)
         logits = self._penalised(logits.float(), written) / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
@@ -190,8 +191,8 @@ def _decode(
 
     lengths = [len(ids) for ids in texts]
     longest, ragged = max(lengths), len(set(lengths)) > 1
-    # Right-padded; the id of the padding is never looked at (see PreallocatedCache).
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in texts], device=device)  # (B, T)
+    # Right-padded by a token of the text itself, whose numbers are as finite: behind a mask NaN would still count.
+    ids = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in texts], device=device)  # (B, T)
     last = torch.tensor(lengths, device=device) - 1  # (B,)
     positions = torch.arange(longest, device=device).expand(len(texts), -1) if ragged else None
     cache = model.make_cache(cache, batch_size=len(texts), max_length=prefix + longest + max_new_tokens)

@@ -74,6 +74,8 @@ def prepare(model: nn.Module, *, quick_products: bool = True, pack_experts: bool
     """Let everything in ``model`` that has a faster way run by it, in place. May be called again after changes.
 
     Nothing is copied that could go stale. Training works as before: shortcuts stand aside where gradients are recorded.
+    ``copy.deepcopy`` of a prepared model is prepared. ``copy.copy`` runs as the model that it was made from, whatever
+    attributes it is given since, until it is prepared or released itself.
 
     Args:
         quick_products: False leaves ``nn.Linear`` to torch, to see what the rest brings.
@@ -103,7 +105,11 @@ def describe(model: nn.Module) -> Report:
             reason = shortcut.why_not()
             (fast if reason is None else plain).append((name, kind, reason or shortcut.what))
         elif type(module) in SHORTCUTS:
-            plain.append((name, kind, "has a forward of its own" if "forward" in vars(module) else "is not prepared"))
+            own = vars(module).get("forward")
+            reason = "is not prepared" if own is None else "has a forward of its own"
+            if isinstance(own, Shortcut):
+                reason = "runs as the module that it was copied from"
+            plain.append((name, kind, reason))
         elif known := [known for known in SHORTCUTS if isinstance(module, known)]:
             plain.append((name, kind, f"is not exactly a {known[0].__name__}"))
     return Report(tuple(fast), tuple(plain))
@@ -116,7 +122,7 @@ def release(model: nn.Module) -> None:
         held = shortcut or vars(module).get("packed_by")  # the latter under a forward that was set afterwards
         if held is not None:
             held.let_go()
-        if shortcut is not None:
+        if isinstance(vars(module).get("forward"), Shortcut):  # of this module, or of the one that this is a copy of
             del module.forward
 
 

@@ -49,10 +49,10 @@ def _same(got: Any, want: Any, tolerance: float, scale: float) -> bool:
     room = max(tolerance * max(abs(want), scale), 1e-9)  # a zero may come out as the rounding error of its terms
     if isinstance(want, int):
         room = min(room, 0.1)  # a count has no tolerance that would hide one more
-    got = float(got) if isinstance(got, Decimal) else got
     try:
+        got = float(got) if isinstance(got, Decimal) else got
         return got == want or abs(got - want) <= room < float("inf") or (got != got and want != want)  # the last: NaN
-    except OverflowError:
+    except (OverflowError, ValueError):  # the latter from a Decimal that signals
         return False
 
 

@@ -44,7 +44,8 @@ def per_million(usd_per_gpu_hour: float, gpus: int, tokens_per_second: float, ut
     cases=[
         {"requests_per_day": 100_000, "peak": 1.0, "seconds": 0.17, "utilisation": 0.7, "redundancy": 0},
         {"requests_per_day": 1_000_000, "peak": 2.5, "seconds": 0.17, "utilisation": 0.6, "redundancy": 1},
-        {"requests_per_day": 8 * 86_400, "peak": 2.0, "seconds": 0.25, "utilisation": 0.5, "redundancy": 2},
+        {"requests_per_day": 9 * 86_400, "peak": 2.0, "seconds": 0.25, "utilisation": 0.5, "redundancy": 2},
+        {"requests_per_day": 120_000, "peak": 1.0, "seconds": 3.0, "utilisation": 0.7, "redundancy": 0},
     ],
     mistakes="""
         math.floor(requests_per_day / 86_400 * peak * seconds / utilisation) + redundancy

@@ -250,6 +250,22 @@ def test_going_back_is_as_if_the_tokens_had_never_been_fed(kind, window):
     torch.testing.assert_close(model(ids[:, :8], cache), model(ids[:, :8]), **CLOSE)
 
 
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode])
+def test_a_text_that_overflowed_leaves_nothing_behind(made_in):
+    """A slot behind a mask counts with weight zero, and zero times NaN is NaN."""
+    model, ids = noisy(), some_ids(2, 4) % (VOCAB - 1)
+    model.embed_tokens.weight.data[VOCAB - 1] = torch.nan
+    with made_in():
+        cache = model.make_cache(batch_size=2, max_length=9)
+        model(torch.full((2, 9), VOCAB - 1), cache)
+    cache.truncate(0)
+    with torch.inference_mode():
+        model(ids[:, :3], cache)
+        got = model(ids[:, 3:], cache, torch.tensor([[3], [1]]))
+        torch.testing.assert_close(got[0], model(ids[:1])[0, 3:], **CLOSE)
+        torch.testing.assert_close(got[1], model(ids[1:, [0, 3]])[0, 1:], **CLOSE)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @torch.no_grad()
 def test_static_steps_have_one_shape_and_the_same_logits(window):
@@ -283,6 +299,11 @@ BAD = [
     (r"positions: got shape \(3, 1\), expected \(2, tokens\)", lambda: two(positions=ints([0], [0], [0]))),
     (r"positions: got shape \(2, 2\), expected .* here \(2, 1\)", lambda: two(positions=ints([0, 1], [0, 1]))),
     (r"positions: got shape \(2, 1\).* of whole numbers", lambda: two(positions=ints([0.0], [1.0]))),
+    *[
+        (r"positions: got shape .*, expected \(2, tokens\), here \(2, 3\), of whole",
+         lambda bad=bad: noisy()(some_ids(2, 3), positions=bad))
+        for bad in (torch.arange(3), torch.arange(2).expand(2, -1), torch.zeros(3, 3).long(), torch.zeros(2, 3))
+    ],
     (r"positions: .* use PreallocatedCache", lambda: two("growing", positions=ints([0], [0]))),
     (r"positions: .* use PreallocatedCache", lambda: two("rolling", 4, positions=ints([0], [0]))),
     (r"attention_mask: got shape \(2,\), expected \(2, 1\) of 0 and 1", lambda: two(attention_mask=ints(1, 1))),

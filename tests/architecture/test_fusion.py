@@ -256,6 +256,23 @@ def test_masks_for_each_token_in_a_batch_of_different_lengths():
 
 
 @every_kind
+@pytest.mark.parametrize("cache_kind", [None, "growing", "preallocated"])
+@torch.no_grad()
+def test_padded_texts_with_a_picture_equal_each_alone(kind, cache_kind):
+    model, ids, images, mask = model_of(**kind), ids_of(), pixels(), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    parts, image = ((0, 7),) if cache_kind is None else ((0, 4), (4, 5), (5, 7)), model.encode_image(images)
+    cache = cache_kind and model.make_cache(cache_kind, batch_size=2, max_length=7 + image.prefix)
+    got = [model(ids[:, a:b], cache, image=image, attention_mask=mask[:, :b]) for a, b in parts]
+    for row, real in enumerate(mask.bool()):
+        alone = model.encode_image(images[row : row + 1])
+        want = model(ids[row : row + 1, real], image=alone)[0]
+        torch.testing.assert_close(torch.cat(got, 1)[row, real], want, atol=2e-5, rtol=1e-4)
+        blind = model(ids, attention_mask=mask)[row, real]
+        torch.testing.assert_close(blind, model(ids[row : row + 1, real])[0], atol=2e-5, rtol=1e-4)
+
+
+@every_kind
 def test_prompts_of_different_lengths_each_get_the_text_they_get_alone(kind):
     model, prompts = model_of(**kind), [[1, 2, 3], [7], [9, 8, 7, 6, 5]]
     images = pixels(3)

@@ -68,6 +68,12 @@ def test_other_formats_have_a_way_through(dtype, prepared):
     assert dtype is torch.bfloat16 or one == two == wanted  # bfloat16 has ties
 
 
+def test_the_padding_of_a_prompt_is_none_of_its_business():
+    model = noisy(tie_word_embeddings=False)
+    model.embed_tokens.weight.data[0] = torch.nan  # the numbers of a token that no prompt has
+    assert tokens_of(generate(model, PROMPTS, 3)) == [argmax_loop(model, prompt, 3) for prompt in PROMPTS]
+
+
 def test_a_window_and_a_ring_go_beyond_the_maximal_position():
     model = noisy(sliding_window=6, max_position_embeddings=16)
     assert tokens_of(generate(model, [[1, 2, 3]], 60, cache="rolling")) == [argmax_loop(model, [1, 2, 3], 60)]
@@ -283,6 +289,7 @@ BAD = [
     (r"seed: got \[1, 2\], expected", lambda: generate(noisy(), ONE, 3, seed=[1, 2])),
     (r"seed: got \['a'\], expected", lambda: generate(noisy(), ONE, 3, seed=["a"])),
     ("temperature: got '1', expected", lambda: Sampling("1")),
+    ("temperature: got 0.0, expected a number above 0", lambda: Sampling().probabilities(torch.ones(1, 3))),
     ("sampling: got a float, expected Sampling or None", lambda: generate(noisy(), ONE, 3, sampling=0.7)),
     ("image: got a Tensor, expected ImageContext", lambda: generate(noisy(), ONE, 3, image=torch.ones(1, 3, 8, 8))),
     (r"stop: got \('',\), expected", lambda: generate(noisy(), ONE, 3, stop="", tokenizer=Letters())),

@@ -116,6 +116,17 @@ def test_skip_takes_full_names_and_last_parts_only():
     assert kinds == {"a.0": False, "a.1": True, "ab": True}
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_experts_multiply_nothing_that_is_left_out(bad):
+    layer, x, weights = Int4Experts(Experts(3, 64, 64)), torch.randn(4, 64), torch.rand(4, 2)
+    indices = torch.tensor([[3, 3], [0, 3], [3, 2], [1, 2]])  # 3: none
+    want = layer(x, indices, weights.masked_fill(indices == 3, 0))
+    x[0], weights[1, 1], weights[2, 0] = bad, bad, bad
+    got = layer(x, indices, weights)
+    assert torch.equal(got, want) and (got[0] == 0).all()
+
+
 def test_what_has_two_names_is_replaced_once_and_under_both():
     model = nn.Module()
     model.first = model.second = nn.Linear(64, 64)

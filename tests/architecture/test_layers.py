@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dslib.architecture.cache import Step, visible
-from dslib.architecture.layers import apply_rope, attend, causal_attention, plain_attention, rope_angles
+from dslib.architecture.layers import RMSNorm, apply_rope, attend, causal_attention, plain_attention, rope_angles
 from dslib.architecture.window import window_attention
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
@@ -29,6 +29,24 @@ def band_mask(tokens, window, sinks=0):
 def qkv(tokens, *, batch=1, heads=2, kv_heads=2, dim=8):
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(batch, h, tokens, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_keeps_the_dtype_and_says_nothing_beside_weights_of_another(dtype, recwarn):
+    norm, x = RMSNorm(6, 1e-5), torch.randn(4, 6).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for on in (False, True):
+            with torch.autocast("cpu", enabled=on):
+                got = norm(x)
+            assert got.dtype is dtype
+            torch.testing.assert_close(got.double(), want, atol=0, rtol=2 * torch.finfo(dtype).eps)
+    finally:
+        torch.set_warn_always(always)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("theta, scaling", [(10_000.0, 1.0), (100_000.0, 4.0)])

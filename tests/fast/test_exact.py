@@ -407,6 +407,20 @@ def test_prepared_twice_copied_moved_and_released():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_a_shallow_copy_runs_as_its_model_and_says_so_until_it_is_prepared_itself():
+    model = noisy()
+    wanted = greedy(model)
+    fast.prepare(model)
+    twin = copy.copy(model)
+    twin.config = dataclasses.replace(model.config, rope_theta=20.0)
+    assert greedy(twin) == wanted
+    assert fast.describe(twin).plain == (("", "Decoder", "runs as the module that it was copied from"),)
+    for change in (fast.prepare, fast.release):
+        change(twin)
+        assert greedy(twin) == by_whole_passes(twin) != wanted
+        assert greedy(model) == wanted and fast.is_prepared(model)
+
+
 def test_two_models_may_share_a_layer_and_threads_a_model():
     one, other = used(), noisy()
     other.layers[0] = one.layers[0]

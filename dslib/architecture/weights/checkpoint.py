@@ -214,10 +214,13 @@ def to_hf_state_dict(model: Decoder, layout: str = "stacked") -> dict[str, Tenso
 
     Raises:
         ValueError: unknown layout; a model that is no decoder, or has weights in another form (four bits) or more than
-            such a checkpoint holds (an adapter's, an image stream's).
+            such a checkpoint holds (an adapter's, an image stream's, a shared expert's gate, a limit inside experts).
     """
     one_of(_LAYOUTS, layout=layout)
     placed, out = _placed(model, layout), {}
+    for name, part in model.named_modules():
+        if (limit := getattr(part, "swiglu_limit", None)) is not None:
+            raise ValueError(f"model: {name}.swiglu_limit is {limit}, expected None, as no family's files say it")
     if others := sorted(set(_tensors(model)) - {name for name, _, _ in placed}):
         raise ValueError("model: " + _listed("that such a checkpoint has no place for", others)[0])
     for _, source, tensor in placed:

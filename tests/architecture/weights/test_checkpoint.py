@@ -6,6 +6,7 @@ from torch import nn
 
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import quantize_
+from dslib.architecture.moe import MoE
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.weights.checkpoint import decoder_from_hf, load_hf_state_dict, to_hf_state_dict
 from dslib.architecture.weights.twin import hf_twin
@@ -235,6 +236,14 @@ def test_what_a_checkpoint_has_no_place_for_is_not_dropped():
     for config in (SPARSE, DecoderConfig(40, 16, 24, 2, 4, 2, sliding_window=4)):
         with pytest.raises(ValueError, match="model: has experts, eyes, a window or biases, expected plain Llama"):
             hf_twin(build(config))
+    for part, words in (
+        ({"swiglu_limit": 10.0}, r"layers\.1\.mlp\.experts\.swiglu_limit is 10\.0, expected None"),
+        ({"shared_expert_gate": True}, r"no place for: layers\.1\.mlp\.shared_expert_gate\.weight"),
+    ):
+        model = build(SPARSE)
+        model.layers[1].mlp = MoE(16, 6, model.layers[1].mlp.router, n_shared_experts=1, **part)
+        with pytest.raises(ValueError, match=words):
+            to_hf_state_dict(model)
     with pytest.raises(ValueError, match="layout: got 'gguf', expected one of 'stacked', 'apart', 'mixtral'"):
         to_hf_state_dict(build(SPARSE), "gguf")
 
