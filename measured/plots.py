@@ -214,9 +214,9 @@ class Picture:
         caption = f"<figcaption>{prose(self.caption)}</figcaption>"
         return f'<figure class="measured" style="margin:0">{self.scrolling()}{caption}</figure>'
 
-    def scrolling(self) -> str:
+    def scrolling(self, name: str = "") -> str:
         """The picture in a container that scrolls, by keyboard too, where its text would become too small to read."""
-        label = html.escape((self.caption or self.alt).replace("`", "").split(". ")[0].rstrip("."))
+        label = html.escape((self.caption or name).replace("`", "").split(". ")[0].rstrip("."))
         return (
             f'<div class="figure-scroll" role="region" tabindex="0" aria-label="{label}" style="overflow-x:auto">'
             f"{self._image(f'min-width:{math.ceil(self.width * SMALLEST)}px;')}</div>"
@@ -457,10 +457,11 @@ class Explorer:
         stored = {"controls": controls, "states": states, "pictures": _pack(distinct)}
         text = json.dumps(stored, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
         state = ", ".join(f"{name.replace('_', ' ')} {label}" for name, (label, _) in self._values(0).items())
+        names = ", ".join(name.replace("_", " ") for name in self._steps)
         caption = f"<figcaption>{prose(self._caption)}</figcaption>" if self._caption else ""
         return (
             f'<figure class="measured explorer" style="margin:0"><p class="explorer-state">{html.escape(state)}</p>'
-            f'{first.scrolling()}{caption}<script type="application/json">{text}</script></figure>'
+            f'{first.scrolling(f"Figure by {names}")}{caption}<script type="application/json">{text}</script></figure>'
         )
 
 
