@@ -251,13 +251,12 @@ def show(fig: Figure, alt: str, caption: str = "") -> Picture:
     """
     _check_figure(fig)
     alt, caption = _words(alt), " ".join(caption.split())
+    if caption and len(drawing := _svg(fig)) <= LIGHT:
+        return Picture(drawing, alt, _close(fig), caption, "svg+xml")
     for dots in (160, 120, 96):
         data = _png(fig, dots)
         if len(data) <= LARGEST:
             break
-    drawing = _svg(fig) if caption else b""
-    if 0 < len(drawing) <= LIGHT:
-        return Picture(drawing, alt, _close(fig), caption, "svg+xml")
     return Picture(data, alt, _close(fig), caption)
 
 
@@ -296,15 +295,19 @@ def _svg(fig: Figure) -> bytes:
     import matplotlib as mpl
     from matplotlib.image import AxesImage
 
-    for image in fig.findobj(AxesImage):
-        if max(image.get_size()) <= 128 and image.get_interpolation() in ("auto", "antialiased", "nearest"):
+    maps = [image for image in fig.findobj(AxesImage) if max(image.get_size()) <= 128]
+    before = [image.get_interpolation() for image in maps]
+    for image in maps:
+        if image.get_interpolation() in ("auto", "antialiased", "nearest"):
             image.set_interpolation("none")  # the cells themselves, sharp at every size, not a picture of them
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "measured", "svg.fonttype": "path"}):
         fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    for image, interpolation in zip(maps, before, strict=True):
+        image.set_interpolation(interpolation)
     text = file.getvalue().rstrip()
     text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' id="[\w.]+_\d+"', "", re.sub(r"\s+", " ", text))
+    text = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"\s+", " ", text))
     text = re.sub(r"> <", "><", re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.5g}", text))
     classes: dict[str, str] = {}
     text = re.sub(
@@ -354,7 +357,7 @@ class Explorer:
         if unknown:
             raise ValueError(f"{unknown[0]}: not a control of this figure, wanted one of {', '.join(self.defaults)}")
         state = self.defaults | values
-        return show(self._draw(**state), self._alt(**state) if callable(self._alt) else self._alt)
+        return show(self._draw(**state), self._alt(**state) if callable(self._alt) else self._alt, self._caption)
 
     def live(self) -> Any:
         """The controls above the picture, as an ``ipywidgets`` box. Each change draws anew."""
