@@ -216,9 +216,9 @@ class Picture:
         caption = f"<figcaption>{prose(self.caption)}</figcaption>"
         return f'<figure class="measured" style="margin:0">{self.scrolling()}{caption}</figure>'
 
-    def scrolling(self) -> str:
+    def scrolling(self, name: str = "") -> str:
         """The picture in a container that scrolls, by keyboard too, where its text would become too small to read."""
-        label = html.escape((self.caption or self.alt).replace("`", "").split(". ")[0].rstrip("."))
+        label = html.escape((self.caption or name).replace("`", "").split(". ")[0].rstrip("."))
         return (
             f'<div class="figure-scroll" role="region" tabindex="0" aria-label="{label}" style="overflow-x:auto">'
             f"{self._image(f'min-width:{math.ceil(self.width * SMALLEST)}px;')}</div>"
@@ -253,13 +253,12 @@ def show(fig: Figure, alt: str, caption: str = "") -> Picture:
     """
     _check_figure(fig)
     alt, caption = _words(alt), " ".join(caption.split())
+    if caption and len(drawing := _svg(fig)) <= LIGHT:
+        return Picture(drawing, alt, _close(fig), caption, "svg+xml")
     for dots in (160, 120, 96):
         data = _png(fig, dots)
         if len(data) <= LARGEST:
             break
-    drawing = _svg(fig) if caption else b""
-    if 0 < len(drawing) <= LIGHT:
-        return Picture(drawing, alt, _close(fig), caption, "svg+xml")
     return Picture(data, alt, _close(fig), caption)
 
 
@@ -298,15 +297,19 @@ def _svg(fig: Figure) -> bytes:
     import matplotlib as mpl
     from matplotlib.image import AxesImage
 
-    for image in fig.findobj(AxesImage):
-        if max(image.get_size()) <= 128 and image.get_interpolation() in ("auto", "antialiased", "nearest"):
+    maps = [image for image in fig.findobj(AxesImage) if max(image.get_size()) <= 128]
+    before = [image.get_interpolation() for image in maps]
+    for image in maps:
+        if image.get_interpolation() in ("auto", "antialiased", "nearest"):
             image.set_interpolation("none")  # the cells themselves, sharp at every size, not a picture of them
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "measured", "svg.fonttype": "path"}):
         fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    for image, interpolation in zip(maps, before, strict=True):
+        image.set_interpolation(interpolation)
     text = file.getvalue().rstrip()
     text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' id="[\w.]+_\d+"', "", re.sub(r"\s+", " ", text))
+    text = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"\s+", " ", text))
     text = re.sub(r"> <", "><", re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.5g}", text))
     classes: dict[str, str] = {}
     text = re.sub(
@@ -356,7 +359,7 @@ class Explorer:
         if unknown:
             raise ValueError(f"{unknown[0]}: not a control of this figure, wanted one of {', '.join(self.defaults)}")
         state = self.defaults | values
-        return show(self._draw(**state), self._alt(**state) if callable(self._alt) else self._alt)
+        return show(self._draw(**state), self._alt(**state) if callable(self._alt) else self._alt, self._caption)
 
     def live(self) -> Any:
         """The controls above the picture, as an ``ipywidgets`` box. Each change draws anew."""
@@ -459,10 +462,11 @@ class Explorer:
         stored = {"controls": controls, "states": states, "pictures": _pack(distinct)}
         text = json.dumps(stored, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
         state = ", ".join(f"{name.replace('_', ' ')} {label}" for name, (label, _) in self._values(0).items())
+        names = ", ".join(name.replace("_", " ") for name in self._steps)
         caption = f"<figcaption>{prose(self._caption)}</figcaption>" if self._caption else ""
         return (
             f'<figure class="measured explorer" style="margin:0"><p class="explorer-state">{html.escape(state)}</p>'
-            f'{first.scrolling()}{caption}<script type="application/json">{text}</script></figure>'
+            f'{first.scrolling(f"Figure by {names}")}{caption}<script type="application/json">{text}</script></figure>'
         )
 
 

@@ -1,10 +1,12 @@
 import base64
+import configparser
 import gzip
 import itertools
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import ipywidgets
@@ -180,6 +182,19 @@ def test_an_explorer_stores_every_state_and_equal_pictures_once():
     assert not pyplot.get_fignums()
     again = plots.explore(draw, lambda power, grid, **_: f"{power} {grid}", power={"<one>": 1, "two": 2}, grid=True)
     assert again._repr_mimebundle_()["text/html"] == explorer._repr_mimebundle_()["text/html"]
+
+
+def test_nbval_compares_the_words_of_an_explorer_and_not_its_pictures():
+    rules = configparser.RawConfigParser()
+    rules.read(Path(__file__).parents[1] / "notebooks" / "sanitize.cfg", encoding="utf-8")
+    rule = rules["embedded pictures"]
+
+    def compared(power, words="Power {power}"):
+        explorer = plots.explore(lambda **_: draw(power), words.format, "Powers.", power=[1, 2], log_scale=False)
+        return re.sub(rule["regex"], rule["replace"], explorer._repr_mimebundle_()["text/html"])
+
+    assert compared(1) == compared(3) != compared(1, "Exponent {power}")
+    assert "base64" not in compared(1) and 'aria-label="Powers"' in compared(1)
 
 
 def test_of_many_states_those_are_stored_in_which_one_control_is_moved():
