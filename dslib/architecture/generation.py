@@ -3,7 +3,7 @@
 Prompts of different lengths are padded on the right and decoded with one position per sequence: no token is ever moved,
 and nothing has to be un-padded. Shapes: B batch, T new tokens, V vocabulary.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: nucleus sampling (arXiv 1904.09751) for ``top_p``, min-p
+Book: ``chapters/architecture/sampling.ipynb``. Sources: nucleus sampling (arXiv 1904.09751) for ``top_p``, min-p
 (arXiv 2407.01082), CTRL (arXiv 1909.05858, section 4.1) for the repetition penalty. Every rule, and their order, is
 that of transformers' ``generate``.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.fusion import ImageContext
 from dslib.check import above, at_least, between, whole
+from dslib.data.prompts import checked_prompts, completes, end_tokens, plain
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _decode(
 ) -> tuple[list[list[int]], Iterator[tuple[int, int, str]]]:  # fmt: skip
     """The checked prompts, and an iterator of (prompt index, token id, finish) that decodes as it is asked."""
     device, vocab_size = model.embed_tokens.weight.device, model.config.vocab_size
-    max_new_tokens, min_new_tokens = _plain(max_new_tokens), _plain(min_new_tokens)
+    max_new_tokens, min_new_tokens = plain(max_new_tokens), plain(min_new_tokens)
     whole(1, max_new_tokens=max_new_tokens)
     whole(0, min_new_tokens=min_new_tokens)
     for name, value, kind in (("sampling", sampling, Sampling), ("image", image, ImageContext)):
@@ -217,7 +218,7 @@ def _decode(
                 if index not in alive:
                     continue
                 texts[index].append(value)
-                stopped = stop and _completes(stop, texts[index], tokenizer)
+                stopped = stop and completes(stop, texts[index], tokenizer)
                 finish = "eos" if value in ends else "stop" if stopped else "length"
                 if finish != "length":
                     alive.discard(index)
@@ -246,42 +247,8 @@ def inference(model: Decoder) -> Iterator[None]:
             part.training = True
 
 
-def _completes(stop: tuple[str, ...], text: list[int], tokenizer: Any) -> bool:
-    """Whether the newest token completes one of the strings, which may have begun before it, or in the prompt."""
-    recent = text[-4 * max(map(len, stop)) - 8 :]  # a character has at most four bytes, and a token at least one
-    before = tokenizer.decode(recent[:-1]).rstrip("\ufffd")  # half a character, which the newest token may complete
-    after = tokenizer.decode(recent)
-    return any(after.find(end, max(0, len(before) - len(end) + 1)) >= 0 for end in stop)
-
-
-def end_tokens(eos_token_id: Any, vocab_size: int) -> frozenset[int]:
-    """The ids that end a text, from None, one id or several: numbers, tensors, arrays or collections of them.
-
-    Raises:
-        ValueError: anything else, or an id outside the vocabulary.
-    """
-    found = _plain(eos_token_id)
-    if found is None:
-        return frozenset()
-    several = isinstance(found, Iterable) and not isinstance(found, str)
-    return frozenset(_ids("eos_token_id", found if several else [found], vocab_size))
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and lists instead of tensors and arrays."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _ids(name: str, values: Iterable, vocab_size: int) -> list[int]:
-    ids = [_plain(value) for value in values]
-    for value in ids:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-            raise ValueError(f"{name}: token id {value!r} is outside the vocabulary, 0 to {vocab_size - 1}")
-    return ids
-
-
 def _generators(seed: Any, batch: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:
-    seeds = _plain(seed)
+    seeds = plain(seed)
     if isinstance(seeds, int):
         return torch.Generator(device).manual_seed(seeds)
     if seeds is None:
@@ -289,26 +256,3 @@ def _generators(seed: Any, batch: int, device: torch.device) -> torch.Generator 
     if not isinstance(seeds, Iterable) or len(seeds) != batch or not all(hasattr(one, "__index__") for one in seeds):
         raise ValueError(f"seed: got {seed!r}, expected a whole number, or one for each of {batch} prompts")
     return [torch.Generator(device).manual_seed(int(one)) for one in seeds]
-
-
-def checked_prompts(config, prompts, max_new_tokens: int, prefix: int) -> list[list[int]]:
-    """The prompts as lists of numbers; a ValueError for those that cannot be continued so far."""
-    if getattr(prompts, "ndim", 2) != 2:
-        raise ValueError(f"prompts: got a tensor of shape {tuple(prompts.shape)}, expected (batch, tokens)")
-    texts = [_plain(ids) for ids in prompts]
-    if not texts:
-        raise ValueError("prompts: got none, expected at least one")
-    for index, ids in enumerate(texts):
-        name = f"prompts[{index}]"
-        if isinstance(ids, str) or not isinstance(ids, Iterable):
-            raise ValueError(f"{name}: got {ids!r}, expected a sequence of token ids")
-        texts[index] = ids = _ids(name, ids, config.vocab_size)
-        if not ids:
-            raise ValueError(f"{name}: got an empty prompt, expected at least one token (a start token will do)")
-        total = prefix + len(ids) + max_new_tokens
-        if config.sliding_window is None and total > config.max_position_embeddings:
-            raise ValueError(
-                f"{name}: {prefix + len(ids)} tokens and {max_new_tokens} new ones make {total}, more than "
-                f"the model's max_position_embeddings={config.max_position_embeddings}"
-            )
-    return texts

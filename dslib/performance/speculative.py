@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from dslib import check
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder, build
-from dslib.architecture.generation import Sampling, checked_prompts, end_tokens, inference
+from dslib.architecture.generation import Sampling, inference
+from dslib.data.prompts import checked_prompts, end_tokens
 
 
 def accept(
