@@ -1,4 +1,4 @@
-"""The README's lines of Python run, from any folder, and show something."""
+"""The lines of Python of README and front page run, from any folder, and show something."""
 
 import re
 import subprocess
@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-)
+BLOCKS = [
+    block
+    for page in ("README.md", "index.md")
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+]
 
 
 def test_readme_has_python_lines():

@@ -19,9 +19,14 @@ FOLDED = {"setup", "hide-input", "hide-cell", "remove-cell", "exercise", "soluti
 WORDS, LINES, DISPLAYS, EXERCISE = 200, 12, 3, 5  # words, lines of code, formulas and outputs a minute; minutes for one
 
 
+def settings():
+    """`chapters/pages.yml`: pages, parts and plans."""
+    return yaml.safe_load((ROOT / "chapters" / "pages.yml").read_text(encoding="utf-8"))
+
+
 def pages():
-    """The entries of `chapters/pages.yml`, page -> {"able": [...], "needs": [...]}."""
-    return yaml.safe_load((ROOT / "chapters" / "pages.yml").read_text(encoding="utf-8")) or {}
+    """The pages of `chapters/pages.yml`, page -> {"able": [...], "needs": [...]}."""
+    return settings()["pages"]
 
 
 def numbers():

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import heights, notebooks, opening
+from tools import draw_front, heights, notebooks, opening, plans
 
 RUN = (12, 1.5, 2, "2026-01-31")
 
@@ -78,3 +78,20 @@ def test_shares_of_a_page_are_those_a_browser_lays_out(tmp_path):
     assert (found["code"], found["pictures"], found["print"]) == (300, 100, 0) and found["all"] == 400
     assert [file.name for file in tmp_path.iterdir()] == ["p.html"]
     assert heights.line("p", found).endswith("400 px high; open code above 40%")
+
+
+def test_front_page_and_plans_are_up_to_date():
+    assert [path.name for path, text in plans.written().items() if path.read_text(encoding="utf-8") != text] == []
+    assert draw_front.PATH.read_text(encoding="utf-8") == draw_front.draw()
+
+
+def test_plans_keep_their_time():
+    assert plans.plan("short")[1] <= 90 and 240 <= plans.plan("day")[1] <= 360
+
+
+def test_a_plan_that_names_no_section_and_a_page_without_markers_are_refused(monkeypatch):
+    monkeypatch.setattr(opening, "settings", lambda: {"plans": {"x": {"start/your_machine": ["No such section"]}}})
+    with pytest.raises(ValueError, match="No such section"):
+        plans.plan("x")
+    with pytest.raises(ValueError, match="parts:begin"):
+        plans.fill("no markers", "parts", "text")

@@ -1,0 +1,99 @@
+"""Cards of the front page and plans for workshops, from the chapters themselves: ``python -m tools.plans``.
+
+Minutes are those of the opening blocks (tools/opening.py). Writes between markers in `index.md` and in
+`chapters/start/teach.md`; `chapters/pages.yml` says what a part is about, and which sections a plan takes.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from measured import exercises
+from tools import notebooks, opening
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def chapters_of(part):
+    """The notebooks of a part of the contents, as `architecture/decoder`."""
+    return [c["file"].removeprefix("chapters/") for c in part["chapters"]]
+
+
+def notebook(page):
+    path = ROOT / "chapters" / f"{page}.ipynb"
+    return notebooks.read(path) if path.is_file() else None
+
+
+def hours(minutes):
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
+
+
+def cards():
+    """One card for each part that pages.yml describes: chapters, time, difficulty."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    lines = ["::::{grid} 1 1 2 2", ":gutter: 3"]
+    for part in toc["parts"]:
+        about = opening.settings()["parts"].get(part["caption"])
+        if not about:
+            continue
+        pages = [page for page in chapters_of(part) if notebook(page)]
+        time = sum(sum(opening.minutes(notebook(page).cells)) for page in pages)
+        titles = ", ".join(f"[{opening.title_of(page)[0]}](chapters/{page}.ipynb)" for page in pages)
+        count = f"{len(pages)} chapter{'s' * (len(pages) > 1)}"
+        lines += ["", f":::{{grid-item-card}} {part['caption']}", about["about"], "", titles + ".", "+++"]
+        lines += [f"{count}, about {hours(time)} with exercises. {about['level']}", ":::"]
+    return "\n".join([*lines, "::::"])
+
+
+def plan(name):
+    """A table of the sections that a plan takes, with minutes, and their sum."""
+    lines, total = ["| chapter | section | minutes |", "|---|---|---:|"], 0
+    for page, wanted in opening.settings()["plans"][name].items():
+        title, found = opening.title_of(page)[0], dict(opening.sections(notebook(page)))
+        for section in wanted:
+            if section not in found:
+                raise ValueError(f"chapters/pages.yml, plan {name!r}: {page} has no section {section!r}")
+            minutes = max(1, round(found[section]))
+            total += minutes
+            lines.append(f"| [{title}](../{page}.ipynb) | {section} | {minutes} |")
+    return "\n".join([*lines, f"| | all | {total} |"]), total
+
+
+def mistakes():
+    """What the graders of the planned chapters know: exercise, and the hints for two usual mistakes."""
+    plans = opening.settings()["plans"].values()
+    chapters = {page.split("/")[1] for plan in plans for page in plan}
+    lines = ["| exercise | who makes a usual mistake is told |", "|---|---|"]
+    for exercise in exercises.all_exercises():
+        if exercise.name.split("/")[0] in chapters:
+            hints = [hint for _, hint in exercise.wrong_answers()][:2]
+            lines.append(f"| `{exercise.name}` | {' — '.join(hints)} |".replace("$", "\\$"))
+    return "\n".join(lines)
+
+
+def fill(text, name, block):
+    """`text` with `block` between the markers called `name`."""
+    markers = re.compile(rf"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not markers.search(text):
+        raise ValueError(f"no markers <!-- {name}:begin --> and <!-- {name}:end -->")
+    return markers.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", text)
+
+
+def written():
+    """Path -> what it should hold."""
+    index, teach = ROOT / "index.md", ROOT / "chapters" / "start" / "teach.md"
+    text = teach.read_text(encoding="utf-8")
+    for name in opening.settings()["plans"]:
+        text = fill(text, name, plan(name)[0])
+    text = fill(text, "mistakes", mistakes())
+    return {index: fill(index.read_text(encoding="utf-8"), "parts", cards()), teach: text}
+
+
+def main():
+    for path, text in written().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
