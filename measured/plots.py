@@ -43,6 +43,8 @@ METHODS = {
     "window": ("#D55E00", "s", "--"),
     "window with sinks": ("#009E73", "^", "-."),
     "dense": ("#000000", "D", ":"),
+    "cache": ("#0072B2", "o", "-"),
+    "no cache": ("#D55E00", "v", "--"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book
