@@ -52,6 +52,8 @@ METHODS = {
     "dense": ("#000000", "D", ":"),
     "drawn again": ("#0072B2", "o", "-"),
     "control": ("#8C6D00", "v", "--"),
+    "cache": ("#0072B2", "o", "-"),
+    "no cache": ("#D55E00", "v", "--"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -1,13 +1,13 @@
-"""Key-value caches for decoding: growing and preallocated.
+"""Key-value caches: what a decoder keeps so that it reads no token twice.
 
-A decoder that generates token by token needs, at each step, the keys and values of all earlier tokens. They never
-change, so they are kept. Caches differ in *where* they keep them: appended, in a buffer made once, or in a ring of the
-last few (:mod:`~dslib.architecture.window`). A forward pass calls :func:`step_for` once, which counts the new tokens in
-and says what they may look at. Then the attention of every layer calls :meth:`~KVCache.update`, which writes.
+A token only looks back, so keys and values of earlier tokens never change. Each layer's attention hands the new ones to
+:meth:`KVCache.update` and gets all that its queries may look at. Before the layers, :func:`step_for` counts the new
+tokens in, once, and says where they stand and what they may see. Caches differ in *where* they keep: appended, in a
+buffer made once, or in a ring of the last few (:mod:`~dslib.architecture.window`).
 
 Shapes: B batch, T new tokens, S keys seen, K key/value heads, D head size, C hidden.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: Shazeer 2019 (arXiv 1911.02150) for incremental decoding.
+Book: ``chapters/architecture/cache.ipynb``. Sources: Shazeer 2019 (arXiv 1911.02150) for incremental decoding.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,62 @@ import torch
 from torch import Tensor
 
 from dslib.check import whole
+
+
+class KVCache:
+    """Keys and values of all tokens so far, a pair of (B, K, S, D) a layer, appended to: each time, all is copied."""
+
+    batch_size, ragged = None, False  # how many sequences (None: any), and whether they may be at different positions
+
+    def __init__(self, config):
+        self.window, self.sinks, self.length = config.sliding_window, config.attention_sinks, 0  # length: tokens seen
+        self.layers: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
+        self._from: int | None = None  # first position that a single query may see; None: a mask says what is visible
+
+    def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store what one layer made of the new tokens; return all that their queries may look at, in the same order.
+
+        That is (keys, values); attention that keeps one tensor a token, as MLA does, hands over and gets just that one.
+        """
+        held = self.layers[layer]
+        seen = new if held is None else tuple(torch.cat(pair, dim=2) for pair in zip(held, new, strict=True))
+        self.layers[layer] = seen  # (B, K, S, D) each
+        return tuple(part[:, :, self._from :] for part in seen) if self._from else seen
+
+    def advance(self, tokens: int, positions: Tensor | None, device: torch.device) -> "Step":
+        """Count ``tokens`` new tokens in; ``positions`` (B, T) only if sequences differ and the cache is ``ragged``."""
+        new = torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
+        first, self.length = self.length == 0, self.length + tokens
+        gap = self.sinks and self.window is not None and self.length > self.sinks + self.window
+        self._from = None if tokens > 1 or gap else 0
+        if self._from is not None and self.window is not None and not self.sinks:
+            self._from = max(0, self.length - self.window)
+        if first:
+            return Step(new, causal=True)
+        if self._from is not None:
+            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
+        keys = torch.arange(self.length, device=device).unsqueeze(0)
+        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on, as if those tokens had never been fed: for guesses that failed.
+
+        Raises:
+            ValueError: a length outside 0 to what is held, or a rolling cache, which has overwritten what came before.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: got {length}, expected 0 to {self.length}, the tokens held")
+        self.length = length
+        self.layers = [parts and tuple(t[:, :, :length] for t in parts) for parts in self.layers]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds keys or values."""
+        return [t for parts in self.layers if parts is not None for t in parts]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for keys and values, counted from the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
 @dataclass
@@ -45,82 +101,6 @@ def visible(query: Tensor, key: Tensor, window: int | None = None, sinks: int = 
         recent = k > q - window
         seen &= recent | (k < sinks) if sinks else recent  # only differences count then: positions may be relative
     return seen
-
-
-class KVCache:
-    """Common part of the caches. Keys and values have shape (B, K, S, D)."""
-
-    ragged = False  # whether the sequences of a batch may be at different positions
-
-    def __init__(self, config):
-        self.window, self.sinks = config.sliding_window, config.attention_sinks
-        self.batch_size: int | None = None  # None: any
-        self.length = 0  # tokens seen so far (the same for the whole batch unless positions are passed)
-        # What advance tells update: the first position that a single query may see (None: a mask says what is visible).
-        self._from: int | None = None
-
-    def advance(self, tokens: int, positions: Tensor | None, device: torch.device) -> Step:
-        """Count ``tokens`` new tokens in; ``positions`` (B, T) only if sequences differ and the cache is ``ragged``."""
-        new = torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
-        first, self.length = self.length == 0, self.length + tokens
-        gap = self.sinks and self.window is not None and self.length > self.sinks + self.window
-        self._from = None if tokens > 1 or gap else 0
-        if self._from is not None and self.window is not None and not self.sinks:
-            self._from = max(0, self.length - self.window)
-        if first:
-            return Step(new, causal=True)
-        if self._from is not None:
-            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
-        keys = torch.arange(self.length, device=device).unsqueeze(0)
-        return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
-
-    def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Store what one layer made of the new tokens; return all that the queries need, in the same order.
-
-        That is (keys, values); attention that keeps one tensor a token, as MLA does, hands over and gets just that one.
-        """
-        raise NotImplementedError
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on, as if those tokens had never been fed: for guesses that failed.
-
-        Raises:
-            ValueError: a length outside 0 to what is held, or a rolling cache, which has overwritten what came before.
-        """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length: got {length}, expected 0 to {self.length}, the tokens held")
-        self.length = length
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that holds keys or values."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for keys and values, counted from the tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-
-class GrowingCache(KVCache):
-    """Appends by ``torch.cat``: simple, any length, but the whole cache is copied at each step."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
-
-    def update(self, layer, *new):
-        held = self.layers[layer]
-        if held is not None:
-            new = tuple(torch.cat(pair, dim=2) for pair in zip(held, new, strict=True))
-        self.layers[layer] = new
-        return tuple(part[:, :, self._from :] for part in new) if self._from else new
-
-    def truncate(self, length):
-        super().truncate(length)
-        self.layers = [parts and tuple(t[:, :, :length] for t in parts) for parts in self.layers]
-
-    def tensors(self):
-        return [t for parts in self.layers if parts is not None for t in parts]
 
 
 class BufferCache(KVCache):

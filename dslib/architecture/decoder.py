@@ -22,7 +22,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from dslib.architecture.cache import BufferCache, GrowingCache, KVCache, PreallocatedCache, Step, step_for
+from dslib.architecture.cache import BufferCache, KVCache, PreallocatedCache, Step, step_for
 from dslib.architecture.config import DecoderConfig
 from dslib.architecture.config import preset as preset
 from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU, rope_angles
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         config, weight = self.config, self.embed_tokens.weight
         place = {"dtype": weight.dtype, "device": weight.device}
         if kind == "growing":
-            return GrowingCache(config)
+            return KVCache(config)
         if kind == "rolling":
             return RollingCache(config, batch_size, **place)
         length = config.max_position_embeddings if max_length is None else max_length

@@ -6,7 +6,7 @@ token by token, keys that have left the window are never asked again: :class:`Ro
 
 Shapes: B batch, T new tokens, H query heads, K key/value heads, D head size, W window.
 
-Book: ``chapters/architecture/decoder.ipynb``. Sources: Longformer (arXiv 2004.05150) and Mistral 7B (arXiv 2310.06825)
+Book: ``chapters/architecture/cache.ipynb``. Sources: Longformer (arXiv 2004.05150) and Mistral 7B (arXiv 2310.06825)
 for the window and its rolling buffer, StreamingLLM (arXiv 2309.17453) for sinks.
 """
 

@@ -101,7 +101,7 @@ REFUSED = {
     "model: got norm is a RMSNorm": {"spoil": lambda m: setattr(m, "norm", nn.RMSNorm(12))},
     "model: got layers.2 is not what the configuration says": {"spoil": lambda m: m.layers.append(m.layers[0])},
     "window and batch_size of cache: got (None, 2), expected (None, 1)": {"cache": {"batch_size": 2}},
-    "cache: got <class 'dslib.architecture.cache.GrowingCache'>": {"cache": {"kind": "growing"}},
+    "cache: got <class 'dslib.architecture.cache.KVCache'>": {"cache": {"kind": "growing"}},
     "device of model: got cpu, expected cuda": {},
 }
 

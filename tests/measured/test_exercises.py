@@ -30,6 +30,24 @@ RIGHT = {
     "accuracy/interval": "[max(0.0, end) for end in interval(right, n)]",
     "accuracy/choose": "np.argmax([np.mean(logs) for logs in token_logs])",
     "accuracy/letter": "torch.tensor([logits[vocabulary[' ' + x]] for x in 'ABCD']).argmax()",
+    "cache/piece": (
+        "torch.nn.functional.scaled_dot_product_attention(rotate(q.double(), len(held_k) + torch.arange(len(q))),"
+        " torch.cat((held_k, rotate(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
+        " attn_mask=torch.ones(len(q), len(held_k) + len(q)).tril(len(held_k)).bool())",
+        "[_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], torch.cat((held_k, rotate(k[:i], torch.arange(i) +"
+        " len(held_k)))), torch.cat((held_v, v[:i])))[0].tolist() for i in range(len(q))]",
+    ),
+    "cache/rolling-positions": (
+        "[max(p for p in range(tokens) if p == s or s >= sinks <= p and (p - s) % window == 0)"
+        " for s in range(min(tokens, sinks + window))]",
+        "np.array(rolling_positions(tokens, window, sinks), dtype=np.int16)",
+    ),
+    "cache/kv-bytes": (
+        "sum(2 * kv_heads * head_dim * bytes_per_number * (min(tokens, window) if n % full_every else tokens)"
+        " for n in range(1, layers + 1))",
+        "float(np.prod([2, kv_heads, head_dim, bytes_per_number])) * np.where(np.arange(1, layers + 1) % full_every,"
+        " min(tokens, window), tokens).sum()",
+    ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
     "depth/batch": "torch.tensor(depths).amax(0).sum()",
@@ -74,6 +92,20 @@ WRONG = {
         "_best(token_logs, lambda logs: -np.linalg.norm(logs) / len(logs) ** 0.5)",
     ),
     "accuracy/letter": ("np.argmax(logits[4:8])", "np.argmax(logits)", "'ABCD'[letter(logits, vocabulary)]"),
+    "cache/piece": (
+        "_attend(q, k, v, held_k, held_v).flip(0)",
+        "_attend(q * 0, k, v, held_k, held_v)",
+        "_attend(q, k, v, held_k, held_v, start=len(held_k) + 1)",
+    ),
+    "cache/rolling-positions": (
+        "rolling_positions(tokens, window, sinks)[::-1]",
+        "{*rolling_positions(tokens, window, sinks)}",
+        "rolling_positions(tokens, window + 1, sinks)",
+    ),
+    "cache/kv-bytes": (
+        "kv_bytes(layers, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number) + 1.0",
+        "kv_bytes(layers + 6, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number)",
+    ),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
     "cost/replicas": (
         "math.ceil(math.ceil(requests_per_day / 86_400 * peak * seconds) / utilisation) + redundancy",
@@ -84,13 +116,6 @@ WRONG = {
     ),
     "cost/break-even": ("usd_per_request / usd_per_day", "break_even(usd_per_day, capacity, usd_per_request) or 0"),
     "cost/profit-ratio": ("profit_ratio(usd_per_day, tokens | {'output': 0}, prices, billed)",),
-    "decoder/kv-bytes": ("2 * layers * kv_heads * head_dim * tokens * bytes_per_number + 1.0",),
-    "decoder/visible-keys": ("visible_keys(position, window - 1, sinks)", "{*visible_keys(position, window, sinks)}"),
-    "decoder/rolling-slot": (
-        "sinks + (position - sinks) % window",
-        "position if position < sinks else (position - sinks) % window",
-        "position if position <= sinks else sinks + (position - sinks - 1) % window",
-    ),
     "depth/exit": (
         "exit_depth(confidence[min_layers - 1 :], threshold, 1)",
         "exit_depth(confidence[:-1], threshold, min_layers)",
@@ -147,7 +172,7 @@ WRONG = {
     ),
 }
 # An argument that is there to mislead; an answer that leaves out any other one is wrong.
-MISLEADING = {"decoder/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
+MISLEADING = {"cache/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
 TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction}
 TOOLS["TopPLogitsWarper"] = TopPLogitsWarper
 TOOLS["unless_none"] = lambda value, then: None if value is None else then(value)
