@@ -34,7 +34,7 @@ from dslib.check import whole
 from dslib.exact import exactly
 from dslib.fast.int8 import Int8Linear
 from dslib.fast.prepared import is_prepared
-from dslib.fast.token_step import KINDS, changed
+from dslib.fast.token_step import KINDS, changed, unlike_module
 
 SCORED = (*KINDS, MultiHeadLatentAttention, MoE, Router, Experts, Int4Experts, Int8Linear)
 SHORTEST_PREFIX = 8  # a shorter common beginning is not worth the trouble
@@ -89,7 +89,7 @@ def log_likelihoods(
 def whole_passes(model: Decoder, rows: Sequence[Row], progress: bool = False) -> Tensor:
     """What :func:`log_likelihoods` gives of a model that is not prepared: from logits in the model's own format."""
     device = model.embed_tokens.weight.device
-    alone = changed(model, SCORED) is not None  # a module that we do not know may let one row change another
+    alone = unlike_module(model, SCORED) is not None  # a module that we do not know may let one row change another
     out = torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32, device="cpu")
     for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
         batches: dict[tuple, list[int]] = {}
