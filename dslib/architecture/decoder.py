@@ -60,8 +60,8 @@ class Decoder(nn.Module):
             cache: filled in place.
             positions: int64 (B, T), needed only when the sequences of a batch are at different positions. Without a
                 cache they say how tokens are rotated, not what they see: where they start again, as for documents
-                packed into one row, the documents see each other. No mask by document is built: attention without a mask is
-                what is fast, and padded rows serve as well. Give each document a row of its own.
+                packed into one row, the documents see each other. No mask by document is built, as attention without
+                one is what is fast; give each document a row of its own.
             logits_at: int64 (B, N), the only tokens of this call whose logits are wanted, (B, N, V).
             seen: ``attention_mask`` for padded batches, see :func:`~dslib.architecture.cache.step_for`; what other
                 kinds of model look at besides, see :meth:`place`.
