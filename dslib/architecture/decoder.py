@@ -132,8 +132,9 @@ class Decoder(nn.Module):
         config = dataclasses.replace(self.config, sliding_window=window, attention_sinks=sinks)
         twin = copy.deepcopy(self, {id(kept): kept for kept in (*self.parameters(), *self.buffers())})
         twin.config = config
-        for layer in twin.layers:
-            layer.self_attn.window, layer.self_attn.sinks = window, sinks
+        for part in twin.modules():  # also those inside of wrapped blocks
+            if isinstance(part, Attention):
+                part.window, part.sinks = window, sinks
         return twin
 
 

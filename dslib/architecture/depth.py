@@ -23,9 +23,13 @@ from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step
 from dslib.architecture.decoder import Decoder, check_ids
-from dslib.architecture.layers import Block
+from dslib.architecture.layers import Attention, Block
 from dslib.architecture.moe import no_autocast
+from dslib.architecture.published import MultiHeadLatentAttention
+from dslib.architecture.sparse_decoder import SparseBlock
+from dslib.architecture.vision.cross_attention import SeeingBlock
 from dslib.check import between, whole
+from dslib.exact import unlike
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,10 @@ def early_exit(
         if not inside.any():  # all have left: only what later tokens will look at
             if cache is None:
                 break
-            layer.remember(x, rope, cache, depth - 1)
+            if _remembers(layer):
+                layer.remember(x, rope, cache, depth - 1)
+            else:
+                layer(x, rope, step, cache, depth - 1, input_ids)
             continue
         # Tokens that have left run along, which keeps the batch in one piece, and get their state back.
         x = torch.where(inside.unsqueeze(-1), layer(x, rope, step, cache, depth - 1, input_ids), x)
@@ -121,6 +128,14 @@ def early_exit(
         logits[here], confidence[here], depths[here] = asked[leaves], sure[leaves], depth
         inside = inside & ~here
     return Exits(logits, depths, confidence, layers_run)
+
+
+def _remembers(layer: nn.Module) -> bool:
+    """Whether ``remember`` keeps what the block would: not where block or attention was changed, then it has to run."""
+    fits = (None, "has a remember of its own")  # that one is called
+    if unlike(layer, (Block, SparseBlock, SeeingBlock)) not in fits:
+        return False
+    return unlike(layer.self_attn, (Attention, MultiHeadLatentAttention)) in fits
 
 
 def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
@@ -213,9 +228,6 @@ class MixtureOfDepths(nn.Module):
         out = self.block(x[:, where], turns, Step(positions, causal=True), None, layer, ids)
         return x.index_copy(1, where, out.to(x.dtype))
 
-    def remember(self, x: Tensor, rope, cache: KVCache, layer: int) -> None:
-        self(x, rope, None, cache, layer)  # says that it takes no cache
-
     def __getstate__(self) -> dict:
         """Copies and files have the last loss outside the graph, which cannot be copied."""
         loss = self.last_predictor_loss
@@ -232,4 +244,6 @@ def with_mixture_of_depths(model: Decoder, capacity: float = 0.5, every: int = 2
         wrapped = model.layers[index] = MixtureOfDepths(model.layers[index], model.config.hidden_size, capacity)
         for part in (wrapped.router, wrapped.predictor):
             part.to(model.embed_tokens.weight)
+        for part in (wrapped, wrapped.router, wrapped.predictor):
+            part.training = model.training
     return model

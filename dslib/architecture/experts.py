@@ -192,7 +192,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def can_group(experts: Experts, dtype: torch.dtype) -> bool:
     """Whether torch's grouped product takes these sizes: it reads rows in units of 16 bytes."""
     aligned = not any(size * dtype.itemsize % 16 for size in (experts.hidden_size, experts.intermediate_size))
-    return hasattr(F, "grouped_mm") and dtype in (torch.float32, torch.bfloat16) and aligned
+    known = dtype is torch.bfloat16 or (dtype is torch.float32 and not torch.compiler.is_compiling())  # cannot trace it
+    return hasattr(F, "grouped_mm") and known and aligned
 
 
 def check_pairs(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> None:

@@ -128,6 +128,8 @@ class VisionLanguageDecoder(Decoder):
             raise ValueError(f"text: got a {type(text).__name__}, expected a Decoder")
         fields = {name: getattr(text.config, name) for name in text.config.__dataclass_fields__}
         model = cls(FusionConfig(**fields, image_hidden_size=vision.hidden_size, **fusion), vision)
+        for part in set(model.modules()) - set(vision.modules()):  # what is given keeps its own mode
+            part.training = text.training
         for index, block in enumerate(model.layers):
             if isinstance(block, SeeingBlock) and (reason := unlike(text.layers[index], (Block,))) is not None:
                 raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
@@ -143,7 +145,7 @@ class VisionLanguageDecoder(Decoder):
                 continue
             for name, part in theirs.named_children():
                 setattr(block, name, part)
-        return model.train(text.training)
+        return model
 
     def encode_image(self, pixels: Tensor, mask: Tensor | None = None) -> ImageContext:
         """Run the image stream and keep what the text model needs of it.
@@ -188,7 +190,10 @@ class VisionLanguageDecoder(Decoder):
         if mask is not None:
             check_mask(mask, features.shape[:2])
         if self.config.fusion == "cross":
-            return ImageContext(tuple(block.cross.keys_values(features) for block in self.seeing()), mask=mask)
+            found = {block.number: block.cross.keys_values(features) for block in self.seeing()}
+            blank = (features[:, :0],) * 2  # for blocks that a draft has left out: the others keep their numbers
+            kept = tuple(found.get(number, blank) for number in range(1 + max(found, default=0)))
+            return ImageContext(kept, mask=mask)
         if mask is not None and not mask.all():
             raise ValueError("mask: a projector puts image tokens into the sequence; every sequence needs as many")
         return ImageContext(tokens=self.projector(features))
@@ -233,7 +238,7 @@ class VisionLanguageDecoder(Decoder):
             attention_mask = F.pad(attention_mask, (image.prefix, 0), value=1)
         x, step, rope = super().place(x, cache, positions, attention_mask)
         if enters and cache is not None:
-            cache.picture = image.tokens
+            cache.picture = image.tokens.detach()  # a cache can be copied, a part of a graph cannot
         return x, SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions)), rope
 
     @torch.no_grad()

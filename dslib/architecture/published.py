@@ -109,7 +109,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, step: Step) -> Tensor:
         """q · (W_k c) = (W_kᵀ q) · c, so W_k moves to the query; and W_v is applied to the sum of c, not to each."""
-        make_keys, make_values = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
+        weight = self.kv_b_proj.weight.to(q.dtype)  # that of four bits may be of another dtype
+        make_keys, make_values = weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
         q = torch.einsum("bthn,hnc->bthc", q, make_keys)
         q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, C + R)
         batch, tokens, heads, _ = q.shape

@@ -112,7 +112,7 @@ class SentenceEncoder(nn.Module):
         check.whole(1, batch_size=batch_size)
         # Sentences of like length together, so that a batch has little padding; then back in the caller's order.
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-        vectors = torch.empty(len(sentences), self.hidden_size)
+        vectors = torch.empty(len(sentences), self.hidden_size, dtype=torch.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             vectors[rows] = self._encode([sentences[i] for i in rows]).cpu()

@@ -61,6 +61,7 @@ class QuickExperts(Shortcut):
         return self.plain(x, indices, weights, run)
 
     def _packed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        check_pairs(self.stands_for, x, indices, weights)
         if torch.is_grad_enabled() or (x.dtype, x.device.type) != (self.dtype, "cpu"):
             raise ValueError(
                 f"x: got {x.dtype} on {x.device}, gradients {torch.is_grad_enabled()}; these experts are packed for "

@@ -67,12 +67,19 @@ class Int8Linear(nn.Module):
         if linear.bias is not None:
             raise ValueError("linear: has a bias, expected none")
         weight = linear.weight.detach().float()
-        if not weight.isfinite().all():
+        if not weight.is_meta and not weight.isfinite().all():
             raise ValueError("linear: has NaN or infinite weights, expected finite ones")
         # A row of zeros gets any scale: its codes are zero.
         scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         codes = (weight / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
         return cls(codes, scales.to(linear.weight.dtype), way or quickest_way(weight.device.type, linear.weight.dtype))
+
+    def _apply(self, fn, recurse=True):
+        before = self.codes.device.type
+        super()._apply(fn, recurse)
+        if self.codes.device.type != before:  # another device has other products
+            self.way = quickest_way(self.codes.device.type, self.scales.dtype)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, way={self.way!r}"

@@ -126,7 +126,7 @@ class LeanStep:
         if linear.bias is None:
             return product
         bias = linear.bias.detach()
-        return lambda row: product(row) + bias
+        return lambda row: product(row) + bias.to(row.dtype)  # that of four bits may be of another dtype
 
     def _eye(self, block: GatedCrossAttention) -> tuple:
         """What a gated cross-attention block needs."""

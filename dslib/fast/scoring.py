@@ -34,7 +34,7 @@ from dslib.check import whole
 from dslib.exact import exactly
 from dslib.fast.int8 import Int8Linear
 from dslib.fast.prepared import is_prepared
-from dslib.fast.token_step import KINDS, changed
+from dslib.fast.token_step import KINDS, changed, unlike_module
 
 SCORED = (*KINDS, MultiHeadLatentAttention, MoE, Router, Experts, Int4Experts, Int8Linear)
 SHORTEST_PREFIX = 8  # a shorter common beginning is not worth the trouble
@@ -89,10 +89,13 @@ def log_likelihoods(
 def whole_passes(model: Decoder, rows: Sequence[Row], progress: bool = False) -> Tensor:
     """What :func:`log_likelihoods` gives of a model that is not prepared: from logits in the model's own format."""
     device = model.embed_tokens.weight.device
+    alone = unlike_module(model, SCORED) is not None  # a module that we do not know may let one row change another
     out = torch.empty(len(rows), len(rows[0].ends), dtype=torch.float32, device="cpu")
     for index, row in enumerate(tqdm(rows, desc="questions", disable=not progress)):
-        for size in {len(end) for end in row.ends}:  # those of equal length share a batch, so that nothing is padded
-            same = [number for number, end in enumerate(row.ends) if len(end) == size]
+        batches: dict[tuple, list[int]] = {}
+        for number, end in enumerate(row.ends):  # those of equal length share a batch, so that nothing is padded
+            batches.setdefault((len(end), number if alone else None), []).append(number)
+        for (size, _), same in batches.items():
             ids = torch.tensor([row.context + row.ends[number] for number in same], device=device)  # (B, T)
             logs = model(ids[:, :-1]).float().log_softmax(-1)[:, -size:]  # (B, size, vocab_size)
             out[index, same] = logs.gather(2, ids[:, -size:, None]).sum((1, 2)).cpu()
@@ -162,7 +165,7 @@ def _score_batch(model: Decoder, head: Callable[[Tensor], Tensor], rows: list[Ro
     # A place that predicts for several continuations (the end of the context) goes through the output layer once.
     places, back = torch.tensor(where, device=device).unique(return_inverse=True)
     states = _states(model, *(torch.tensor(part, device=device) for part in (ids, positions, branches)), prefix)
-    logits = head(model.norm(states.flatten(0, 1)[places]))  # (places, vocab_size)
+    logits = head(model.norm(states.flatten(0, 1)[places])).float()  # (places, vocab_size); autocast may have rounded
     picked = logits[back, torch.tensor(what, device=device)] - logits.logsumexp(-1)[back]
     sums = torch.zeros(len(rows) * len(rows[0].ends), dtype=torch.float32, device=device)
     return sums.index_add_(0, torch.tensor(whose, device=device), picked).view(len(rows), -1).cpu()
@@ -186,10 +189,10 @@ def _states(model: Decoder, ids: Tensor, positions: Tensor, branch: Tensor, pref
 
 
 def _float_head(model: Decoder) -> Callable[[Tensor], Tensor]:
-    """The output layer: states (places, hidden_size) -> float32 logits."""
+    """The output layer: states (places, hidden_size) -> logits."""
     layer = model.lm_head
     if not exactly(layer, nn.Linear, bias=False) or layer.weight.dtype is torch.float32:
-        return lambda states: layer(states).float()  # quantised layers and adapters have their own way
+        return layer  # quantised layers and adapters have their own way
     weight = layer.weight.float()
     return lambda states: F.linear(states.float(), weight)
 
@@ -212,7 +215,7 @@ def _check(model: Decoder, rows: Sequence[Row], groups: Sequence) -> None:
             wanted = f"at least one token in each, and {max(ends, 1)} continuations"
             raise ValueError(f"rows: number {number} has {found}, expected {wanted}")
         for token in chain(row.context, *row.ends):
-            if not hasattr(token, "__index__") or not 0 <= token < size:
+            if type(token) is bool or not hasattr(token, "__index__") or not 0 <= token < size:
                 raise ValueError(f"rows: number {number} has the token id {token!r}, expected 0 to {size - 1}")
     longest = max(len(row.context) + max(map(len, row.ends)) - 1 for row in rows)
     if model.config.sliding_window is None and longest > limit:

@@ -151,10 +151,9 @@ def changed(model: Decoder, kinds: Collection[type] = KINDS) -> str | None:
     Modules are of the classes ``kinds``, unchanged, and as the configuration makes them; the configuration and all that
     it makes is in the lists above.
     """
+    if (reason := unlike_module(model, kinds)) is not None:
+        return reason
     found, vision = _parts(model), (model.vision,) if isinstance(model, VisionLanguageDecoder) else ()
-    for name, part in found.items():
-        if (reason := unlike(part, kinds if name else MODELS)) is not None:
-            return f"{name} {reason}".strip()
     for field in dataclasses.fields(model.config):
         value = getattr(model.config, field.name)
         if field.name not in FIELDS and value != field.default:
@@ -169,6 +168,14 @@ def changed(model: Decoder, kinds: Collection[type] = KINDS) -> str | None:
         there = {key for key, value in held.items() if value is not None and value is not False}
         if type(like) in KNOWN and (more := there - set(KNOWN[type(like)].split())):
             return f"{name or 'the model'} has a {min(more)}, which only the modules compute"
+    return None
+
+
+def unlike_module(model: Decoder, kinds: Collection[type]) -> str | None:
+    """Which of the modules is not one of ``kinds``, or changed; None if none is."""
+    for name, part in _parts(model).items():
+        if (reason := unlike(part, kinds if name else MODELS)) is not None:
+            return f"{name} {reason}".strip()
     return None
 
 

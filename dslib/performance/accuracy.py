@@ -213,11 +213,16 @@ def write_letters(
     return Written(tuple(texts), torch.tensor([read_letter(text) for text in texts]))
 
 
-SAID = r"\banswer(?:\s+(?:is|was|(?:would|should|must|will)\s+be)\b|\s*[:=–—-])"
-BETWEEN = r"(?:[\W_]|(?:the|option|choice|letter|boxed|text)\b)*"
+# "answer", perhaps in marks or with some words behind it ("the answer to this, then,"), and what says that it comes.
+IS = r"(?:['’]s|(?:\s*|(?-i:[^.;!?\nA-D]){0,40}?)\b(?:is|was|(?:would|should|must|will)\s+be))\b"
+SAID = rf"(?<![^\W_])answer(?![^\W_])(?:(?:\s*\([a-z]{{2,}}\))?[\s*_`\"”]*[:=–—-]|{IS})"
+# Marks, tags, commands of LaTeX and words that say nothing.
+WORDS = r"(?:the|option|choice|letter|answer|boxed|text|most|indeed|therefore|thus|then|\w+ly)\b"
+BETWEEN = rf"(?:<(?-i:b|i|em|strong|code)>|\\[a-z]+|{WORDS}|[\W_])*+"
 # In any case, then a letter that stands alone. A small "a" with a word behind it is no letter.
-STATED = re.compile(rf"(?i:{SAID}{BETWEEN})([A-Db-d]|a(?![ \t]+[^\W_]))(?![^\W_]|['’])")
-FIRST = re.compile(r"[\W_]*([A-D])(?![^\W_]|['’])")
+ALONE = r"(?!['’]?[^\W_])"
+STATED = re.compile(rf"(?i:{SAID}{BETWEEN})([A-Db-d]|a(?![ \t]+[^\W_])){ALONE}")
+FIRST = re.compile(rf"[\W_]*([A-D]){ALONE}")
 
 
 def read_letter(text: str) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dslib import check
 from dslib.architecture.cache import KVCache
-from dslib.architecture.decoder import Decoder, build
+from dslib.architecture.decoder import Decoder
 from dslib.architecture.generation import Sampling, inference
 from dslib.data.prompts import checked_prompts, end_tokens
 
@@ -51,7 +51,7 @@ def accept(
         p = probabilities[place]
         q = None if drawn_from is None else drawn_from[place]
         chance = p[guess] if q is None else p[guess] / q[guess]
-        if torch.rand((), generator=generator, device=p.device) < chance:
+        if torch.rand((), generator=generator, device=p.device, dtype=torch.float32) < chance:
             continue
         left = p.clone()
         if q is None:
@@ -214,9 +214,11 @@ def with_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
     config, chosen = model.config, list(layers)
     if not chosen or any(not 0 <= layer < config.num_hidden_layers for layer in chosen):
         raise ValueError(f"layers: got {chosen}, expected some of 0 to {config.num_hidden_layers - 1}")
-    twin = build(config.of_layers(chosen), device="meta")
-    twin.embed_tokens, twin.norm, twin.lm_head = model.embed_tokens, model.norm, model.lm_head
-    twin.layers = nn.ModuleList(model.layers[layer] for layer in chosen)
+    twin = type(model).__new__(type(model))
+    nn.Module.__init__(twin)
+    for name, part in model.named_children():  # an image stream as well
+        setattr(twin, name, part)
+    twin.config, twin.layers = config.of_layers(chosen), nn.ModuleList(model.layers[layer] for layer in chosen)
     twin.training = twin.layers.training = model.training  # what is shared keeps its own mode
     return twin
 

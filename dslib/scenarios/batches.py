@@ -55,7 +55,7 @@ def collate(items: Iterable[Views], indices: Iterable[int] | None = None) -> Bat
     check.whole(1, **{f"views of picture {index}": len(one.pixels) for index, one in zip(indices, items, strict=True)})
     counts = torch.tensor([len(one.pixels) for one in items])  # (B,)
     height, width = (max(one.pixels.shape[axis] for one in items) for axis in (2, 3))
-    pixels = torch.zeros(int(counts.sum()), 3, height, width)
+    pixels = torch.zeros(int(counts.sum()), 3, height, width, dtype=torch.float32)
     mask = torch.zeros(len(pixels), height, width, dtype=torch.bool)
     for one, end in zip(items, counts.cumsum(0).tolist(), strict=True):
         views, (h, w) = slice(end - len(one.pixels), end), one.pixels.shape[2:]

@@ -63,7 +63,8 @@ def image_features(
         check.one_of(PAPERS, papers=name)
     if not papers or not sizes or not len(emoji):
         raise ValueError(f"papers, sizes: got {papers!r}, {sizes!r} for {len(emoji)} pictures, expected one of each")
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (encoder.normalisation.mean, encoder.normalisation.std))
+    given = encoder.normalisation.mean, encoder.normalisation.std
+    mean, std = (torch.tensor(value, dtype=torch.float32).view(3, 1, 1) * 255 for value in given)
     views = []
     for name in papers:
         rows = []
@@ -125,16 +126,17 @@ def contrast(images: Tensor, texts: Tensor, *, dimensions: int = 256, epochs: in
     scales = [(side - mean).flatten(0, 1).std(0) + 1e-5 for side, mean in zip((images, texts), means, strict=True)]
     x, y = ((side - m) / s for side, m, s in zip((images, texts), means, scales, strict=True))
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(side.shape[2], dimensions, generator=generator) / side.shape[2] ** 0.5 for side in (x, y)]
+    drawn = {"generator": generator, "dtype": x.dtype}
+    weights = [torch.randn(side.shape[2], dimensions, **drawn) / side.shape[2] ** 0.5 for side in (x, y)]
     weights = [nn.Parameter(weight) for weight in weights]
-    log_scale = nn.Parameter(torch.tensor(20.0).log())
+    log_scale = nn.Parameter(torch.tensor(20.0, dtype=x.dtype).log())
     optimizer = torch.optim.AdamW([*weights, log_scale], learning_rate, weight_decay=1e-2)
     steps = epochs * -(-x.shape[1] // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for _ in range(epochs):
         for batch in torch.randperm(x.shape[1], generator=generator).split(batch_size):
             view, wording = (int(torch.randint(len(side), (), generator=generator)) for side in (x, y))
-            kept = torch.rand(len(batch), x.shape[2], generator=generator) >= dropout
+            kept = torch.rand(len(batch), x.shape[2], **drawn) >= dropout
             a = F.normalize(x[view, batch] * kept / (1 - dropout) @ weights[0], dim=-1)
             b = F.normalize(y[wording, batch] @ weights[1], dim=-1)
             logits, own = log_scale.exp().clamp(max=100) * a @ b.T, torch.arange(len(batch))

@@ -268,6 +268,38 @@ def test_copies_after_a_training_step():
     assert torch.equal(twin(tokens), model(tokens))
 
 
+def subclass(module):
+    base = type(module)
+    body = {"forward": lambda self, x, *rest: base.forward(self, 2 * x, *rest)}
+    module.__class__ = type("Twice", (base,), body)
+
+
+def own_forward(module):
+    module.forward = lambda x, *rest: type(module).forward(module, 2 * x, *rest)
+
+
+CHANGES = {
+    "hook before": lambda module: module.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:])),
+    "own forward": own_forward,
+    "subclass": subclass,
+}
+
+
+@pytest.mark.parametrize("name", ["layers.4", "layers.4.self_attn", "layers.4.input_layernorm"])
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("kind", ["dense", "experts", "latent"])
+@torch.no_grad()
+def test_skipped_layers_keep_what_a_changed_block_gives(kind, how, name):
+    model, tokens = make(kind), ids()
+    rule, module = middle(model, tokens), model.get_submodule(name)
+    CHANGES[how](module)
+    whole, cache = early_exit(model, tokens, rule), model.make_cache("growing")
+    parts = [early_exit(model, piece, rule, cache) for piece in tokens.split(1, dim=1)]
+    assert any(part.layers_run < 5 for part in parts), "the test needs steps that skip the layer"
+    assert torch.equal(torch.cat([part.depths for part in parts], 1), whole.depths)
+    assert torch.allclose(torch.cat([part.logits for part in parts], 1), whole.logits, atol=2e-3, rtol=1e-3)
+
+
 def cached(call):
     model = depth.with_mixture_of_depths(make())
     call(model, model.make_cache("growing"))
@@ -311,7 +343,9 @@ def broken(layer, mixture=False):
 
 @torch.no_grad()
 def test_a_mixture_of_depths_has_the_models_dtype_and_device():
-    half = depth.with_mixture_of_depths(decoder.build(SHAPES["experts"](), seed=0, dtype=torch.bfloat16))
+    half = depth.with_mixture_of_depths(decoder.build(SHAPES["experts"](), seed=0, dtype=torch.bfloat16).eval())
+    assert not any(part.training for part in half.modules())
+    assert half.with_window(3)(ids()).isfinite().all()
     assert half(ids()).dtype == torch.bfloat16
     counted = depth.with_mixture_of_depths(decoder.build(SHAPES["dense"](), device="meta"))
     assert {parameter.device.type for parameter in counted.parameters()} == {"meta"}

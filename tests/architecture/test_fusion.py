@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention
 from dslib.architecture.vision.swin import SwinStream
 from dslib.fast.lean_step import LeanStep
+from dslib.performance.speculative import with_layers
 
 SIZES = (40, 32, 48, 2, 4, 2)  # vocab, hidden, intermediate, layers, heads, kv heads
 N, C = 6, 24
@@ -370,6 +372,41 @@ def test_a_text_model_gets_eyes_and_keeps_its_weights():
     assert all("cross" in name or "vision" in name for name in set(model.state_dict()) - names)
     assert names < set(model.state_dict())
     assert isinstance(model.config, FusionConfig) and model.config.image_hidden_size == C
+
+
+def test_what_gets_eyes_keeps_its_modes():
+    text, grid = build(DecoderConfig(*SIZES)), Grid().eval()
+    text.layers[1].eval()
+    model = VisionLanguageDecoder.from_text(text, grid, cross_attention_every=2)
+    assert model.training and model.layers[0].cross.q_proj.training and model.layers[0].mlp.training
+    assert not model.vision.training and not model.vision.map.training and not model.layers[1].mlp.training
+
+
+@every_kind
+@pytest.mark.parametrize("layers", [[0], [1], [1, 0]])
+@torch.no_grad()
+def test_drafts_see_what_their_target_sees(kind, layers):
+    """Whichever of the two encoded the picture: blocks keep the numbers that they had."""
+    model, ids = model_of(**kind), ids_of()
+    twin, plain = with_layers(model, layers), copy.deepcopy(model)
+    plain.layers = nn.ModuleList(plain.layers[layer] for layer in layers)
+    want = plain(ids, image=model.encode_image(pixels()))
+    for other in (model, twin):
+        torch.testing.assert_close(twin(ids, image=other.encode_image(pixels())), want)
+    torch.testing.assert_close(twin(ids), plain(ids))
+    assert {id(part) for part in twin.parameters()} <= {id(part) for part in model.parameters()}
+
+
+@torch.no_grad()
+def test_a_cache_with_a_picture_can_be_copied():
+    model = model_of(fusion="projector")
+    with torch.enable_grad():
+        image = model.encode_image(pixels(1))
+    cache = model.make_cache(max_length=40)
+    model(ids_of(1), cache, image=image)
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        torch.testing.assert_close(model(ids_of(1), twin, image=image), model(ids_of(1), cache, image=image))
+        cache.truncate(N + 7)
 
 
 # --- which words open the gate

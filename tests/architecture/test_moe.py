@@ -283,3 +283,11 @@ def test_a_token_whose_groups_are_all_closed_is_refused():
         made(tokens())
     made.e_score_correction_bias[2:] = 0.0
     assert set(made(tokens()).indices.flatten().tolist()) == {2, 3}
+
+
+@torch.no_grad()
+def test_a_compiled_mixture_is_the_plain_one():
+    """In float32 too, whose grouped product torch cannot trace."""
+    plain = MoE(32, 16, Router(32, 4, 2))
+    x = torch.randn(1, 10, 32)
+    torch.testing.assert_close(torch.compile(plain, backend="eager")(x), plain(x))

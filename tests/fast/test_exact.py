@@ -13,12 +13,13 @@ from torch.nn.utils import parametrize, prune
 
 from dslib import fast
 from dslib.architecture import decoder
+from dslib.architecture.balance import CapacityRouter
 from dslib.architecture.cache import PreallocatedCache
 from dslib.architecture.decoder import Decoder, DecoderConfig, build
 from dslib.architecture.depth import with_mixture_of_depths
 from dslib.architecture.fusion import FusionConfig
 from dslib.architecture.generation import generate, stream
-from dslib.architecture.int4.layers import quantize_
+from dslib.architecture.int4.layers import Int4Linear, quantize_
 from dslib.architecture.layers import Attention, RMSNorm, SwiGLU
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.exact import exactly
@@ -175,6 +176,21 @@ def test_a_mixture_of_depths_is_scored_by_whole_passes(prepared):
         fast.prepare(model)
     assert scoring.why_not(model) is not None
     assert_scores(model)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_one_continuation_does_not_change_anothers_score(prepared):
+    """Not even where the tokens of a batch compete for room."""
+    model = noisy(MODELS["experts"])
+    for layer in model.layers:
+        plain = layer.mlp.router
+        layer.mlp.router = CapacityRouter(32, 4, 2, capacity_factor=1.0, norm_topk_prob=True)
+        layer.mlp.router.weight = plain.weight
+    if prepared:
+        fast.prepare(model)
+    ends = [[5, 6], [7, 8], [9, 1], [4]]
+    alone = [log_likelihoods(model, [Row([1, 2, 3], [end])]) for end in ends]
+    torch.testing.assert_close(log_likelihoods(model, [Row([1, 2, 3], ends)]), torch.cat(alone, 1))
 
 
 # --- weights that change, whatever changes them
@@ -461,6 +477,7 @@ def test_autocast_and_other_defaults_change_nothing_about_the_answer(kind):
             fast.prepare(model)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(model(token, model.make_cache("growing")))
+            assert log_likelihoods(copy.deepcopy(model).bfloat16(), [Row([1, 2], [[3, 4], [5]])]).dtype is torch.float32
         cache = model.make_cache(max_length=3)
         model(token, cache)
         for default in (torch.float64, torch.bfloat16):
@@ -497,6 +514,7 @@ BAD_ROWS = {  # rows, options, and words of the error
     "below the vocabulary": ([Row([1], [[-1]])], {}, "number 0 has the token id -1, expected 0 to 63"),
     "above the vocabulary": ([Row([64], [[1]])], {}, "number 0 has the token id 64"),
     "no whole number": ([Row([1.5], [[1]])], {}, "number 0 has the token id 1.5"),
+    "a truth value": ([Row([True], [[1]])], {}, "number 0 has the token id True"),
     "too long": ([Row([1] * 2048, [[1, 2]])], {}, "the longest takes 2049 tokens, the model has room for 2048"),
     "too few labels": ([TWO, TWO], {"groups": [0]}, "groups: got 1 labels, expected 2"),
     "no batch": ([TWO], {"batch_tokens": 0}, "batch_tokens: got 0, expected at least 1"),
@@ -555,6 +573,29 @@ def test_weights_of_four_bits_and_a_hook():
     before = greedy(model)
     model.layers[0].mlp.register_forward_hook(lambda module, args, out: -out)
     assert greedy(model) == by_whole_passes(model) != before
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("latent", "self_attn.kv_b_proj"), ("window, bias", "self_attn.qkv_proj"), ("dense", "mlp.down_proj"),
+])  # fmt: skip
+@torch.inference_mode()
+def test_four_bits_of_another_dtype_than_the_model(kind, name):
+    """The answer has the model's dtype, whichever way it is computed."""
+    model = noisy(dataclasses.replace(MODELS[kind], hidden_size=64, intermediate_size=64, head_dim=16))
+    made = [Int4Linear.from_linear(layer.get_submodule(name), 16) for layer in model.layers]
+    made = made if kind == "latent" else [Int4Linear.from_linear(layer.get_submodule(name)) for layer in model.layers]
+    model.bfloat16()
+    for layer, four_bits in zip(model.layers, made, strict=True):
+        setattr(layer.get_submodule(name.split(".")[0]), name.split(".")[1], four_bits)
+    found = []
+    for prepared in (False, True):
+        if prepared:
+            fast.prepare(model)
+        cache = model.make_cache(max_length=8)
+        model(torch.tensor([PROMPT]), cache)
+        found.append(model(torch.tensor([[7]]), cache))
+    assert found[0].dtype is found[1].dtype is torch.bfloat16
+    torch.testing.assert_close(*found, atol=0.3, rtol=0.1)
 
 
 @torch.no_grad()

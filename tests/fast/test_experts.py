@@ -211,8 +211,10 @@ def test_packed_weights_are_in_one_place_and_come_back(inference):
         (lambda layer: copy.deepcopy(layer), "cannot be copied so; expected fast.release"),
         (lambda layer: layer(*problem("some", 3)), "gradients True; these experts are packed"),
         (lambda layer: layer(problem("some", 3)[0].bfloat16(), *problem("some", 3)[1:]), "x: got torch.bfloat16"),
+        (lambda layer: layer(torch.zeros(1, H), torch.zeros(1, 1).int(), torch.ones(1, 1)), "indices: got torch.int32"),
+        (lambda layer: layer(torch.zeros(1, H), torch.zeros(1, 2).long(), torch.ones(1, 1)), "weights: got shape"),
     ],
-    ids=["save", "copy", "train", "other dtype"],
+    ids=["save", "copy", "train", "other dtype", "other indices", "other weights"],
 )
 def test_what_packed_experts_refuse(call, words):
     layer = experts()

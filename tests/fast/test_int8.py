@@ -74,6 +74,17 @@ def test_a_model_keeps_its_head_and_nearly_its_logits():
     assert 0 < (after - before).norm() / before.norm() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_without_memory_is_filled_afterwards(dtype):
+    config, ids = decoder.preset("tiny", tie_word_embeddings=False), torch.arange(20).unsqueeze(0)
+    full = quantize_int8_(decoder.build(config, seed=0, dtype=dtype))
+    empty = quantize_int8_(decoder.build(config, device="meta", dtype=dtype)).to_empty(device="cpu")
+    empty.load_state_dict(full.state_dict())
+    for tokens in (ids, ids[:, :1]):
+        assert torch.equal(empty(tokens), full(tokens))
+
+
 def test_what_cannot_be_quantised_or_multiplied_is_refused():
     bad = layer()
     bad.weight.data[0, 0] = torch.nan

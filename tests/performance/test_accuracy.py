@@ -235,11 +235,16 @@ class Shifting(Characters):
         ("The correct answer is **C**", 2), ("The answer is:\n\nD", 3), ("Answer: C", 2), ("answer = D", 3),
         ("The answer is option B", 1), ("the answer is the letter d", 3), (r"The answer is $\boxed{\text{C}}$", 2),
         ("So the answer is \u201cB\u201d", 1), ("The answer is __B__.", 1), ("the final answer is\tC!", 2),
+        ("The **answer** is **B**.", 1), ("**Answer**: C", 2), ("`answer` is `C`", 2), ("_answer_: D", 3),
+        ('{"answer": "C"}', 2), ("the answer's B", 1), ("Answer (final): B", 1), ("The answer is: \u2018B\u2019", 1),
+        ("answer is <b>C</b>", 2), ("The answer is therefore D", 3), ("The answer is most likely B", 1),
+        ("The answer, then, is B.", 1), ("The answer to the question is C.", 2), ("Answer: B, as the sum is C", 1),
         # ... and more than a letter that begins a sentence; but a word is no letter.
         ("A good question. The answer is C.", 2), ("B is even, so the answer is D", 3), ("A\nAnswer: B", 1),
         ("Answer - B", 1), ("The answer should be D.", 3), ("The answer is a. So", 0), ("the answer is a\nSo", 0),
         ("The answer is a prime", -1), ("The answer is Because", -1), ("The answer is D'Alembert", -1),
-        ("The answer is not B", -1), ("The answer isn't B", -1), ("Answers B", -1), ("manifold answering is B", -1),
+        ("The answer is not B", -1), ("The answer B is wrong, it is C", -1), ("answer is <b>Bern</b>", -1),
+        ("The answer isn't B", -1), ("Answers B", -1), ("manifold answering is B", -1),
     ],
 )  # fmt: skip
 def test_letters_are_read(text, wanted):

@@ -116,6 +116,19 @@ def test_drafts_of_some_layers_whatever_the_first_ones_are(layers):
     assert len(speculate(model, [3, 1], 6, ModelDraft(twin, 16)).tokens) == 6
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_no_draw(default):
+    model, before, texts = noisy(CONFIGS["V1"]), torch.get_default_dtype(), []
+    for dtype in (before, default):
+        torch.set_default_dtype(dtype)
+        try:
+            draft = ModelDraft(with_layers(model, [0, 1]), 40, Sampling(1.0))
+            texts.append(speculate(model, [3, 1], 20, draft, sampling=Sampling(1.0)).tokens)
+        finally:
+            torch.set_default_dtype(before)
+    assert texts[0] == texts[1]
+
+
 def test_lookup_finds_the_latest_place_of_the_longest_match():
     lookup = PromptLookup(longest=2)
     assert lookup.propose([1, 2, 9, 1, 2, 8, 5, 1, 2], 3)[0] == [8, 5, 1]

@@ -74,10 +74,15 @@ def test_processes_give_what_threads_give(files):
 
 def test_views_of_mixed_number_and_size():
     pictures = [Image.new("RGB", size, "white") for size in ((64, 36), (20, 20), (36, 64))]
-    batch = collate(prepare(picture, Recipe(32, "shorter", HALF)) for picture in pictures)
+    torch.set_default_dtype(torch.float64)
+    try:
+        batch = collate(prepare(picture, Recipe(32, "shorter", HALF)) for picture in pictures)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert batch.pixels.shape == (3, 3, 56, 56)
     assert batch.mask.sum((1, 2)).tolist() == [56 * 32, 32 * 32, 32 * 56]
     assert (batch.pixels.mean(1)[batch.mask] == 1).all() and (batch.pixels.mean(1)[~batch.mask] == 0).all()
+    assert batch.pixels.dtype is torch.float32
     tiled = collate([prepare(picture, Recipe(16, "tiles", HALF)) for picture in pictures])
     counts = [1 + columns * rows for columns, rows in tiled.grids.tolist()]
     assert tiled.pixels.shape == (sum(counts), 3, 16, 16) and tiled.mask.all()

@@ -75,6 +75,17 @@ def test_descent_follows_its_seed(planted):
     assert torch.equal(a.image, b.image) and not torch.equal(a.image, c.image)
 
 
+def test_maps_have_the_dtype_of_the_features(planted):
+    before = torch.get_default_dtype()
+    for default, given in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        torch.set_default_dtype(default)
+        try:
+            maps = contrast(*(side.to(given) for side in planted), epochs=1)
+        finally:
+            torch.set_default_dtype(before)
+        assert maps.images(planted[0].to(given)).dtype is given
+
+
 def test_ranks_by_definition_and_ties_do_not_help():
     gallery = F.normalize(random(5, 3), dim=-1)
     queries = F.normalize(random(5, 3, seed=1), dim=-1)

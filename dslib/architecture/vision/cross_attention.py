@@ -134,7 +134,7 @@ class ImageContext:
         if self.prefix == 0 or cache is None or cache.length == 0:
             return self.prefix > 0
         held = getattr(cache, "picture", None)  # where a model notes what it has put there
-        if cache.length < self.prefix or not (held is self.tokens or _equal(held, self.tokens)):
+        if cache.length < self.prefix or not _equal(held, self.tokens):
             raise ValueError(
                 f"image: the cache holds {cache.length} tokens that do not begin with this picture's {self.prefix}; "
                 "a projector's picture has to be handed over at the first call, when the cache is empty"
@@ -156,7 +156,9 @@ class ImageContext:
 
 
 def _equal(held: Tensor | None, tokens: Tensor) -> bool:
-    return held is not None and held.shape == tokens.shape and bool((held.to(tokens) == tokens).all())
+    if held is None or held.is_set_to(tokens):  # the same memory
+        return held is not None
+    return held.shape == tokens.shape and bool((held.to(tokens) == tokens).all())
 
 
 def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -166,9 +166,9 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
     passed over, as is the prefix that ``torch.compile`` puts before names.
 
     Raises:
-        ValueError: naming the missing, the extra and the misshapen tensors, 8-bit ones, and those without memory (on
-            the meta device); a model that is no decoder, or with weights in another form (four bits). The model is then
-            left as it was.
+        ValueError: naming the missing, the extra and the misshapen tensors, 8-bit ones, those without memory (on the
+            meta device) and what is no dense tensor (sparse, quantised); a model that is no decoder, or with weights in
+            another form (four bits, packed). The model is then left as it was.
     """
     given = {name.replace(_COMPILED, ""): tensor for name, tensor in state_dict.items()}
     placed, skipped = _placed(model, _layout(given)), _prediction_layers(given)
@@ -183,10 +183,11 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
     if tied_head := model.config.tie_word_embeddings and head is not None:
         extra.remove("lm_head.weight")
     problems = _listed("missing", sorted(set(pieces) - set(given))) + _listed("extra", extra)
-    bytes_each = {name: tensor.element_size() for name, tensor in given.items()}
-    if eight_bit := [name for name, size in bytes_each.items() if size == 1]:
+    dense = {name: tensor for name, tensor in given.items() if _is_dense(tensor)}
+    if eight_bit := [name for name, tensor in dense.items() if tensor.element_size() == 1]:
         problems = _listed("in 8 bits, to be multiplied out with their scales first", eight_bit)
-    problems += _listed("without memory", [name for name, tensor in given.items() if tensor.is_meta])
+    problems += _listed("without memory", [name for name, tensor in dense.items() if tensor.is_meta])
+    problems += _listed("that are no dense tensors of numbers", sorted(given.keys() - dense))
     if not problems:
         misshapen = [
             f"{name} {tuple(given[name].shape)}, expected {tuple(piece.shape)}"
@@ -230,6 +231,13 @@ def to_hf_state_dict(model: Decoder, layout: str = "stacked") -> dict[str, Tenso
     return out
 
 
+def _is_dense(value: Any) -> bool:
+    """Whether a value can be copied into a parameter, if it has memory."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return not (value.is_quantized or value.is_nested or value.is_complex())
+
+
 _COMPILED = "_orig_mod."  # what torch.compile puts into names
 
 
@@ -246,8 +254,9 @@ def _placed(model: Decoder, layout: str) -> list[tuple[str, _Source, Tensor]]:
     sources, ours = _sources(config, layout), _tensors(model)
     if absent := sorted(set(sources) - set(ours)):
         raise ValueError("model: " + _listed("missing, as in a quantised or wrapped model", absent)[0])
-    if empty := [name for name in sources if ours[name].is_meta]:
-        raise ValueError("model: " + _listed("without memory, expected to_empty() before", empty)[0])
+    if empty := [name for name in sources if ours[name].is_meta or not ours[name].numel()]:
+        what = "without memory, expected to_empty() before, or fast.release() of packed ones"
+        raise ValueError("model: " + _listed(what, empty)[0])
     return [(name, source, ours[name]) for name, source in sources.items()]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import quantize_
@@ -161,6 +161,10 @@ def whole_numbers(state):
     state[Q] = state[Q].to(torch.int8)
 
 
+def made(name, how):
+    return lambda state: state.update({name: how(state[name])})
+
+
 def on_meta(*names):
     return lambda state: state.update({name: state[name].to("meta") for name in names})
 
@@ -177,6 +181,8 @@ BAD = [
     (CONFIG, "stacked", "1 misshapen: model.norm.weight (), expected (16,)", changed("model.norm.weight", ())),
     (CONFIG, "stacked", f"1 without memory: {UP}", on_meta(UP)),
     (TIED, "stacked", f"1 without memory: {EMBED}", on_meta(EMBED)),
+    *[(CONFIG, "stacked", f"1 that are no dense tensors of numbers: {name}", made(name, how))
+      for name, how in ((UP, Tensor.to_sparse), (K, Tensor.numpy), (Q, lambda t: t + 1j), (EMBED, lambda t: None))],
     (CONFIG, "stacked", f"1 in 8 bits, to be multiplied out with their scales first: {Q}", whole_numbers),
     (SPARSE, "apart", f"1 missing: {EXPERT}", without(EXPERT)),
     (SPARSE, "apart", "1 extra: model.layers.2.mlp.experts.4.up_proj.weight",
@@ -205,6 +211,13 @@ def test_misfits_are_named_and_the_model_is_left_as_it_was(config, layout, messa
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def without_experts():
+    """As experts are that were moved into another order."""
+    model = build(MIXTRAL)
+    model.layers[0].mlp.experts.down_proj.data = torch.empty(0)
+    return model
+
+
 class LowRank(nn.Linear):
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -222,7 +235,8 @@ def adapted():
     (quantize_(build(MIXTRAL), 2), "model: .* missing, as in a quantised or wrapped model"),
     (nn.DataParallel(build(CONFIG)), "model: got a DataParallel, expected a Decoder"),
     (nn.Linear(2, 2), "model: got a Linear, expected a Decoder"),
-    (build(CONFIG, device="meta"), r"model: .* without memory, expected to_empty\(\) before: embed_tokens.weight"),
+    (build(CONFIG, device="meta"), r"model: .* without memory, expected to_empty\(\) before, .*: embed_tokens.weight"),
+    (without_experts(), r"model: 1 without memory, .*, or fast\.release\(\) of packed ones: layers\.0\.mlp\.experts"),
 ])  # fmt: skip
 def test_models_in_another_form_are_refused_in_both_directions(model, words):
     for call in (lambda: load_hf_state_dict(model, weights()), lambda: to_hf_state_dict(model)):
