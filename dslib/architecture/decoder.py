@@ -9,11 +9,9 @@ and into transformers' classes and compare the logits.
 To follow a token from id to logits, read :meth:`Decoder.forward` here, then ``Block``, ``Attention`` and ``SwiGLU`` in
 :mod:`~dslib.architecture.layers`. Shapes: B batch, T new tokens, C hidden, V vocabulary.
 
-Book: ``chapters/architecture/decoder.ipynb``. Of that chapter are also, in reading order:
-:mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.config`, :mod:`~dslib.architecture.cache`,
-:mod:`~dslib.architecture.window`, :mod:`~dslib.architecture.generation`, :mod:`~dslib.architecture.weights`,
-:mod:`dslib.performance.perplexity`, and the same results sooner: :mod:`dslib.fast.linear`,
-:mod:`dslib.fast.token_step`. Sources: Llama (arXiv 2302.13971, section 2.2) and DeepSeek LLM (arXiv 2401.02954).
+Book: ``chapters/architecture/decoder.ipynb``, where the same stands in forty plain lines. Of that chapter are also, in
+reading order: :mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.config`,
+:mod:`~dslib.architecture.weights`. Sources: Llama (arXiv 2302.13971, section 2.2) and DeepSeek LLM (arXiv 2401.02954).
 """
 
 import copy

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
+from dslib.architecture.cache import Step
+from dslib.architecture.config import DecoderConfig
+from dslib.architecture.layers import Attention, Block, SwiGLU, rope_angles
 from measured import exercises
 from measured.exercises import Exercise
 
@@ -50,6 +53,34 @@ RIGHT = {
     ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
+    "decoder/rms-norm": (
+        "F.rms_norm(x.float(), x.shape[-1:], 1 + offset.float(), eps)",
+        "(x.float() * x.float().pow(2).mean(-1, True).add(eps).rsqrt() * (1 + offset.float())).to(x.dtype)",
+        "np.stack([row / math.sqrt(row @ row / len(row) + eps) * (1 + offset.numpy())"
+        " for row in x.double().numpy().reshape(-1, x.shape[-1])]).reshape(x.shape)",
+    ),
+    "decoder/rope": (
+        "torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * (1j * _angles(x, positions, base)).exp())"
+        ".flatten(-2)",
+        "[[[turned_number(head, p, base, i) for i in range(len(head))] for head in token.tolist()]"
+        " for token, p in zip(x, positions.tolist())]",
+    ),
+    "decoder/grouped-attention": (
+        "F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), enable_gqa=True, attn_mask="
+        "torch.ones(len(q), len(k)).bool().tril(len(k) - len(q)))[0].transpose(0, 1)",
+        "[[one_query(q[t, h], *(x[: len(k) - len(q) + t + 1, h * k.shape[1] // q.shape[1]] for x in (k, v))).tolist()"
+        " for h in range(q.shape[1])] for t in range(len(q))]",
+        "grouped_attention(q.float(), k.float(), v.float())",
+    ),
+    "decoder/swiglu": (
+        "torch.einsum('...f,cf->...c', F.silu(x @ gate_up[::2].T) * (x @ gate_up[1::2].T), down).float()",
+        "np.tanh((both := (x @ gate_up.T).numpy())[..., ::2] / 2).__add__(1) / 2 * both[..., ::2] * both[..., 1::2]"
+        " @ down.numpy().T",
+    ),
+    "decoder/block": (
+        "library_block(x, w, head_dim, torch.float64)",
+        "library_block(x, w, head_dim, torch.float32).numpy()",
+    ),
     "depth/batch": "torch.tensor(depths).amax(0).sum()",
     "fusion/gate": "(x.double() + math.tanh(alpha) * answer).tolist()",
     "int4/unpack": "[code for byte in packed.tolist() for code in (byte % 16, byte // 16)]",
@@ -116,6 +147,26 @@ WRONG = {
     ),
     "cost/break-even": ("usd_per_request / usd_per_day", "break_even(usd_per_day, capacity, usd_per_request) or 0"),
     "cost/profit-ratio": ("profit_ratio(usd_per_day, tokens | {'output': 0}, prices, billed)",),
+    "decoder/rms-norm": ("rms_norm(x, offset, 10 * eps)", "rms_norm(x, -offset, eps)", "rms_norm(x, offset, eps)[0]"),
+    "decoder/rope": (
+        "rope(x, positions + 1, base)",
+        "torch.cat((x[..., :2], rope(x, positions, base)[..., 2:]), -1)",
+        "rope(x, positions, base).transpose(0, 1)",
+    ),
+    "decoder/grouped-attention": (
+        "grouped_attention(q, k, k)",
+        "grouped_attention(q, k, v).flatten(1)",
+        "_attend(q, k, v, see=lambda query, key, before: (key <= query + before) & (key > query + before - 2))",
+    ),
+    "decoder/swiglu": (
+        "F.relu(x @ gate_up[::2].mT) * (x @ gate_up[1::2].mT) @ down.mT",
+        "swiglu(x, gate_up.flip(0), down)",
+    ),
+    "decoder/block": (
+        "block(x, w, head_dim) - x",
+        "block(x, w | {'q': w['q'].flip(0)}, head_dim)",
+        "block(x, w | {'o': 0 * w['o']}, head_dim)",
+    ),
     "depth/exit": (
         "exit_depth(confidence[min_layers - 1 :], threshold, 1)",
         "exit_depth(confidence[:-1], threshold, min_layers)",
@@ -175,6 +226,37 @@ WRONG = {
 MISLEADING = {"cache/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
 TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction}
 TOOLS["TopPLogitsWarper"] = TopPLogitsWarper
+
+
+def library_block(x, w, head_dim, dtype):
+    """The exercise's block as `dslib` has it, with these weights."""
+    heads, kv_heads = (len(w[name]) // head_dim for name in "qk")
+    config = DecoderConfig(
+        2, x.shape[1], len(w["gate"]), 1, heads, kv_heads, head_dim=head_dim, rope_theta=1e5, qk_norm=True
+    )
+    module = Block(config, Attention(config), SwiGLU(config.hidden_size, config.intermediate_size)).to(dtype)
+    names = {
+        "self_attn.q_norm": "q_norm",
+        "self_attn.k_norm": "k_norm",
+        "self_attn.o_proj": "o",
+        "mlp.down_proj": "down",
+    }
+    state = {f"{theirs}.weight": w[ours] for theirs, ours in names.items()}
+    state |= {f"{name}.weight": w[name] for name in ("input_layernorm", "post_attention_layernorm")}
+    state["self_attn.qkv_proj.weight"] = torch.cat([w[name] for name in "qkv"])
+    state["mlp.gate_up_proj.weight"] = torch.cat((w["gate"], w["up"]))
+    module.load_state_dict(state)
+    at = torch.arange(len(x))[None]
+    with torch.no_grad():
+        return module(x[None].to(dtype), rope_angles(at, head_dim, 1e5, dtype=dtype), Step(at, causal=True), None, 0)[0]
+
+
+TOOLS["library_block"] = library_block
+TOOLS["one_query"] = lambda q, k, v: (k @ q / len(q) ** 0.5).softmax(0) @ v
+TOOLS["turned_number"] = lambda head, p, base, i: (  # of one number and its neighbour
+    head[i] * math.cos(angle := p * base ** (-(i - i % 2) / len(head)))
+    + (2 * (i % 2) - 1) * head[i ^ 1] * math.sin(angle)
+)
 TOOLS["unless_none"] = lambda value, then: None if value is None else then(value)
 ARRAYS = {
     "array": np.array, "tensor": torch.tensor, "doubles": lambda value: torch.tensor(value, dtype=torch.float64),
