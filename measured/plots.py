@@ -43,6 +43,7 @@ METHODS = {
     "window": ("#D55E00", "s", "--"),
     "window with sinks": ("#009E73", "^", "-."),
     "dense": ("#000000", "D", ":"),
+    "transformers, eager": ("#A3497F", "D", "-."),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book
