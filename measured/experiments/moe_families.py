@@ -84,7 +84,7 @@ def words(name: str) -> dict[str, str]:
         choice = "a table, by token id"
     weights = "sum to 1" if rule.get("norm_topk_prob") else "the scores"
     if "routed_scaling_factor" in rule:
-        weights += f", × {rule['routed_scaling_factor']:g}"
+        weights += f", ×\u00a0{rule['routed_scaling_factor']:g}"
     shared = f"{parts['n_shared_experts']} shared" if "n_shared_experts" in parts else ""
     shared += ", with a gate" if "shared_expert_gate" in parts else ""
     shared += ", a limit inside" if "swiglu_limit" in parts else ""

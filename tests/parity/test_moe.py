@@ -58,7 +58,7 @@ def test_the_words_of_a_row_tell_its_arguments_apart():
         assert same.setdefault(tuple(said.values())[1:], (rule, {**parts})) == (rule, parts), name
     assert moe_families.words("DeepSeek-V2") == {
         "model": "DeepSeek-V2", "scores": "softmax", "top k by": "score, in 3 of 8 groups",
-        "weights": "the scores, × 16", "besides": "2 shared",
+        "weights": "the scores, ×\u00a016", "besides": "2 shared",
     }  # fmt: skip
 
 
