@@ -54,6 +54,7 @@ METHODS = {
     "control": ("#8C6D00", "v", "--"),
     "cache": ("#0072B2", "o", "-"),
     "no cache": ("#D55E00", "v", "--"),
+    "transformers, eager": ("#A3497F", "D", "-."),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, Step
 from dslib.architecture.decoder import Decoder, check_ids
+from dslib.architecture.experts import no_autocast
 from dslib.architecture.layers import Attention, Block
-from dslib.architecture.moe import no_autocast
 from dslib.architecture.published import MultiHeadLatentAttention
 from dslib.architecture.sparse_decoder import SparseBlock
 from dslib.architecture.vision.cross_attention import SeeingBlock

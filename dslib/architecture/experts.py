@@ -15,7 +15,8 @@ Book: ``chapters/architecture/moe.ipynb``. Sources: MegaBlocks (arXiv 2211.15841
 SwiGLU (arXiv 2002.05202).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -26,7 +27,7 @@ from dslib.architecture.layers import SwiGLU
 from dslib.check import above, one_of, whole
 
 
-def one_by_one(experts: "Experts", x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def one_by_one(experts: Sequence[Callable], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """What a mixture computes, a token and an expert at a time; :class:`Experts` gives the same, sooner.
 
     (N, H) tokens, (N, k) ids of experts (E for none) and weights -> (N, H).
@@ -34,9 +35,8 @@ def one_by_one(experts: "Experts", x: Tensor, indices: Tensor, weights: Tensor) 
     y = torch.zeros_like(x)
     for token, chosen in enumerate(indices.tolist()):
         for place, expert in enumerate(chosen):
-            if expert < experts.num_experts:
-                inner = swiglu(experts.gate_up_proj[expert] @ x[token], experts.swiglu_limit)  # (I,)
-                y[token] += weights[token, place] * (experts.down_proj[expert] @ inner)  # (H,)
+            if expert < len(experts):
+                y[token] += weights[token, place] * experts[expert](x[token])  # (H,)
     return y
 
 
@@ -61,6 +61,14 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         for parameter in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(parameter, std=0.02)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, expert: int) -> Callable[[Tensor], Tensor]:
+        """One expert by itself, (..., H) -> (..., H)."""
+        gate_up, down = self.gate_up_proj[expert], self.down_proj[expert]
+        return lambda x: F.linear(swiglu(F.linear(x, gate_up), self.swiglu_limit), down)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, way: str | Callable | None = None) -> Tensor:
         """Run each token through its experts and add up what they give, weighted: (N, H) -> (N, H), the dtype of x.
@@ -180,6 +188,12 @@ def count(indices: Tensor, size: int, real: Tensor | None = None) -> Tensor:
         return torch.zeros(size, dtype=torch.int64, device=indices.device).scatter_add_(0, indices, ones)
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"indices: expected 0 to {size - 1} (left out), but {error}") from error
+
+
+def no_autocast(x: Tensor):
+    """A context in which operations on x run in the dtypes that they are given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

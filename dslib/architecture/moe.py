@@ -1,8 +1,7 @@
 """Mixture of experts: a router that chooses a few experts for each token, and the layer around it.
 
-A dense feed-forward layer runs all of its weights on every token. A mixture keeps many smaller feed-forward networks,
-the *experts*, and runs only ``top_k`` of them on a token. The :class:`Router` makes that choice. The rules of published
-models differ in how logits become scores, in what restricts the choice, and in how chosen scores become weights:
+A dense feed-forward layer runs all of its weights on every token. A mixture keeps many smaller networks, the *experts*,
+and runs ``top_k`` of them on a token. :func:`route` is one rule of choice in five lines; :class:`Router` has them all:
 
 ============================  ==============  =====================================  ===============================
 model                         scores          choice                                 weights of the chosen
@@ -19,24 +18,33 @@ DeepSeek-V4                   sqrt(softplus)  top k of score + bias; first layer
 
 Shapes: N tokens, E experts, k experts a token, H hidden size.
 
-Book: ``chapters/architecture/moe.ipynb``. Of that chapter are also, in reading order:
-:mod:`~dslib.architecture.experts`, :mod:`dslib.fast.experts`, :mod:`~dslib.architecture.balance`,
-:mod:`~dslib.architecture.sparse_decoder`. Sources: GShard (arXiv 2006.16668), Mixtral (arXiv 2401.04088), DeepSeekMoE
-(arXiv 2401.06066) for shared experts, DeepSeek-V2 (arXiv 2405.04434, section 2.2), DeepSeek-V3 (arXiv 2412.19437,
-section 2.1.2), Hash Layers (arXiv 2106.04426).
+Book: ``chapters/architecture/moe.ipynb``; then :mod:`~dslib.architecture.experts`, :mod:`dslib.fast.experts`,
+:mod:`~dslib.architecture.balance`, :mod:`~dslib.architecture.sparse_decoder`. Sources: GShard (arXiv 2006.16668),
+Mixtral (arXiv 2401.04088), DeepSeekMoE (arXiv 2401.06066) for shared experts, DeepSeek-V2 (arXiv 2405.04434, section
+2.2), DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), Hash Layers (arXiv 2106.04426).
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dslib.architecture.experts import ClampedSwiGLU, Experts
+from dslib.architecture.experts import ClampedSwiGLU, Experts, no_autocast
 from dslib.architecture.layers import SwiGLU
 from dslib.check import one_of, whole
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The rule of DeepSeek-V3 without its groups and its factor: (N, H), (E, H), (E,) -> ids and weights, (N, k) each.
+
+    The bias takes part in the choice only; the weights of a token sum to 1.
+    """
+    scores = (x @ weight.T).sigmoid()  # (N, E)
+    indices = (scores + bias).topk(top_k, dim=-1).indices  # (N, k)
+    weights = scores.gather(1, indices)  # (N, k), of the scores without the bias
+    return indices, weights / weights.sum(-1, keepdim=True)
 
 
 class MoE(nn.Module):
@@ -221,12 +229,6 @@ class Router(nn.Module):
         return self
 
 
-def no_autocast(x: Tensor):
-    """A context in which operations on x run in the dtypes that they are given."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
 def check_routing(num_experts: int, top_k: int, scoring_func: str, n_group: int, topk_group: int) -> None:
     """Raise a ValueError unless a router can be built with these sizes."""
     whole(1, num_experts=num_experts)
@@ -244,12 +246,9 @@ def check_routing(num_experts: int, top_k: int, scoring_func: str, n_group: int,
         raise ValueError(f"n_group: got {n_group}, expected groups of at least 2 experts (a group's two best count)")
 
 
-NOT_FINITE = (
-    "router logits: NaN or infinite for {} of {} tokens, first at {}; expected finite hidden states and router weights"
-)
+NOT_FINITE = "router logits: NaN or infinite for {} of {} tokens, first at {}; expected finite states and weights"
 CLOSED = (
-    "router: fewer than top_k experts are open to {} of {} tokens, first at {}; expected at least top_k finite entries "
-    "of e_score_correction_bias in the groups that a token may use"
+    "router: fewer than top_k experts are open to {} of {} tokens, first at {}; expected top_k finite biases in reach"
 )
 
 

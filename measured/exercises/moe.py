@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from measured.exercises import exercise, named, normal
@@ -10,99 +11,153 @@ from measured.exercises import exercise, named, normal
 _random = partial(normal, dtype=torch.float64)
 
 
-def _combine_case(experts: int, tokens: int, hidden: int, top_k: int, seed: int) -> dict[str, Tensor]:
-    scores = _random(tokens, experts, seed=seed).softmax(-1)
-    weights, indices = scores.topk(top_k, dim=-1)
-    return {"outputs": _random(experts, tokens, hidden, seed=seed + 1), "indices": indices, "weights": weights}
-
-
 @exercise(
-    "moe/choose",
-    cases=named("logits top_k", (_random(4, 4, seed=0), 2), (_random(3, 8, seed=1), 3), (_random(6, 5, seed=2), 1)),
+    "moe/route",
+    cases=named(
+        "logits bias top_k factor",
+        (_random(4, 4, seed=0), torch.tensor([0.6, -0.6, 0.0, 0.3], dtype=torch.float64), 2, 1.5),
+        (_random(6, 8, seed=1), 0.5 * _random(8, seed=2), 3, 2.5),
+        (_random(3, 5, seed=3), 0.7 * _random(5, seed=4), 1, 1.0),
+    ),
     mistakes="""
-        logits.topk(top_k, dim=0).indices
-            Top-k over the wrong axis: along the first, each expert chooses tokens. A token chooses experts, so the best
-            are taken along its own row.
-        logits.topk(top_k, dim=0).indices.T
-            Top-k over the wrong axis, then turned round: the numbers are still tokens that an expert chose. Take the
-            best along each token's own row.
-        logits.topk(top_k, dim=-1, largest=False).indices
-            Those are the lowest scores of each token. The highest are wanted.
-        logits.topk(top_k, dim=-1).values
-            Those are the scores of the chosen experts. The experts' ids are asked for.
-    """,
-    hint="The row of a token holds a score for each expert; return the ids of the k highest, best first.",
-)
-def choose(logits: Tensor, top_k: int) -> Tensor:
-    """Ids of the ``top_k`` experts of each token, best first: (N, E) -> (N, k)."""
-    return logits.topk(top_k, dim=-1).indices
-
-
-@exercise(
-    "moe/weights",
-    cases=[
-        {
-            "scores": torch.tensor([[0.9, 0.8, 0.1, 0.3], [0.2, 0.3, 0.6, 0.5]], dtype=torch.float64),
-            "bias": torch.tensor([0.0, -0.6, 0.0, 0.2], dtype=torch.float64),
-            "top_k": 2,
-        },
-        {"scores": _random(6, 8, seed=3).sigmoid(), "bias": 0.3 * _random(8, seed=4), "top_k": 3},
-    ],
-    mistakes="""
-        _normalised((scores + bias).topk(top_k, dim=-1).values)
-            The bias is in the weight. It decides who runs and must not change how much they say: take weights from the
-            scores without it.
-        _normalised(scores[:, :top_k])
-            Those are the scores of the first k experts and not of the chosen ones. Gather them by the ids.
-        scores.gather(1, (scores + bias).topk(top_k, dim=-1).indices) / top_k
-            Dividing by k does not make the weights sum to 1. Divide by the sum of the chosen scores.
-        scores.gather(1, (scores + bias).topk(top_k, dim=-1).indices)
-            The right scores, but they do not sum to 1 yet.
-        scores.gather(1, (scores + bias).topk(top_k, dim=-1).indices) / scores.sum(-1, keepdim=True)
-            Divided by the sum over all experts, the chosen weights sum to less than 1. Divide by the sum of the chosen
-            scores.
-        _normalised(scores.topk(top_k, dim=-1).values)
+        factor * _spread(_scores(logits) + bias, _ids(_scores(logits) + bias, top_k))
+            The bias is in the weights. It decides who runs and must not change how much they say: take the weights from
+            the scores without it.
+        factor * _spread(_scores(logits), _ids(_scores(logits), top_k))
             The bias has no effect here. Choose by score plus bias.
+        factor * _spread(logits.sigmoid(), _ids(logits.sigmoid() + bias, top_k))
+            That is V3's sigmoid. V4's score is the square root of the softplus.
+        factor * _spread(F.softplus(logits), _ids(F.softplus(logits) + bias, top_k))
+            The root is missing: the score is the square root of the softplus.
+        factor * _spread(_scores(logits), _ids(_scores(logits) + bias, top_k), False)
+            The right scores in the right places, but a token's weights do not sum to the factor: divide by the sum of
+            the chosen scores first.
+        _spread(_scores(logits), _ids(_scores(logits) + bias, top_k))
+            The weights sum to 1. Multiply them by the factor.
+        route(logits, bias, top_k, factor).gather(1, _ids(_scores(logits) + bias, top_k))
+            The weights are right and packed, (tokens, k). Asked for is one column an expert, 0 where it was not chosen.
+        factor * _spread(_scores(logits).T, _ids((_scores(logits) + bias).T, min(top_k, len(logits)))).T
+            Top-k over the wrong axis: here each expert chooses tokens. Take the best along each token's own row.
     """,
-    hint="Choose by score plus bias, gather the scores of the chosen without the bias, divide by their sum.",
+    hint="Choose by score plus bias; put the chosen scores, without bias and divided by their sum, in their columns.",
 )
-def weigh(scores: Tensor, bias: Tensor, top_k: int) -> Tensor:
-    """Weights of the chosen experts as in V3: (N, E) scores and (E,) bias -> (N, k), each row summing to 1."""
-    indices = (scores + bias).topk(top_k, dim=-1).indices
-    return _normalised(scores.gather(1, indices))
+def route(logits: Tensor, bias: Tensor, top_k: int, factor: float) -> Tensor:
+    """Weights as in DeepSeek-V4, one column an expert: (N, E) logits and (E,) bias -> (N, E), rows sum to factor."""
+    scores = F.softplus(logits).sqrt()
+    indices = (scores + bias).topk(top_k, dim=-1).indices  # (N, k)
+    weights = scores.gather(1, indices)
+    weights = factor * weights / weights.sum(-1, keepdim=True)
+    return torch.zeros_like(scores).scatter(1, indices, weights)
+
+
+def _choices(tokens: int, experts: int, top_k: int, seed: int) -> dict[str, Tensor]:
+    return {"indices": _random(tokens, experts, seed=seed).topk(top_k, dim=-1).indices}
 
 
 @exercise(
-    "moe/combine",
-    cases=[_combine_case(4, 3, 2, 2, seed=5), _combine_case(8, 5, 3, 3, seed=7), _combine_case(6, 4, 2, 2, seed=9)],
+    "moe/places",
+    cases=[_choices(4, 4, 2, seed=5), _choices(7, 3, 2, seed=6), _choices(5, 8, 3, seed=7)],
     mistakes="""
-        _all_experts(outputs, indices, weights)
-            No mask: each token receives the experts that any token chose. Only its own row of ids may count.
-        outputs[indices.unique()].mean(0) * weights.sum(-1, keepdim=True)
-            No mask: you average over all experts that anybody chose. Only a token's own row of ids may count.
-        combine(outputs, indices, weights) / indices.shape[1]
-            Dividing by k: the weights already say how much each expert counts. Add up and leave it at that.
-        combine(outputs, indices, torch.ones_like(weights))
-            The weights are missing: each output is multiplied by its own.
-        combine(outputs, indices, weights.flip(-1))
-            Each weight belongs to the expert at the same place in the row; here they are swapped.
+        indices.flatten().argsort(stable=True).view_as(indices)
+            That is `order`: which pair stands at each row. Asked for is its inverse: at which row each pair stands.
+        indices.flatten().argsort(stable=True).view_as(indices) // indices.shape[1]
+            That is the token of each row. Asked for is the row of each pair.
+        _in_slice(indices)
+            You count from 0 within each expert. An expert's rows begin where those of the experts before it end: add
+            how many rows those have.
+        places(indices.T).T
+            You number all first choices before all second ones. Pairs are counted token by token, as `flatten` does.
+        (-indices).flatten().argsort(stable=True).argsort().view_as(indices)
+            You sort from the last expert to the first. Expert 0 comes first.
+        indices.flatten().bincount()[indices]
+            That is how many rows the expert of each pair has. Asked for is at which row the pair itself stands.
     """,
-    hint="For each token: its chosen experts' outputs, each times its weight, added up.",
+    hint="A pair stands behind all pairs of the experts before its own, and behind earlier pairs of the same expert.",
 )
-def combine(outputs: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Output of the layer, from every expert's output for every token: (E, N, H), (N, k), (N, k) -> (N, H)."""
-    tokens = torch.arange(len(indices)).unsqueeze(1)  # (N, 1)
-    return (outputs[indices, tokens] * weights.unsqueeze(-1)).sum(1)
+def places(indices: Tensor) -> Tensor:
+    """Row of each pair once pairs are sorted by expert, ties in token order: int (N, k) -> int (N, k)."""
+    order = indices.flatten().argsort(stable=True)  # (S,): row -> pair
+    return order.argsort().view_as(indices)  # its inverse: pair -> row
 
 
-def _normalised(weights: Tensor) -> Tensor:
-    return weights / weights.sum(-1, keepdim=True)
+def _layer(tokens: int, experts: int, hidden: int, top_k: int, seed: int) -> dict:
+    shapes = {"x": (tokens, hidden), "gate": (experts, hidden), "experts": (experts, hidden, hidden)}
+    made = {name: _random(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
+    return made | {"top_k": top_k}
 
 
-def _all_experts(outputs: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Each choice's column of weights on all tokens, and the expert of every row: the article's loop, mended to run."""
-    total = torch.zeros_like(outputs[0])
-    for row in indices:
-        for place, expert in enumerate(row.tolist()):
-            total += outputs[expert] * weights[:, place].unsqueeze(-1)
-    return total
+@exercise(
+    "moe/repair",
+    cases=[_layer(5, 4, 3, 2, seed=10), _layer(4, 6, 2, 3, seed=20), _layer(6, 8, 3, 2, seed=30)],
+    mistakes="""
+        _apply(x, experts, _gate(x, gate) * _anybody(x, gate, top_k))
+            No mask: a token receives every expert that any token chose, each with its whole column of scores. Only the
+            experts in a token's own row may reach it.
+        _apply(x, experts, _normed(_gate(x, gate) * _anybody(x, gate, top_k)))
+            No mask: a token receives every expert that any token chose. Normalising hides it, and does not cure it.
+        repair(x, gate, experts, top_k) / top_k
+            The division is still there. The weights already say how much each expert counts.
+        _apply(x, experts, _own(x, gate, top_k))
+            Gate, loop and mask are right. The weights are the bare scores, which sum to less than 1: divide them by
+            the sum of the chosen ones.
+        _apply(x, experts, _own(x, gate, top_k)) / top_k
+            Gate, loop and mask are right. The last line is as it was: bare scores, which sum to less than 1, and then
+            halved.
+        _apply(x, experts, (_own(x, gate, top_k) > 0) / top_k)
+            A plain mean of the chosen experts: the scores of the gate no longer say how much each counts.
+        _apply(x, experts, _spread(_gate(x, gate), _ids(_gate(x, gate)[:1], top_k).expand(len(x), top_k)))
+            All tokens go to the experts that the first token chose. Each row of ids is of one token.
+    """,
+    hint="For each token: the k best of its scores, divided by their sum, times what those experts make of this token.",
+)
+def repair(x: Tensor, gate: Tensor, experts: Tensor, top_k: int) -> Tensor:
+    """The article's router, repaired: (N, H), (E, H) and one matrix an expert, (E, H, H) -> (N, H)."""
+    weights, indices = (x @ gate.T).softmax(-1).topk(top_k, dim=-1)  # (N, k)
+    weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for e, expert in enumerate(experts):
+        token, place = (indices == e).nonzero(as_tuple=True)  # who chose it, and as which choice
+        y.index_add_(0, token, weights[token, place, None] * (x[token] @ expert))
+    return y
+
+
+def _scores(logits: Tensor) -> Tensor:
+    return F.softplus(logits).sqrt()
+
+
+def _ids(scores: Tensor, top_k: int) -> Tensor:
+    return scores.topk(top_k, dim=-1).indices
+
+
+def _spread(scores: Tensor, indices: Tensor, normed: bool = True) -> Tensor:
+    """Scores of the chosen in their columns, 0 elsewhere: (N, E), (N, k) -> (N, E)."""
+    table = torch.zeros_like(scores).scatter(1, indices, scores.gather(1, indices))
+    return _normed(table) if normed else table
+
+
+def _normed(table: Tensor) -> Tensor:
+    return table / table.sum(-1, keepdim=True)
+
+
+def _in_slice(indices: Tensor) -> Tensor:
+    """How many pairs of the same expert come before each pair."""
+    flat = indices.flatten()
+    return (flat[:, None] == flat).tril(-1).sum(1).view_as(indices)
+
+
+def _gate(x: Tensor, gate: Tensor) -> Tensor:
+    return (x @ gate.T).softmax(-1)
+
+
+def _own(x: Tensor, gate: Tensor, top_k: int) -> Tensor:
+    return _spread(_gate(x, gate), _ids(_gate(x, gate), top_k), False)
+
+
+def _anybody(x: Tensor, gate: Tensor, top_k: int) -> Tensor:
+    """Which experts any token chose, as a row of ones and zeros."""
+    return (_own(x, gate, top_k) > 0).any(0)
+
+
+def _apply(x: Tensor, experts: Tensor, table: Tensor) -> Tensor:
+    """Every expert on every token, times a table of weights, (N, E)."""
+    return torch.einsum("ne,nh,ehj->nj", table.to(x), x, experts)

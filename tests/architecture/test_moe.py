@@ -11,7 +11,7 @@ from torch import nn
 
 from dslib import fast
 from dslib.architecture.balance import CapacityRouter, update_bias
-from dslib.architecture.moe import SCORES, MoE, Router
+from dslib.architecture.moe import SCORES, MoE, Router, route
 
 
 def router(experts, top_k=2, bias=None, **rule):
@@ -57,6 +57,14 @@ RULES = {
         [0.0] * 4, {**SIGMOID, "bias": [0.0, 0.0, 0.1, 0.1], "n_group": 2, "topk_group": 1}, [2, 3], [0.5, 0.5]
     ),
 }  # fmt: skip
+
+
+def test_the_plain_rule_is_the_router_s():
+    made = layer(top_k=3, scoring_func="sigmoid", selection_bias=True).router
+    made.e_score_correction_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1]))
+    indices, weights = route(tokens(50), made.weight, made.e_score_correction_bias, 3)
+    routing = made(tokens(50))
+    assert torch.equal(indices, routing.indices) and torch.allclose(weights, routing.weights, atol=1e-6)
 
 
 @pytest.mark.parametrize("logits, rule, chosen, weights", RULES.values(), ids=RULES)

@@ -84,9 +84,24 @@ RIGHT = {
     "depth/batch": "torch.tensor(depths).amax(0).sum()",
     "fusion/gate": "(x.double() + math.tanh(alpha) * answer).tolist()",
     "int4/unpack": "[code for byte in packed.tolist() for code in (byte % 16, byte // 16)]",
-    "moe/choose": "logits.argsort(descending=True, stable=True)[:, :top_k].int()",
-    "moe/weights": "weigh(scores.flip(1), bias.flip(0), top_k).float()",
-    "moe/combine": "[sum(w * outputs[e, t] for e, w in zip(indices[t], weights[t])) for t in range(len(indices))]",
+    "moe/route": (
+        "(lambda s, r: factor * s * r / (s * r).sum(1, keepdim=True))"
+        "(_scores(logits), (_scores(logits) + bias).argsort(1, descending=True).argsort(1) < top_k)",
+        "[[factor * s / sum(row[j] for j in best) if i in best else 0.0 for i, s in enumerate(row)] for row, best in"
+        " ((row, sorted(range(len(bias)), key=lambda i: -row[i] - bias[i])[:top_k])"
+        " for row in np.sqrt(np.logaddexp(0, logits.numpy())))]",
+    ),
+    "moe/places": (
+        "np.argsort(np.argsort(indices.numpy().ravel(), kind='stable')).reshape(indices.shape)",
+        "(indices.flatten()[:, None] > indices.flatten()).sum(1).view_as(indices).int() + _in_slice(indices)",
+        "torch.empty(indices.numel()).scatter(0, indices.flatten().argsort(stable=True), torch.arange("
+        "indices.numel() * 1.0)).view_as(indices)",
+    ),
+    "moe/repair": (
+        "torch.stack([((x[n] @ gate.T)[ids].softmax(0)[:, None] * (x[n] @ experts[ids])).sum(0)"
+        " for n, ids in enumerate((x @ gate.T).topk(top_k).indices)]).float()",
+        "np.einsum('ne,nh,ehj->nj', _normed(_own(x, gate, top_k)), x, experts)",
+    ),
     "multimodal/resized": "[side * shorter // min(width, height) for side in (width, height)]",
     "multimodal/recall": "np.mean([i in row.argsort(descending=True)[:k] for i, row in enumerate(scores)])",
     "published/tokens-a-pass": "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)",
@@ -179,13 +194,18 @@ WRONG = {
     "int4/encode": ("encode(groups.abs())", "15 - encode(groups)", "_between(groups, -groups.amax(), groups.amax())"),
     "int4/unpack": ("unpack(packed).view(-1, 2)", "packed & 15"),
     "int4/bytes": ("rows * columns // 2 + columns * (rows // group_size) * 4",),
-    "moe/choose": ("logits.topk(top_k + 1).indices", "logits.topk(top_k).indices.flip(-1)"),
-    "moe/weights": (
-        "scores.gather(1, (scores + bias).topk(top_k).indices).softmax(-1)",
-        "weigh(scores, -bias, top_k)",
-        "weigh(scores.add_(0.1), bias, top_k)",
+    "moe/route": (
+        "route(logits, -bias, top_k, factor)",
+        "route(logits, bias, top_k, factor).softmax(-1)",
+        "route(logits.add_(0.1), bias, top_k, factor)",
     ),
-    "moe/combine": ("combine(outputs, indices[:, :1], weights[:, :1])", "(outputs * weights.sum(-1)[:, None]).sum(0)"),
+    "moe/places": ("places(indices) + 1", "places(indices.flip(1))", "torch.argsort(indices, 0)"),
+    "moe/repair": (
+        "repair(x, gate, experts, top_k - 1)",
+        "repair(x, gate, experts.mT, top_k)",
+        "repair(gate, x, experts, top_k)",
+        "repair(x, gate, experts.mean(0).expand_as(experts), top_k)",
+    ),
     "multimodal/resized": (
         "tuple(round(side * shorter / min(width, height)) for side in (width, height))",
         "(shorter * width // height, shorter)",

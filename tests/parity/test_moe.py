@@ -1,14 +1,8 @@
-"""The routers of published models: which arguments give them, held against transformers' block of each family.
-
-``ROUTERS`` is the table: each row is compared in the experts chosen, outputs and gradients, with the published numbers
-of groups and a factor at a tiny size. ``NOT_EXPRESSED`` names rules that no arguments give, and why.
-"""
-
-import importlib
+"""Every row of the table of routers (``measured/experiments/moe_families.py``, shown on the page) is held here against
+transformers' block of that family: the experts chosen, outputs and gradients, at a tiny size."""
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
@@ -16,132 +10,11 @@ from dslib import fast
 from dslib.architecture.moe import MoE, Router
 from dslib.architecture.weights.checkpoint import decoder_from_hf
 from dslib.architecture.weights.config import config_from_hf
+from measured.experiments import moe_families
+from measured.experiments.moe_families import NOT_EXPRESSED, ROUTERS, VOCAB, E, H, I, K, as_ours, pair, run, tokens
 from measured.experiments.moe_speed import implementations
 
-H, I, E, K, VOCAB = 32, 24, 16, 4, 50  # noqa: E741
-PLAIN, NORMED = {}, {"norm_topk_prob": True}
-SIGMOID = {"scoring_func": "sigmoid", "norm_topk_prob": True, "selection_bias": True}
-V4 = {"scoring_func": "sqrtsoftplus", "norm_topk_prob": True, "routed_scaling_factor": 1.5}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-# name -> model_type, transformers' block, arguments of Router, arguments of MoE, what the tiny configuration needs
-ROUTERS = {
-    "Mixtral": ("mixtral", "MixtralSparseMoeBlock", NORMED, {}, {"intermediate_size": I}),
-    "Granite MoE": ("granitemoe", "GraniteMoeMoE", NORMED, {}, {"intermediate_size": I}),
-    "DBRX": ("dbrx", "DbrxFFN", NORMED, {}, {}),
-    "OLMoE": ("olmoe", "OlmoeSparseMoeBlock", PLAIN, {}, {"intermediate_size": I}),
-    "Qwen2-MoE": (
-        "qwen2_moe", "Qwen2MoeSparseMoeBlock", PLAIN, {"n_shared_experts": 4, "shared_expert_gate": True},
-        {"shared_expert_intermediate_size": 4 * I},
-    ),
-    "Qwen3-MoE": ("qwen3_moe", "Qwen3MoeSparseMoeBlock", NORMED, {}, {}),
-    "Qwen3-Next": (
-        "qwen3_next", "Qwen3NextSparseMoeBlock", NORMED, {"n_shared_experts": 1, "shared_expert_gate": True},
-        {"shared_expert_intermediate_size": I},
-    ),
-    "ERNIE 4.5": (
-        "ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock", {**NORMED, "selection_bias": True}, {"n_shared_experts": 2},
-        {"moe_num_experts": E, "moe_k": K, "moe_num_shared_experts": 2},
-    ),
-    "DeepSeek-V2-Lite": ("deepseek_v2", "DeepseekV2Moe", PLAIN, {"n_shared_experts": 2}, {"topk_method": "greedy"}),
-    "DeepSeek-V2": (
-        "deepseek_v2", "DeepseekV2Moe", {"n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0},
-        {"n_shared_experts": 2}, {"topk_method": "group_limited_greedy"},
-    ),
-    "DeepSeek-V3": (
-        "deepseek_v3", "DeepseekV3MoE", {**SIGMOID, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5},
-        {"n_shared_experts": 1}, {},
-    ),
-    "DeepSeek-V3.2": (
-        "deepseek_v32", "DeepseekV32MoE", {**SIGMOID, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5},
-        {"n_shared_experts": 1}, {},
-    ),
-    "GLM-4 MoE": ("glm4_moe", "Glm4MoeMoE", {**SIGMOID, "routed_scaling_factor": 2.5}, {"n_shared_experts": 1}, {}),
-    "dots.llm1": ("dots1", "Dots1MoE", {**SIGMOID, "routed_scaling_factor": 2.5}, {"n_shared_experts": 2}, {}),
-    "MiniMax-M2": ("minimax_m2", "MiniMaxM2SparseMoeBlock", SIGMOID, {}, {"intermediate_size": I}),
-    "LFM2 MoE": ("lfm2_moe", "Lfm2MoeSparseMoeBlock", {**SIGMOID, "routed_scaling_factor": 2.5}, {}, {}),
-    "DeepSeek-V4": (
-        "deepseek_v4", "DeepseekV4SparseMoeBlock", {**V4, "selection_bias": True},
-        {"n_shared_experts": 1, "swiglu_limit": 0.4}, {"mlp_layer_types": ["moe"]},
-    ),
-    "DeepSeek-V4, first layers": (
-        "deepseek_v4", "DeepseekV4SparseMoeBlock", {**V4, "hash_vocab_size": VOCAB},
-        {"n_shared_experts": 1, "swiglu_limit": 0.4}, {"mlp_layer_types": ["hash_moe"]},
-    ),
-}  # fmt: skip
-NOT_EXPRESSED = {
-    "phimoe": "two draws one after the other (SparseMixer): each a softmax over the logits near the best one left",
-    "gpt_oss": "biases in router and experts, and another function inside: (up + 1) x gate x sigmoid(1.702 gate)",
-    "llama4": "the token is multiplied by the sigmoid before the expert, not the expert's output after it",
-}
 EACH = pytest.mark.parametrize("name", ROUTERS)
-
-
-def theirs_of(name, implementation="eager"):
-    family, block, rule, parts, needs = ROUTERS[name]
-    fields = {
-        "vocab_size": VOCAB, "hidden_size": H, "num_hidden_layers": 1, "moe_intermediate_size": I, **HEADS,
-        "num_experts": E, "num_local_experts": E, "n_routed_experts": E, "num_experts_per_tok": K,
-        "n_shared_experts": parts.get("n_shared_experts", 0), "norm_topk_prob": False, **rule, **parts, **needs,
-    }  # fmt: skip
-    if family == "dbrx":
-        sizes = {"hidden_size": H, "ffn_hidden_size": I, "moe_num_experts": E, "moe_top_k": K}
-        fields = {"d_model": H, "ffn_config": sizes}
-    config = AutoConfig.for_model(family, **fields)
-    config._experts_implementation = implementation
-    made = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), block)
-    return made(config, 0) if family == "deepseek_v4" else made(config)
-
-
-def as_ours(tensors):
-    """Theirs by our names: weights, buffers or gradients of a block."""
-    named = {}
-    for name, tensor in tensors.items():
-        if name.endswith(("gate.weight", "router.weight", "router.layer.weight")) and "shared" not in name:
-            named["router.weight"] = tensor
-        elif name.endswith(("e_score_correction_bias", "expert_bias")):
-            named["router.e_score_correction_bias"] = tensor.flatten()
-        elif name.endswith("tid2eid"):
-            named["router.tid2eid"] = tensor
-        elif ".mlp." in name:  # DBRX: all experts' rows in one matrix
-            named[name.rpartition(".")[2]] = tensor.view(E, I, H)
-        else:
-            named[name.replace("shared_expert.", "shared_experts.")] = tensor
-    if "v1" in named:
-        named["experts.gate_up_proj"] = torch.cat((named.pop("w1"), named.pop("v1")), dim=1)
-        named["experts.down_proj"] = named.pop("w2").transpose(1, 2)
-    if "shared_experts.gate_proj.weight" in named:
-        both = [named.pop(f"shared_experts.{part}_proj.weight") for part in ("gate", "up")]
-        named["shared_experts.gate_up_proj.weight"] = torch.cat(both)
-    return named
-
-
-def pair(name, implementation="eager", seed=0):
-    """Ours and theirs with the same random weights."""
-    torch.manual_seed(seed)
-    theirs = theirs_of(name, implementation)
-    ours = MoE(H, I, Router(H, E, K, **ROUTERS[name][2]), **ROUTERS[name][3])
-    for key, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
-        if key.endswith("tid2eid"):
-            tensor.copy_(ours.router.tid2eid)
-        else:
-            nn.init.normal_(tensor, std=0.3)
-    ours.load_state_dict(as_ours(theirs.state_dict()))
-    return ours, theirs
-
-
-def tokens(batch=2, length=20, seed=1):
-    return torch.randn(batch, length, H, generator=torch.Generator().manual_seed(seed))
-
-
-def run(block, x):
-    """(output, chosen experts, one sorted row a token), with ids for tables."""
-    ids, chosen = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) % VOCAB, []
-    if isinstance(block, MoE):
-        return block(x, ids), block.last_routing.indices.sort(-1).values
-    handle = block.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
-    y = block(x, ids) if getattr(block, "is_hash", False) else block(x)
-    handle.remove()
-    return y, chosen[0].reshape(-1, K).sort(-1).values
 
 
 def close(got, wanted):
@@ -167,6 +40,26 @@ def test_same_experts_same_output_same_gradients(name, training):
     for key, gradient in wanted.items():
         assert gradient.abs().max() > 1e-3
         close(got[key], gradient)
+
+
+def test_the_page_s_check_agrees_and_can_fail(monkeypatch):
+    assert moe_families.agree("DeepSeek-V3")
+    ours, theirs = pair("DeepSeek-V3")
+    with torch.no_grad():
+        ours.router.e_score_correction_bias[0] += 10
+    monkeypatch.setattr(moe_families, "pair", lambda name: (ours, theirs))
+    assert not moe_families.agree("DeepSeek-V3")
+
+
+def test_the_words_of_a_row_tell_its_arguments_apart():
+    same = {}
+    for name, (_, _, rule, parts, _) in ROUTERS.items():
+        said = moe_families.words(name)
+        assert same.setdefault(tuple(said.values())[1:], (rule, {**parts})) == (rule, parts), name
+    assert moe_families.words("DeepSeek-V2") == {
+        "model": "DeepSeek-V2", "scores": "softmax", "top k by": "score, in 3 of 8 groups",
+        "weights": "the scores, ×\u00a016", "besides": "2 shared",
+    }  # fmt: skip
 
 
 @EACH
