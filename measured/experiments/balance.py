@@ -81,13 +81,14 @@ def balance_runs(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """:func:`train_gate` for several of ``ARMS``: the same first weights and the same batches, those of ``seed``.
 
-    Raises ValueError for an unknown arm.
+    ``trace`` is thinned to some 25 steps. Raises ValueError for an unknown arm.
     """
     if unknown := sorted(set(arms) - set(ARMS)):
         raise ValueError(f"arms: got {unknown[0]!r}, expected some of {', '.join(map(repr, ARMS))}")
     sizes = {"hidden_size": hidden_size, "layers": layers, "batch_size": batch_size, "length": length}
     settings = sizes | {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    return {arm: train_gate(ARMS[arm], **settings) for arm in arms}
+    runs = {arm: train_gate(ARMS[arm], **settings) for arm in arms}
+    return {arm: run | {"trace": run["trace"][:: max(1, steps // 25)]} for arm, run in runs.items()}
 
 
 def bigram_loss(extra: float = 0.1) -> float:

@@ -15,8 +15,8 @@ from dslib.architecture import decoder
 from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
 from measured import probes, provenance, record, recordings
-from measured.experiments import balance, decoder as decoder_runs
-from measured.experiments import moe_speed, speed, training_precision
+from measured.experiments import balance, moe_speed, speed, training_precision
+from measured.experiments import decoder as decoder_runs
 
 
 def test_bytes_a_token_reads():
