@@ -29,6 +29,27 @@ RIGHT = {
     "accuracy/interval": "[max(0.0, end) for end in interval(right, n)]",
     "accuracy/choose": "np.argmax([np.mean(logs) for logs in token_logs])",
     "accuracy/letter": "torch.tensor([logits[vocabulary[' ' + x]] for x in 'ABCD']).argmax()",
+    "balance/bias-update": (
+        "torch.stack([b + speed * (n.float().mean() - n).sign() for b, n in zip(bias, (torch.stack([(layer[mask] == e)"
+        ".sum() for e in range(len(bias[0]))]) for layer in indices))])",
+        "(bias.numpy() + speed * np.sign(mask.sum().item() * indices.shape[2] / bias.shape[1] - np.array([np.bincount("
+        "layer[mask].numpy().ravel(), minlength=bias.shape[1]) for layer in indices]))).tolist()",
+    ),
+    "balance/sequence-loss": (
+        "np.mean([sequence_loss(s[m][None], m[m][None], top_k) for s, m in zip(scores, mask)])",
+        "torch.stack([(torch.bincount(s[m].topk(top_k).indices.flatten(), minlength=s.shape[1]) * s.shape[1] / top_k /"
+        "m.sum() * (s[m] / s[m].sum(1)[:, None]).mean(0)).sum() for s, m in zip(scores, mask)]).mean()",
+    ),
+    "balance/free-alpha": (
+        "tuple(a for a, run, v in zip(alphas, losses, max_vio) if free([a], [run], base, [v], limit, margin))",
+        "np.array(alphas)[(np.array(max_vio) <= limit) & np.array([_highest(run, base) < margin for run in losses])]",
+    ),
+    "balance/served": (
+        "torch.tensor(served(indices, num_experts, capacity_factor))",
+        "(lambda hot, room: ((hot.cumsum(0) * hot).sum(1) <= room).view(indices.shape[1], -1).sum(0))"
+        "(torch.nn.functional.one_hot(indices.T.flatten(), num_experts),"
+        "int(capacity_factor * indices.numel() / num_experts + 1e-9))",
+    ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
     "depth/batch": "torch.tensor(depths).amax(0).sum()",
@@ -49,6 +70,23 @@ WRONG = {
     "accuracy/paired": ("difference(a, [0] * len(a))", "abs(difference(a, b)[0])"),
     "accuracy/choose": ("max(map(np.mean, token_logs))", "_best(token_logs, min)", "_best(token_logs, len)"),
     "accuracy/letter": ("np.argmax(logits[4:8])", "np.argmax(logits)", "'ABCD'[letter(logits, vocabulary)]"),
+    "balance/bias-update": ("new_bias(bias, indices, mask, 2 * speed)", "new_bias(bias, indices, ~mask, speed)"),
+    "balance/sequence-loss": (
+        "sequence_loss(scores, mask, top_k - 1)",
+        "sequence_loss(scores.softmax(-1), mask, top_k)",
+        "round(sequence_loss(scores, mask, top_k))",
+    ),
+    "balance/free-alpha": (
+        "alphas",
+        "free(alphas, losses, base, max_vio, 2 * limit, margin)",
+        "free(alphas, losses, base, max_vio, limit, 10 * margin)",
+        "[alphas[i] for i in np.argsort(max_vio)[:2]]",
+    ),
+    "balance/served": (
+        "served(indices[:, :1], num_experts, capacity_factor)",
+        "served(indices, num_experts, 2 * capacity_factor)",
+        "[indices.shape[1]] * len(indices)",
+    ),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
     "cost/replicas": (
         "math.ceil(math.ceil(requests_per_day / 86_400 * peak * seconds) / utilisation) + redundancy",
