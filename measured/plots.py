@@ -55,6 +55,10 @@ METHODS = {
     "cache": ("#0072B2", "o", "-"),
     "no cache": ("#D55E00", "v", "--"),
     "transformers, eager": ("#A3497F", "D", "-."),
+    "no cure": ("#000000", "D", ":"),
+    "Switch loss": ("#D55E00", "s", "--"),
+    "sequence-wise loss": ("#009E73", "^", "-."),
+    "bias": ("#0072B2", "o", "-"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -37,10 +37,11 @@ from measured import provenance, recordings
 ROOF, GAP = "measured.probes:roof_figures", "measured.probes:launch_gap"
 DECODE, WINDOW = "measured.experiments.decoder:decode_speed", "measured.experiments.decoder:window_speed"
 MACHINE, EXPERTS = "measured.experiments.speed:machine_speed", "measured.experiments.moe_speed:moe_grid"
-DESIGNS = "measured.experiments.moe:train_designs"
+DESIGNS, BALANCE = "measured.experiments.moe:train_designs", "measured.experiments.balance"
 
 STEP = "measured.experiments.training_precision:training_step"
 CALLS, COMPILED = ["calls", "graph"], ["calls", "graph", "compiled graph"]
+LITE = {"hidden_size": 2048, "inner": 1408, "num_experts": 64, "top_k": 6}
 CURVE = {"name": "V1", "batches": [1, 2, 4, 8, 16, 32, 64, 128, 256], "prompts": [], "ways": ["graph"]}
 
 # What the GPU cells of the chapters ask for, the most wanted first; tests hold the two together.
@@ -59,6 +60,7 @@ GPU_CALLS = (
     (EXPERTS, {"dtype": "bfloat16", "rounds": 7}),  # 7: another call than the one recorded on CPUs
     (MACHINE, {**CURVE, "weights": "int4"}),
     (MACHINE, {"name": "V1", "dtype": "float16", "ways": CALLS}),
+    (f"{BALANCE}:load_cost", {**LITE, "tokens": 8192, "dtype": "bfloat16", "loads": [0.0, 1.0, 3.0, 9.0]}),
 )
 SMALL = {
     "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,
@@ -86,6 +88,7 @@ LAYOUTS = ("mmlu", "no header", "in brackets", "no space", "chat", "text, listed
 BRIEF = {"dtype": "bfloat16"}
 LM_EVAL = "measured.experiments.accuracy:against_lm_eval"
 RUN, SPEED = "measured.experiments.fusion_evaluation:vision_run", "measured.experiments.fusion_speed"
+BALANCE_CALLS = tuple((f"{BALANCE}:balance_runs", {"seed": seed}) for seed in range(7))
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
 FOUR_BITS = "measured.experiments.int4_speed"
 QUALITY = "measured.experiments.int4"
@@ -99,6 +102,10 @@ QUALITY_CALLS = (
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
     (DESIGNS, {**TINY, "designs": ["no cure", "bias", "63, top 7, 1 shared", "dense, active size"], "batch_size": 2}),
+    (
+        f"{BALANCE}:balance_runs",
+        {"arms": ["switch 0.1", "sequence 0.1", "bias 0.005", "softmax"], "steps": 3, "hidden_size": 16, "length": 16},
+    ),
     ("measured.experiments.depth:exit_runs", {**TINY, "min_layers": 1}),
     (ISOLATION, {**TINY, "seed_steps": 2, "mix_steps": 2, "batch_size": 3}),
     (PRECISION, {**TINY, "arms": ["float32", "bfloat16"], "batch_size": 2}),
@@ -119,6 +126,8 @@ PARTS = {
         (DESIGNS, {**LARGER, "seeds": 5, "learning_rate": 1.5e-3}),
         (DESIGNS, {**LARGER, "seeds": 3, "learning_rate": 3e-3, "designs": HASTY}),
     ),
+    "balance": BALANCE_CALLS,
+    **{f"balance-{seed}": (call,) for seed, call in enumerate(BALANCE_CALLS)},
     "depth": (("measured.experiments.depth:exit_runs", {"seeds": 3}),),
     "isolation-rates": tuple(
         (ISOLATION, {**LATE, "learning_rate": r, "seeds": 2, "seed": 100}) for r in (1e-3, 2e-3, 4e-3)

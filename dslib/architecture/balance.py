@@ -2,14 +2,19 @@
 
 Left alone, a router may send ever more tokens to the experts that were a little better at the start, because only those
 get gradients. There are two kinds of cure. A *loss* pulls the scores of busy experts down, with a gradient that also
-disturbs what the model learns. The *bias* of DeepSeek-V3 only changes who is chosen, by a rule outside the gradient.
+moves what the model learns. The *bias* of DeepSeek-V3 only changes who is chosen, by a rule outside the gradient::
+
+    f, P = load / tokens, scores.mean(0)                    # (E,) each: who was chosen, and how much they are liked
+    loss = loss + alpha * E * (f * P).sum()                 # Switch: over the batch
+    loss = loss + alpha * E / k * (f * P).sum()             # V3: the same within each sequence, then the mean
+    bias = bias + speed * (load.mean() - load).sign()       # V3: after the step; the gate chooses by scores + bias
 
 Shapes: N tokens, E experts, k experts a token, B sequences. A ``mask`` is bool with one entry a token, True where the
 token is real; padding then counts for nothing. The losses are for one layer and have no weight in front.
 
-Book: ``chapters/architecture/moe.ipynb``. Sources: GShard (arXiv 2006.16668, section 2.2), Switch (arXiv 2101.03961,
-eq. 4 to 6), ST-MoE (arXiv 2202.08906, eq. 5), loss-free balancing (arXiv 2408.15664), DeepSeek-V3 (arXiv 2412.19437,
-eq. 16 to 20).
+Book: ``chapters/architecture/balance.ipynb``. Sources: GShard (arXiv 2006.16668, section 2.2), Switch (arXiv
+2101.03961, eq. 4 to 6), ST-MoE (arXiv 2202.08906, eq. 5), loss-free balancing (arXiv 2408.15664), DeepSeek-V3 (arXiv
+2412.19437, eq. 16 to 20).
 """
 
 import dataclasses
@@ -80,13 +85,9 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 def update_bias(router: Router, load: Tensor, speed: float) -> None:
     """Move the selection bias of every expert by ``speed``: up if it had less than the mean load, down if more.
 
-    Call it after each optimiser step with the load of the whole batch, (E,). Published speed: 0.001.
-
-    ``fit(accumulate=k)`` runs a batch in k parts, and ``last_routing`` is that of the last. To have the load of all,
-    add up ``expert_load(layer.last_routing.indices, E)`` in ``loss``, which is called for every part, and use and clear
-    the sum in ``after_step``. A layer does not count by itself, because it cannot know which calls make a step (a
-    validation in between, a part that is run again), and a wrong count would be worse than a sample: the last part is a
-    fair one, and only the sign of each difference matters.
+    Call it after each optimiser step with the load of the whole batch, (E,). Published speed: 0.001. With
+    ``fit(accumulate=k)``, ``last_routing`` is that of the last part: a fair sample, and only the sign counts. To have
+    the load of all parts, add up ``expert_load(…)`` in ``loss``, and use and clear the sum in ``after_step``.
 
     Raises:
         ValueError: no selection bias, another number of experts, a load or a speed that is no number or below 0.

@@ -15,8 +15,8 @@ from dslib.architecture import decoder
 from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
 from measured import probes, provenance, record, recordings
+from measured.experiments import balance, moe_speed, speed, training_precision
 from measured.experiments import decoder as decoder_runs
-from measured.experiments import moe_speed, speed, training_precision
 
 
 def test_bytes_a_token_reads():
@@ -113,6 +113,7 @@ def gpu_calls():
     """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
     modules = {"probes": probes, "moe_speed": moe_speed, "precision": training_precision}
     pages = {
+        "balance": {"lab": balance},
         "decoder": {"lab": decoder_runs},
         "speed": {"lab": speed},
     }  # `lab` is the experiments of the page's chapter

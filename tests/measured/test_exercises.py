@@ -33,6 +33,27 @@ RIGHT = {
     "accuracy/interval": "[max(0.0, end) for end in interval(right, n)]",
     "accuracy/choose": "np.argmax([np.mean(logs) for logs in token_logs])",
     "accuracy/letter": "torch.tensor([logits[vocabulary[' ' + x]] for x in 'ABCD']).argmax()",
+    "balance/bias-update": (
+        "torch.stack([b + speed * (n.float().mean() - n).sign() for b, n in zip(bias, (torch.stack([(layer[mask] == e)"
+        ".sum() for e in range(len(bias[0]))]) for layer in indices))])",
+        "(bias.numpy() + speed * np.sign(mask.sum().item() * indices.shape[2] / bias.shape[1] - np.array([np.bincount("
+        "layer[mask].numpy().ravel(), minlength=bias.shape[1]) for layer in indices]))).tolist()",
+    ),
+    "balance/sequence-loss": (
+        "np.mean([sequence_loss(s[m][None], m[m][None], top_k) for s, m in zip(scores, mask)])",
+        "torch.stack([(torch.bincount(s[m].topk(top_k).indices.flatten(), minlength=s.shape[1]) * s.shape[1] / top_k /"
+        "m.sum() * (s[m] / s[m].sum(1)[:, None]).mean(0)).sum() for s, m in zip(scores, mask)]).mean()",
+    ),
+    "balance/free-alpha": (
+        "tuple(a for a, run, v in zip(alphas, losses, max_vio) if free([a], [run], base, [v], limit, margin))",
+        "np.array(alphas)[(np.array(max_vio) <= limit) & np.array([_highest(run, base) < margin for run in losses])]",
+    ),
+    "balance/served": (
+        "torch.tensor(served(indices, num_experts, capacity_factor))",
+        "(lambda hot, room: ((hot.cumsum(0) * hot).sum(1) <= room).view(indices.shape[1], -1).sum(0))"
+        "(torch.nn.functional.one_hot(indices.T.flatten(), num_experts),"
+        "int(capacity_factor * indices.numel() / num_experts + 1e-9))",
+    ),
     "cache/piece": (
         "torch.nn.functional.scaled_dot_product_attention(rotate(q.double(), len(held_k) + torch.arange(len(q))),"
         " torch.cat((held_k, rotate(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
@@ -138,6 +159,23 @@ WRONG = {
         "_best(token_logs, lambda logs: -np.linalg.norm(logs) / len(logs) ** 0.5)",
     ),
     "accuracy/letter": ("np.argmax(logits[4:8])", "np.argmax(logits)", "'ABCD'[letter(logits, vocabulary)]"),
+    "balance/bias-update": ("new_bias(bias, indices, mask, 2 * speed)", "new_bias(bias, indices, ~mask, speed)"),
+    "balance/sequence-loss": (
+        "sequence_loss(scores, mask, top_k - 1)",
+        "sequence_loss(scores.softmax(-1), mask, top_k)",
+        "round(sequence_loss(scores, mask, top_k))",
+    ),
+    "balance/free-alpha": (
+        "alphas",
+        "free(alphas, losses, base, max_vio, 2 * limit, margin)",
+        "free(alphas, losses, base, max_vio, limit, 10 * margin)",
+        "[alphas[i] for i in np.argsort(max_vio)[:2]]",
+    ),
+    "balance/served": (
+        "served(indices[:, :1], num_experts, capacity_factor)",
+        "served(indices, num_experts, 2 * capacity_factor)",
+        "[indices.shape[1]] * len(indices)",
+    ),
     "cache/piece": (
         "_attend(q, k, v, held_k, held_v).flip(0)",
         "_attend(q * 0, k, v, held_k, held_v)",
