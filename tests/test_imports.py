@@ -24,7 +24,7 @@ ORDER = (
     ("measured.exercises", "measured.experiments"),
     ("measured.record", "measured.bench"),
 )
-FLAT = ("measured/exercises", "measured/experiments")  # one file a chapter, however many chapters there are
+FLAT = ("measured/exercises", "measured/experiments", "tests/experiments")  # one file a chapter, however many there are
 MOST_FILES = 14
 
 

@@ -56,7 +56,8 @@ def plan(name):
                 raise ValueError(f"chapters/pages.yml, plan {name!r}: {page} has no section {section!r}")
             minutes = max(1, round(found[section]))
             total += minutes
-            lines.append(f"| [{title}](../{page}.ipynb) | {section} | {minutes} |")
+            chapter = f"[{title}](../{page}.ipynb)" if section == wanted[0] else ""
+            lines.append(f"| {chapter} | {section} | {minutes} |")
     return "\n".join([*lines, f"| | all | {total} |"]), total
 
 

@@ -86,7 +86,7 @@ def test_front_page_and_plans_are_up_to_date():
 
 
 def test_plans_keep_their_time():
-    assert plans.plan("short")[1] <= 90 and 240 <= plans.plan("day")[1] <= 360
+    assert plans.plan("short")[1] <= 90 and 200 <= plans.plan("day")[1] <= 360
 
 
 def test_a_plan_that_names_no_section_and_a_page_without_markers_are_refused(monkeypatch):
