@@ -242,13 +242,15 @@ def test_pip_installs_where_uv_cannot(checkout, reason):
 
 
 @pytest.mark.parametrize(("names", "renewed"), [("/gone/python", True), ("mine", False), (None, False)])
-def test_the_hook_is_renewed_after_a_move(checkout, names, renewed):
+def test_hooks_are_renewed_after_a_move(checkout, names, renewed):
     subprocess.run(["git", "init", "-q", str(checkout.root)], check=True)
-    hook = checkout.root / ".git" / "hooks" / "pre-commit"
-    hook.parent.mkdir(exist_ok=True)
-    if names:
+    kinds = ["pre-commit", "pre-push"] if names else []
+    for kind in kinds:
+        hook = checkout.root / ".git" / "hooks" / kind
+        hook.parent.mkdir(exist_ok=True)
         hook.write_text(f"#!/bin/sh\nINSTALL_PYTHON='{setup_venv.PYTHON if names == 'mine' else names}'\n")
-    assert any("pre_commit" in command for command in checkout.set_up()) == renewed
+    written = [command[-1] for command in checkout.set_up() if "pre_commit" in command]
+    assert written == (kinds if renewed else [])
 
 
 def test_requirements_are_exact_and_end_with_the_library():
