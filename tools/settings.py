@@ -2,8 +2,8 @@
 
 A profile of IPython may show every expression of a cell, a matplotlibrc may ask for LaTeX, TRANSFORMERS_VERBOSITY=info
 fills stderr, and where the home folder cannot be written matplotlib says so in the first cell that imports it.
-`conftest.py` calls `prepare` for every run of pytest, `python -m tools.notebooks refresh` for every refresh; kernels and
-workers inherit what it sets.
+`conftest.py` calls `prepare` for every run of pytest, `python -m tools.notebooks refresh` for every refresh; kernels
+and workers inherit what it sets.
 """
 
 import atexit

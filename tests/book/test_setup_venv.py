@@ -268,3 +268,21 @@ def test_make_alone_says_what_each_target_does(tmp_path):
     assert said.returncode == 0, said.stderr
     for target in ("book", "test", "lab", "refresh", "record", "lint", "portability", "clean"):
         assert f"make {target} " in said.stdout
+
+
+def test_make_keeps_the_callers_options_of_python_and_pytest_out(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    (tmp_path / "show.mk").write_text("show:\n\t@env\n")
+    given = {
+        "PYTHONINSPECT": "1",
+        "PYTHONSAFEPATH": "1",
+        "PYTEST_ADDOPTS": "-x",
+        "MPLBACKEND": "svg",
+        "PYTHONUTF8": "0",
+    }
+    env = {name: text for name, text in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))} | given
+    make = ["make", "-s", "-C", str(ROOT), "-f", "Makefile", "-f", str(tmp_path / "show.mk"), "show"]
+    said = subprocess.run(make, env=env, capture_output=True, text=True).stdout
+    names = {line.partition("=")[0] for line in said.splitlines()}
+    assert names & given.keys() == {"PYTHONUTF8"} and "PYTHONNOUSERSITE" in names
