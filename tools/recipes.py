@@ -37,6 +37,7 @@ PAGE = "chapters/reference/ledger.ipynb"
 SHORTER = {
     "make refresh": f"make refresh NB='{PAGE} chapters/performance/cost.ipynb'",
     "make refresh NB=chapters/<part>/<chapter>.ipynb": f"make refresh NB={PAGE}",
+    "make portability ROWS=unrecorded": "python -m tools.unrecorded none --page depth",
     "make record PART=…": "make record PART=probes",
     "make record PART=training": "make record PART=training STALE=1",
     "make record STALE=1": "make record STALE=1 PART=probes",
