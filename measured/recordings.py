@@ -118,7 +118,8 @@ class Cells:
     def visit(self, cell: ast.Module) -> ast.Module:
         named = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(cell)}
         self.begun = self.begun or not named.isdisjoint({"recorded", "live_or_recorded"})
-        if not (self.begun and cell.body):
+        future = any(getattr(node, "module", None) == "__future__" for node in cell.body)  # has to be the first line
+        if future or not (self.begun and cell.body):
             return cell
         scope = symtable.symtable(ast.unparse(cell), "cell", "exec")
         made = {name.get_name() for name in scope.get_symbols() if name.is_assigned() and not name.is_imported()}

@@ -125,6 +125,7 @@ PAGE = (
     ("sum(t for t in [1]), bool(runs), far", "(1, False, {9: 1})", "(1, True, {9: 1})"),
     ("far['s'] = u + 1", "Skipped", None),
     ("len(far)", "Skipped", "2"),
+    ("from __future__ import annotations\n'first'", "'first'", "'first'"),
     ("1 / 0", "ZeroDivisionError", "ZeroDivisionError"),
 )
 
