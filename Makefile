@@ -22,8 +22,10 @@ ALL ?=
 
 PY := .venv/bin/python
 
-# Nothing of the caller's may leak in: neither other packages, nor a plot backend that would swallow the figures.
-unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS MPLBACKEND
+# Nothing of the caller's may leak in: neither other packages, nor options of Python (PYTHONINSPECT waits for a keyboard)
+# and pytest, nor a plot backend that would swallow the figures. What is kept changes no output.
+KEPT := PYTHONHASHSEED PYTHONUTF8 PYTHONIOENCODING PYTHONCOERCECLOCALE PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
+unexport MPLBACKEND $(filter-out $(KEPT),$(filter PYTHON% PYTEST_%,$(.VARIABLES)))
 export PYTHONNOUSERSITE := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -5,10 +5,15 @@ CUDA device it runs the function; without one it shows the recording of the *sam
 honestly that there is none. Two hashes (:mod:`measured.provenance`) tell whether a recording still answers the
 question: where the function itself has changed it does not, and counts as missing; where only what it calls has, the
 page says so beside the commit.
+
+Where nothing is recorded, the result is an :class:`Absent`, which is false, and whose first use raises
+:class:`NotRecorded`. In a notebook the cell ends there with one line, and so does every later cell that needs what this
+one would have made (:class:`Cells`): a page says what is missing, and the rest of it runs. Pages write nothing for it.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import datetime
 import html
@@ -18,8 +23,10 @@ import json
 import math
 import os
 import re
+import symtable
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,27 +45,111 @@ MACHINE = ("kind", "name", "isa", "cores", "threads", "memory_bytes")  # what a 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a page shows for a function: its ``result`` (``None`` when absent), the ``origin``, a sentence."""
+    """What a page shows for a function: its ``result``, the ``origin``, a sentence. False when absent."""
 
     result: Any
     origin: str  # "live", "recorded" or "absent"
     note: str
 
+    def __bool__(self) -> bool:
+        return self.origin != "absent"
+
     def _repr_html_(self) -> str:
         note = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(self.note))
         note = re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"`(.+?)`", r"<code>\1</code>", note))
-        if self.result is None:
+        if not self:
             return f"<p>{note}</p>"
         rows = self.result.items() if isinstance(self.result, Mapping) else [("result", self.result)]
         return f"<p>{note}</p>" + html_table("", [(str(name), _cell(value)) for name, value in rows])
 
     def _repr_markdown_(self) -> str:
         if not isinstance(self.result, Mapping):
-            return self.note if self.result is None else f"{self.note}\n\n{_cell(self.result)}"
+            return f"{self.note}\n\n{_cell(self.result)}" if self else self.note
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.result.items())
         return f"{self.note}\n\n| quantity | value |\n|---|---|\n{rows}"
 
     __repr__ = _repr_markdown_
+
+
+class NotRecorded(Exception):
+    """Somebody has used a result that nobody has recorded; the message says which."""
+
+
+class Absent:
+    """Stands where a result would. It is false, and shows as the sentence that says why; any other use of it raises
+    :class:`NotRecorded`, comparing included: nothing is true or false of what is not there."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return self._why
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # how Python and Jupyter ask what an object can do
+            raise AttributeError(name)
+        return self._used()
+
+    def _used(self, *_: Any, **__: Any) -> Any:
+        raise NotRecorded(self._why)
+
+
+for _use in """getitem iter len contains call format float int index round abs neg eq ne lt le gt ge
+    add radd sub rsub mul rmul truediv rtruediv floordiv mod pow matmul rmatmul or ror and""".split():
+    setattr(Absent, f"__{_use}__", Absent._used)
+
+
+class Cells:
+    """Ends a notebook's cell where it uses what is absent, with one line, and makes absent what it would have made.
+
+    IPython gives it each cell before it runs (``ast_transformers``). From the first cell on that names one of the two
+    functions which fetch recordings, the cell's lines are put under a ``with`` that catches :class:`NotRecorded`.
+
+    Args:
+        namespace: the notebook's own.
+    """
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        self.namespace, self.begun = namespace, False
+
+    def visit(self, cell: ast.Module) -> ast.Module:
+        named = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(cell)}
+        self.begun = self.begun or not named.isdisjoint({"recorded", "live_or_recorded"})
+        future = any(getattr(node, "module", None) == "__future__" for node in cell.body)  # has to be the first line
+        if future or not (self.begun and cell.body):
+            return cell
+        scope = symtable.symtable(ast.unparse(cell), "cell", "exec")
+        made = {name.get_name() for name in scope.get_symbols() if name.is_assigned() and not name.is_imported()}
+        stores = (
+            node for node in ast.walk(cell) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+        )
+        made |= {node.value.id for node in stores if isinstance(node.value, ast.Name)}  # results[name] = …
+        begin, guard, show = ast.parse(f"_shown = None\nwith _until_absent({sorted(made)}): 0\n_shown").body
+        last, guard.body = cell.body[-1], list(cell.body)
+        if isinstance(last, ast.Expr):  # a `with` shows no value, so the last one is kept, and shown below it
+            guard.body[-1] = ast.copy_location(ast.Assign([ast.Name("_shown", ast.Store())], last.value), last)
+        self.namespace["_until_absent"] = self.until_absent
+        return ast.fix_missing_locations(ast.Module([begin, guard, show], cell.type_ignores))
+
+    @contextmanager
+    def until_absent(self, made: list[str]) -> Iterator[None]:
+        try:
+            yield
+        except NotRecorded as missing:
+            print(f"Skipped from here on: {missing}")
+            self.namespace |= dict.fromkeys(made, Absent(str(missing)))
+
+
+def _watch_cells() -> None:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and not any(isinstance(one, Cells) for one in shell.ast_transformers):
+        shell.ast_transformers.append(Cells(shell.user_ns))
+
+
+_watch_cells()
 
 
 def record(fn: Callable[..., Any], origin: tuple[str, str] | None = None, /, **arguments: Any) -> Recording:
@@ -210,7 +301,8 @@ def recorded(fn: Callable[..., Any], *, kind: str | None = None, **arguments: An
     if not usable:
         lack = "No GPU here, and no recording" if kind == "cuda" else "No recording"
         older = f"; the one of {max(r.date for r in found)} is of an older version of it" if found else ""
-        return Shown(None, "absent", f"*{lack} of `{name}` with these arguments exists yet{older}.*")
+        words = f"{lack} of `{name}` with these arguments exists yet{older}."
+        return Shown(Absent(words), "absent", f"*{words}*")
     how, best = max(usable, key=lambda pair: (pair[0] == "current", pair[1].date))
     since = "" if how == "current" else OLDER
     return Shown(best.result, "recorded", f"*Recorded on {best.where}{since}.*")

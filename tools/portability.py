@@ -27,6 +27,8 @@ TRIES = {  # a part of everything that is quick: files, subprocesses, weights, f
     "notebooks": [*PYTEST, "--nbval", "chapters/start/your_machine.ipynb", "chapters/architecture/decoder.ipynb"],
     "ocr": [*PYTEST, "--nbval", "chapters/scenarios/multimodal.ipynb"],
     "book": ["make", "book"],
+    "unrecorded": [".venv/bin/python", "-m", "tools.unrecorded"],
+    "recipes": [".venv/bin/python", "-m", "tools.recipes"],
 }
 
 
@@ -50,6 +52,8 @@ ROWS = {
     "readonly": Row("a checkout that cannot be written", read_only=True, tries=("tests", "notebooks")),
     "3.12": Row("Python 3.12", python="3.12", tries=("tests", "ocr", "book")),
     "3.13": Row("Python 3.13, which has no OCR engine", python="3.13", tries=("tests", "ocr", "book")),
+    "recipes": Row("the recipes of README, index and CONTRIBUTING", tries=("recipes",)),
+    "unrecorded": Row("no recordings, or one file of them less", tries=("unrecorded",)),
     "lowest": Row("the lowest versions that pyproject.toml promises", lowest=True),
 }
 

@@ -144,7 +144,8 @@ def ready():
 def run(command, env=None):
     code = subprocess.call(command, cwd=ROOT, env=env)
     if code:
-        sys.exit("error: the set-up stopped at: %s\nRun the same make command again to repair it." % " ".join(command))
+        words = "error: the set-up stopped at: %s\nWhat it says stands above. Then run the same make command again."
+        sys.exit(words % " ".join(command))
 
 
 def attempt(command, env=None, cwd=None):
@@ -231,23 +232,30 @@ def remove_venv():
         shutil.rmtree(OLD, ignore_errors=True)
 
 
-def renew_hook():
-    """Write git's hook anew where it starts another Python than this .venv's: it holds a full path, and folders move.
+def renew_hooks():
+    """Write git's hooks anew that start another Python than this .venv's: they hold a full path, and folders move.
 
-    A hook outside the checkout is shared with other worktrees, and left alone while its Python is there.
+    Hooks outside the checkout are shared with other worktrees, and left alone while their Python is there.
     """
     try:
-        asked = subprocess.run(["git", "rev-parse", "--git-path", "hooks/pre-commit"], cwd=ROOT, capture_output=True)
-        path = os.path.join(ROOT, os.fsdecode(asked.stdout).strip())
-        with open(path, encoding="utf-8", errors="replace") as file:
-            names = re.search(r"^INSTALL_PYTHON=(.+)$", file.read(), re.MULTILINE)
-    except OSError:  # no git, no hook
+        asked = subprocess.run(["git", "rev-parse", "--git-path", "hooks"], cwd=ROOT, capture_output=True)
+        folder = os.path.join(ROOT, os.fsdecode(asked.stdout).strip())
+        kinds = sorted(os.listdir(folder)) if asked.returncode == 0 else []
+    except OSError:  # no git, no hooks
         return
-    python = shlex.split(names.group(1))[0] if names else PYTHON
-    shared = not os.path.realpath(path).startswith(os.path.realpath(ROOT) + os.sep)
-    if python != PYTHON and not (shared and os.path.exists(python)):
-        problem = attempt([PYTHON, "-m", "pre_commit", "install"])
-        print("The git hook could not be renewed: %s" % problem if problem else "The git hook was renewed.", flush=True)
+    shared = not os.path.realpath(folder).startswith(os.path.realpath(ROOT) + os.sep)
+    for kind in kinds:
+        if os.path.isdir(os.path.join(folder, kind)):
+            continue
+        with open(os.path.join(folder, kind), encoding="utf-8", errors="replace") as file:
+            names = re.search(r"^INSTALL_PYTHON=(.+)$", file.read(), re.MULTILINE)
+        python = shlex.split(names.group(1))[0] if names else PYTHON
+        if python != PYTHON and not (shared and os.path.exists(python)):
+            problem = attempt([PYTHON, "-m", "pre_commit", "install", "--hook-type", kind])
+            print(
+                "Git's hook %s %s." % (kind, "could not be renewed: " + problem if problem else "was renewed"),
+                flush=True,
+            )
 
 
 def set_up():
@@ -295,7 +303,7 @@ def set_up():
     problem = attempt([PYTHON, "-I", "-c", CHECK, *(os.path.join(ROOT, name) for name in REQUIREMENTS)], env, VENV)
     if problem:
         sys.exit("error: the packages were installed, but .venv cannot use them: %s" % problem)
-    renew_hook()
+    renew_hooks()
     with open(STAMP + ".part", "w") as file:
         json.dump(want, file, indent=1)
     os.replace(STAMP + ".part", STAMP)

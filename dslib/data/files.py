@@ -73,21 +73,24 @@ def cache_root() -> Path:
 
 
 def from_hub(hub_id: str, revision: str | None = None) -> Path:
-    """Folder with a model of the Hugging Face hub, its local cache first. Raises ``WeightsNotFound``."""
+    """Folder with a model of the Hugging Face hub, its local cache first. ``WeightsNotFound`` says what went wrong."""
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    said = "no *.safetensors file"
     for offline in (True, False):  # what was fetched before needs no network
-        # Network libraries raise many kinds of OSError and of HTTP error when there is no network.
-        with contextlib.suppress(OSError, HfHubHTTPError, ValueError, httpx.HTTPError):
+        try:
             folder = snapshot_download(
                 hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(OTHER_LAYOUTS),
                 local_files_only=offline, etag_timeout=10,
             )  # fmt: skip
             if any(Path(folder).glob("*.safetensors")):
                 return Path(folder)
-    raise WeightsNotFound(f"{hub_id}: not in the local hub cache, and the hub is out of reach or has no such model")
+        # Network libraries raise many kinds of OSError and of HTTP error when there is no network; a disk may be full.
+        except (OSError, HfHubHTTPError, ValueError, httpx.HTTPError) as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+    raise WeightsNotFound(f"{hub_id}: not in the local hub cache, and could not be fetched from the hub ({said})")
 
 
 @contextlib.contextmanager

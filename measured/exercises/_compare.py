@@ -75,7 +75,10 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _plain(value: Any) -> Any:
     """Tensors and NumPy values as Python numbers, nested as their shape says. Neither has to be imported for it."""
-    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "shape") else value
+    try:
+        return value.tolist() if hasattr(value, "tolist") and hasattr(value, "shape") else value
+    except RuntimeError:  # a tensor that is sparse, quantised or on the device "meta" has no list of its values
+        return value
 
 
 def _place(at: tuple) -> str:

@@ -242,13 +242,15 @@ def test_pip_installs_where_uv_cannot(checkout, reason):
 
 
 @pytest.mark.parametrize(("names", "renewed"), [("/gone/python", True), ("mine", False), (None, False)])
-def test_the_hook_is_renewed_after_a_move(checkout, names, renewed):
+def test_hooks_are_renewed_after_a_move(checkout, names, renewed):
     subprocess.run(["git", "init", "-q", str(checkout.root)], check=True)
-    hook = checkout.root / ".git" / "hooks" / "pre-commit"
-    hook.parent.mkdir(exist_ok=True)
-    if names:
+    kinds = ["pre-commit", "pre-push"] if names else []
+    for kind in kinds:
+        hook = checkout.root / ".git" / "hooks" / kind
+        hook.parent.mkdir(exist_ok=True)
         hook.write_text(f"#!/bin/sh\nINSTALL_PYTHON='{setup_venv.PYTHON if names == 'mine' else names}'\n")
-    assert any("pre_commit" in command for command in checkout.set_up()) == renewed
+    written = [command[-1] for command in checkout.set_up() if "pre_commit" in command]
+    assert written == (kinds if renewed else [])
 
 
 def test_requirements_are_exact_and_end_with_the_library():
@@ -266,3 +268,21 @@ def test_make_alone_says_what_each_target_does(tmp_path):
     assert said.returncode == 0, said.stderr
     for target in ("book", "test", "lab", "refresh", "record", "lint", "portability", "clean"):
         assert f"make {target} " in said.stdout
+
+
+def test_make_keeps_the_callers_options_of_python_and_pytest_out(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    (tmp_path / "show.mk").write_text("show:\n\t@env\n")
+    given = {
+        "PYTHONINSPECT": "1",
+        "PYTHONSAFEPATH": "1",
+        "PYTEST_ADDOPTS": "-x",
+        "MPLBACKEND": "svg",
+        "PYTHONUTF8": "0",
+    }
+    env = {name: text for name, text in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))} | given
+    make = ["make", "-s", "-C", str(ROOT), "-f", "Makefile", "-f", str(tmp_path / "show.mk"), "show"]
+    said = subprocess.run(make, env=env, capture_output=True, text=True).stdout
+    names = {line.partition("=")[0] for line in said.splitlines()}
+    assert names & given.keys() == {"PYTHONUTF8"} and "PYTHONNOUSERSITE" in names

@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tools import portability, workflow
+from tools import portability, recipes, workflow
 
 ROOT = workflow.ROOT
 JOBS = yaml.safe_load(workflow.WORKFLOW.read_text(encoding="utf-8"))["jobs"]
@@ -98,6 +98,35 @@ def test_the_lines_of_the_workflow():
         assert any("tools.processor" in line and "-m processor" in line for line in tests)
     assert workflow.lines(JOBS["portability"], {}) == ["make portability"]
     assert set(JOBS["publish"]["needs"]) >= {"book", "library"}
+
+
+def test_every_recipe_of_the_pages_is_executed(monkeypatch, tmp_path):
+    """By the workflow's own lines, or by the row of `make portability` that reads the pages."""
+    lines = [line for job in JOBS.values() for values in workflow.entries(job) for line in workflow.lines(job, values)]
+    lines += (ROOT / ".ci" / "run").read_text().splitlines()
+    known = {*recipes.WORKFLOW, *recipes.SHORTER, *recipes.OWN_WAY, *recipes.WITH_ANOTHER, *recipes.AS_IT_STANDS}
+    assert set(recipes.found()) == known and all(map(recipes.how, known))
+    for recipe, runs in recipes.WORKFLOW.items():
+        assert any(line.startswith(runs) for line in lines) and (
+            runs != ".ci/run" or any(recipe in line for line in lines)
+        )
+    assert any(row.tries == ("recipes",) for row in portability.ROWS.values())
+    for page in recipes.PAGES:
+        (tmp_path / page).write_text("Do `make all` or\n\n    pip install x    # or so\n\nwith .venv.\n")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    assert recipes.found() == ["pip install x", "make all"] and recipes.how("make all") is None
+
+
+def test_a_recipe_that_fails_is_named(monkeypatch, capsys):
+    def no_answer(recipe):
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(recipes, "found", lambda: ["make", "make lab"])
+    monkeypatch.setattr(recipes, "run", lambda command: "")
+    monkeypatch.setattr(recipes, "OWN_WAY", {"make lab": no_answer})
+    assert recipes.main([]) == 1
+    said = capsys.readouterr().out
+    assert "make: passed" in said and "make lab: FAILED: no answer" in said
 
 
 @pytest.mark.parametrize(

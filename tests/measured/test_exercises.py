@@ -493,6 +493,7 @@ def test_what_is_said(one, fn, status, words):
         (torch.ones(1), 1.0, "shape: yours (), wanted (1,)"),
         (torch.arange(200), torch.arange(200).clamp(max=198), "[199]: yours 198, wanted 199"),
         (["a" * 200 + "b"], ["a" * 200 + "c"], "ac'"),
+        ([1, 2], torch.ones(2).to_sparse(), "kind: yours Tensor, wanted list"),  # its numbers cannot be listed
     ],
 )
 def test_the_first_difference_is_named(one, want, got, place):

@@ -1,6 +1,11 @@
+import copy
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,9 +85,75 @@ def test_one_machine_a_file(folder):
 
 def test_without_a_recording_the_page_says_so(folder, no_cuda):
     shown = recordings.live_or_recorded(speed, size=3)
-    assert (shown.origin, shown.result) == ("absent", None)
+    assert shown.origin == "absent" and not shown and not shown.result
     assert "no recording" in shown._repr_markdown_()
     assert "<code>" in shown._repr_html_()
+
+
+USES = {
+    "item": lambda gone: gone["loss"],
+    "attribute": lambda gone: gone.items(),
+    "loop": lambda gone: dict(gone),
+    "number": lambda gone: 2 * gone + 1,
+    "comparison": lambda gone: gone == 0,
+    "order": lambda gone: min(gone, 1),
+    "format": lambda gone: f"{gone:.2f}",
+    "mean": lambda gone: np.mean([gone, 1.0]),
+    "update": lambda gone: {}.update(gone),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_any_use_of_what_is_absent_says_what_is(use, folder, no_cuda):
+    gone = recordings.recorded(speed, size=3).result
+    assert not gone and (gone or 7) == 7 and copy.deepcopy([gone]) and "No recording of" in repr(gone)
+    with pytest.raises(recordings.NotRecorded, match=r"No recording of `.*:speed` with these arguments exists yet"):
+        USES[use](gone)
+
+
+# The first cell fetches; what a later one shows, where there is no recording and where there is one.
+PAGE = (
+    ("from lab import speed\nfrom measured import recordings\nt = 5\nfar = {}", None, None),
+    ("def get(): return recordings.recorded(speed).result", None, None),
+    ("print('before')\nruns = get()\nt = runs['s']\nt + 1", "before\nSkipped", "before\n3"),
+    ("for t in [9]:\n    far[t] = 1\n'not touched'", "'not touched'", "'not touched'"),
+    ("t = 5\n[runs[k] for k in ('s',)]", "Skipped", "[2]"),
+    ("def twice(): return 2 * runs['s']\ntwice", "function", "function"),
+    ("u = twice()", "Skipped", None),
+    ("print(u)\nu", "No recording", "4"),
+    ("f'{u}'", "Skipped", "'4'"),
+    ("sum(t for t in [1]), bool(runs), far", "(1, False, {9: 1})", "(1, True, {9: 1})"),
+    ("far['s'] = u + 1", "Skipped", None),
+    ("len(far)", "Skipped", "2"),
+    ("from __future__ import annotations\n'first'", "'first'", "'first'"),
+    ("1 / 0", "ZeroDivisionError", "ZeroDivisionError"),
+)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_cells_end_where_they_use_what_is_absent(there):
+    """In a shell of its own, so that nothing of it stays here."""
+    code = f"""
+import sys, types
+lab = types.ModuleType("lab"); sys.modules["lab"] = lab
+exec("def speed(): return 1", lab.__dict__); lab.speed.__module__ = "lab"
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance(colors="NoColor", history_length=0)
+from measured import recordings
+shown = recordings.Shown({{"s": 2}}, "recorded", "")
+recordings.recorded = lambda fn: shown if {there} else recordings.Shown(
+    recordings.Absent("No recording of speed exists yet."), "absent", "")
+for source, *_ in {PAGE!r}:
+    print("<cell>")
+    shell.run_cell(source)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    shown = done.stdout.split("<cell>\n")[1:]
+    assert len(shown) == len(PAGE), done.stderr
+    for text, (source, without, present) in zip(shown, PAGE, strict=True):
+        wanted = present if there else without
+        assert (wanted in re.sub(r"Out\[\d+\]: ", "", text)) if wanted else not text.strip(), f"{source}\n{text}"
+        assert ("Traceback" in text) == (source == "1 / 0"), text
 
 
 def test_a_missing_folder_is_no_recording(monkeypatch, no_cuda):
@@ -133,7 +204,7 @@ def test_which_of_several_recordings_is_shown(folder, no_cuda, recorded, shown):
         )
     found = recordings.live_or_recorded(speed, size=3)
     if shown is None:
-        assert (found.result, found.origin) == (None, "absent")
+        assert found.origin == "absent" and not found.result
         assert "the one of 2026-01-01 is of an older version" in found.note
     else:
         assert found.origin == "recorded" and shown in found.note
@@ -280,4 +351,4 @@ def test_a_recording_is_shown_without_running_the_function(folder):
         assert ("A100" in shown.note) == (kind == "cuda")
     assert len(RUNS) == runs
     absent = recordings.recorded(speed, size=4)
-    assert (absent.result, absent.origin) == (None, "absent") and "No recording of" in absent.note
+    assert absent.origin == "absent" and not absent.result and "No recording of" in absent.note

@@ -302,11 +302,14 @@ def test_setup_writes_the_cell_and_leaves_the_outputs(tmp_path):
 
 @pytest.mark.parametrize("home", ["/dev/null/home", None])
 def test_the_readers_settings_stay_out(home, tmp_path):
-    """Of IPython, matplotlib and Python itself; and a home that cannot be written says nothing."""
-    profile = tmp_path / "ipython" / "profile_default"
-    profile.mkdir(parents=True)
-    for name in ("ipython_config.py", "ipython_kernel_config.py"):
-        (profile / name).write_text("get_config().InteractiveShell.ast_node_interactivity = 'all'")
+    """Of IPython (the reader's, or those of a cluster for all), matplotlib, transformers and Python itself; and a home
+    that cannot be written says nothing."""
+    for folder in (tmp_path / "ipython" / "profile_default", tmp_path / "for all"):
+        folder.mkdir(parents=True)
+        for name in ("ipython_config.py", "ipython_kernel_config.py"):
+            (folder / name).write_text("get_config().InteractiveShell.ast_node_interactivity = 'all'")
+    for_all = f"import IPython.core.application as a; a.SYSTEM_CONFIG_DIRS[:] = [{str(tmp_path / 'for all')!r}]"
+    (tmp_path / "sitecustomize.py").write_text(for_all)
     (tmp_path / "mpl").mkdir()
     (tmp_path / "mpl" / "matplotlibrc").write_text("lines.linewidth: 77")
     (tmp_path / "start.py").write_text("print('mine')")
@@ -314,6 +317,10 @@ def test_the_readers_settings_stay_out(home, tmp_path):
     cells = [new_code_cell(shows, id="shows", execution_count=1, outputs=[result("1.5")])]
     cells += [new_code_cell("try:\n    assert False\nexcept AssertionError:\n    print('asserts count')", id="asserts")]
     cells[1] |= {"execution_count": 2, "outputs": [stream("asserts count\n")]}
+    says = (
+        "from transformers.utils import logging\nlogging.get_logger('transformers').info('x')\nopen('a', 'w').close()"
+    )
+    cells += [new_code_cell(says, id="says", execution_count=3)]
     nbformat.write(new_notebook(cells=cells), str(tmp_path / "page.ipynb"))
     env = {name: text for name, text in os.environ.items() if name != settings.DONE and name not in settings.OURS}
     env |= {
@@ -321,7 +328,14 @@ def test_the_readers_settings_stay_out(home, tmp_path):
         "MPLCONFIGDIR": str(tmp_path / "mpl"),
         "PYTHONSTARTUP": str(tmp_path / "start.py"),
     }
-    env |= {"PYTHONOPTIMIZE": "1", "MPLBACKEND": "svg", "XDG_CACHE_HOME": "", "MATPLOTLIBRC": str(tmp_path / "mpl")}
+    env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), env.get("PYTHONPATH", "")]), "TRANSFORMERS_VERBOSITY": "info"}
+    env |= {
+        "PYTHONWARNDEFAULTENCODING": "1",
+        "PYTHONOPTIMIZE": "1",
+        "MPLBACKEND": "svg",
+        "XDG_CACHE_HOME": "",
+        "MATPLOTLIBRC": str(tmp_path / "mpl"),
+    }
     env |= {"HOME": home} if home else {}
     command = [
         sys.executable,
@@ -336,7 +350,7 @@ def test_the_readers_settings_stay_out(home, tmp_path):
         str(tmp_path),
     ]
     said = subprocess.run(command, cwd=notebooks.ROOT, env=env, capture_output=True, text=True).stdout
-    assert "2 passed" in said, said
+    assert "3 passed" in said, said
 
 
 def test_commands_report_bad_input(tmp_path, capsys):

