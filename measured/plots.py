@@ -52,6 +52,7 @@ METHODS = {
     "dense": ("#000000", "D", ":"),
     "drawn again": ("#0072B2", "o", "-"),
     "control": ("#8C6D00", "v", "--"),
+    "jump back": ("#A3497F", "D", "-."),
     "cache": ("#0072B2", "o", "-"),
     "no cache": ("#D55E00", "v", "--"),
     "transformers, eager": ("#A3497F", "D", "-."),

@@ -6,65 +6,56 @@ from torch import Tensor
 from measured.exercises import exercise, named, normal
 
 # No two alike, and no sum near a p below: the same tokens stay on every machine, whatever order a sort gives to ties.
-_EXACT = torch.tensor([[0.12, 0.5, 0.04, 0.26, 0.08], [0.5, 0.12, 0.08, 0.04, 0.26]]).log()
+_SMALL = torch.tensor([[0.12, 0.5, 0.04, 0.26, 0.08], [0.5, 0.12, 0.08, 0.04, 0.26]]).log()
 
 
-def _filtered(logits: Tensor, spare: Tensor, order: Tensor) -> Tensor:
-    return logits.masked_fill(torch.zeros_like(spare).scatter(-1, order, spare), -torch.inf)
+def _both(
+    logits: Tensor, k: int, p: Tensor, renormalise: bool = True, crossing: bool = True, rows: bool = True
+) -> Tensor:
+    """Top-k, then top-p, and what it becomes by a usual mistake."""
+    largest, ids = logits.topk(k)
+    share = largest.softmax(-1) if renormalise else logits.softmax(-1).gather(-1, ids)
+    stays = share.cumsum(-1) - (share if crossing else 0) < (p if rows else p[:1])[:, None]
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, largest.masked_fill(~stays, -torch.inf))
 
 
-def _top_p(logits: Tensor, p: Tensor, keep: int, before: bool = True, first_only: bool = False) -> Tensor:
-    ordered, order = logits.sort(dim=-1, descending=True)
-    share = ordered.softmax(-1)
-    spare = share.cumsum(-1) - (share if before else 0) >= (p[:1] if first_only else p)[:, None]
-    spare[:, :keep] = False
-    return _filtered(logits, spare, order)
-
-
-def _unsorted(logits: Tensor, p: Tensor, keep: int) -> Tensor:
-    share = logits.softmax(-1)
-    spare = share.cumsum(-1) - share >= p[:, None]
-    spare[:, :keep] = False
-    return logits.masked_fill(spare, -torch.inf)
-
-
-def _in_sorted_places(logits: Tensor, p: Tensor, keep: int) -> Tensor:
-    ordered, _ = logits.sort(dim=-1, descending=True)
-    share = ordered.softmax(-1)
-    spare = share.cumsum(-1) - share >= p[:, None]
-    spare[:, :keep] = False
-    return logits.masked_fill(spare, -torch.inf)
+def _in_sorted_places(logits: Tensor, k: int, p: Tensor) -> Tensor:
+    ordered = _both(logits.sort(descending=True).values, k, p)
+    return logits.masked_fill(ordered == -torch.inf, -torch.inf)
 
 
 @exercise(
-    "sampling/top-p",
+    "sampling/top-k-top-p",
     cases=named(
-        "logits p keep",
-        (_EXACT, torch.tensor([0.7, 0.45]), 1),
-        (_EXACT, torch.tensor([0.9, 0.05]), 2),
-        (3 * normal(3, 40, seed=1), torch.tensor([0.8, 0.3, 0.95]), 4),
+        "logits k p",
+        (_SMALL, 3, torch.tensor([0.8, 0.45])),
+        (_SMALL, 4, torch.tensor([0.55, 0.98])),
+        (3 * normal(3, 40, seed=1), 6, torch.tensor([0.8, 0.3, 0.95])),
     ),
     mistakes="""
-        _top_p(logits, p, keep, before=False)
+        _both(logits, k, p, renormalise=False)
+            Top-p has to work on what top-k has left: the k tokens share all of the probability, so take the softmax
+            over them.
+        _both(logits, k, p, crossing=False)
             The token that crosses the line is gone. Top-p keeps the smallest set that *reaches* p, so what counts is
             the sum of the tokens before it.
-        _top_p(logits, p, 0)
-            Where one token alone reaches p, too few stay: at least `keep` of each row have to.
-        _top_p(logits, p, keep, first_only=True)
+        _both(logits, k, p, rows=False)
             Every row has a p of its own: compare each row's sums with its own number, shape (B, 1).
-        _unsorted(logits, p, keep)
-            The sums run over the tokens as they stand in the vocabulary. Sort first: the most likely come first.
-        _in_sorted_places(logits, p, keep)
+        _both(logits, k, torch.ones_like(p) + 1)
+            Only top-k has been at work: nothing was removed for p.
+        _both(logits, logits.shape[-1], p)
+            Only top-p has been at work: at most k tokens may stay.
+        _in_sorted_places(logits, k, p)
             The right number of tokens, in the wrong places: what was found in sorted order has to go back to the
-            tokens' own (scatter by the sort's indices).
-        _top_p(logits, p, keep).softmax(-1)
+            tokens' own (scatter by the ids that topk gives).
+        _both(logits, k, p).softmax(-1)
             Those are probabilities. The logits are asked for, with minus infinity where a token is removed.
     """,
-    hint="For each row: sort, softmax, add up what comes before each token, and compare that with the row's p.",
+    hint="topk sorts: take the softmax of its k values, add up what comes before each, and compare with the row's p.",
 )
-def top_p_rows(logits: Tensor, p: Tensor, keep: int) -> Tensor:
-    """Logits (B, V) with minus infinity for what top-p removes; p is (B,), and ``keep`` of each row stay."""
-    return _top_p(logits, p, keep)
+def top_k_top_p(logits: Tensor, k: int, p: Tensor) -> Tensor:
+    """Logits (B, V) with minus infinity for what top-k, then top-p, removes; p is (B,)."""
+    return _both(logits, k, p)
 
 
 @exercise(
@@ -122,32 +113,45 @@ def penalise(logits: Tensor, written: Tensor, theta: float) -> Tensor:
     return torch.where(written, torch.where(logits < 0, logits * theta, logits / theta), logits)
 
 
+def _cut(text: str, stops: list[str], end: bool = False) -> str:
+    found = [text.find(stop) + (len(stop) if end else 0) for stop in stops if stop in text]
+    return text[: min(found)] if found else text
+
+
+def _held(text: str, stops: list[str]) -> list[int]:
+    return [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+
+
 @exercise(
-    "sampling/stop",
+    "sampling/shown",
     cases=named(
-        "pieces stops",
-        (["Hel", "lo", " wor", "ld", "!"], ["low", "lo w"]),
-        (["a", "b", "END", "c"], ["END"]),
-        (["one", " two", " th", "ree, four", " five"], ["three"]),
-        (["a stop here", " and", " on"], ["stop"]),
-        (["x", "yz", "w"], ["q"]),
-        (["to ", "be or", " not"], ["or", "be"]),
+        "text stops",
+        ("4\n", ["\n\nQ"]),
+        ("Answer: 4\n\nQuestion", ["\n\nQ"]),
+        ("aab", ["abac", "b c"]),
+        ("one, two", ["three", "END"]),
+        ("abcabd", ["abdx", "cab"]),
+        ("so <en", ["<end>", "<<", "n>"]),
+        ("ab ab", ["ab ab ab"]),
+        ("stop later STOP now", ["STOP", "later"]),
     ),
     mistakes="""
-        next((i for i, piece in enumerate(pieces, 1) if any(stop in piece for stop in stops)), len(pieces))
-            A stop string may be spread over several pieces: search the text so far, not the newest piece.
-        next((i for i in range(1, len(pieces) + 1) if "".join(pieces[:i]).endswith(tuple(stops))), len(pieces))
-            A stop string may end in the middle of a piece; then the text so far does not end in it, but contains it.
-        next((i for i, piece in enumerate(pieces, 1) if piece in stops), len(pieces))
-            A piece need not be a stop string: it may hold a part of one, or more than one.
-        next((i for i in range(1, len(pieces) + 1) if any(s in "".join(pieces[:i]) for s in stops)), 0)
-            Where no stop string comes, all pieces are kept.
-        next((i - 1 for i in range(1, len(pieces) + 1) if any(s in "".join(pieces[:i]) for s in stops)), len(pieces))
-            One too few: the piece that completes the string has been written, and counts.
+        _cut(text, stops)
+            Complete stop strings are cut off, but the end of the text may be the beginning of one: hold it back.
+        text[: len(text) - max(_held(text, stops), default=0)]
+            Where a stop string is complete, nothing from its beginning on may be shown.
+        _cut(text, stops, end=True) if any(s in text for s in stops) else shown(text, stops)
+            The stop string itself is not shown either: cut where it begins.
+        _cut(text, stops) if any(s in text for s in stops) else text[: len(text) - min(_held(text, stops), default=0)]
+            Of several beginnings that the text may end in, the longest has to be held back.
+        _cut(text, stops) if any(s in text for s in stops) else text[: len(text) - max(map(len, stops)) + 1]
+            Safe, but too careful: it holds back as much as a stop string is long, whatever the text ends in.
+        text
+            Nothing is held back.
     """,
-    hint="Join the first n pieces and look whether one of the strings is in them; the smallest such n is asked for.",
+    hint="First cut at the earliest complete stop string. Else hold back the longest end that begins one.",
 )
-def pieces_until(pieces: list[str], stops: list[str]) -> int:
-    """After how many pieces one of ``stops`` stands in the text; all of them if none does."""
-    reached = (n for n in range(1, len(pieces) + 1) if any(stop in "".join(pieces[:n]) for stop in stops))
-    return next(reached, len(pieces))
+def shown(text: str, stops: list[str]) -> str:
+    """The part of ``text`` that may be shown: no stop string, and nothing that may become one."""
+    whole = _cut(text, stops)
+    return whole if whole != text else text[: len(text) - max(_held(text, stops), default=0)]

@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import math
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import TopPLogitsWarper
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from dslib.architecture.cache import Step
 from dslib.architecture.config import DecoderConfig
@@ -126,11 +127,11 @@ RIGHT = {
     "multimodal/resized": "[side * shorter // min(width, height) for side in (width, height)]",
     "multimodal/recall": "np.mean([i in row.argsort(descending=True)[:k] for i, row in enumerate(scores)])",
     "published/tokens-a-pass": "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)",
-    "sampling/top-p": (
-        "torch.stack([TopPLogitsWarper(float(q), min_tokens_to_keep=keep)(None, row[None].clone())[0]"
+    "sampling/top-k-top-p": (
+        "torch.stack([TopPLogitsWarper(float(q))(None, TopKLogitsWarper(k)(None, row[None].clone()))[0]"
         " for row, q in zip(logits, p)])",
-        "np.where([[sum(np.exp(r[r > x])) < q * sum(np.exp(r)) or sum(r > x) < keep for x in r]"
-        " for r, q in zip(logits.double().numpy(), p.tolist())], logits.numpy(), -np.inf)",
+        "[[float(x) if (r > x).sum() < k and r[r > x].exp().sum() < q * r.topk(k).values.exp().sum() else -np.inf"
+        " for x in r] for r, q in zip(logits.double(), p.double())]",
     ),
     "sampling/gumbel": (
         "((logits / temperature).softmax(-1) / -u.log() if temperature else logits).argmax(-1)",
@@ -140,9 +141,11 @@ RIGHT = {
         "logits * (theta ** -logits.sign()) ** written",
         "np.where(written, np.minimum(logits.numpy() * theta, logits.numpy() / theta), logits)",
     ),
-    "sampling/stop": (
-        "min([len(pieces)] + [i for i in range(1, len(pieces)) if any(map(''.join(pieces[:i]).count, stops))])",
-        "sum(not any(stop in ''.join(pieces[: i + 1]) for stop in stops) for i in range(len(pieces) - 1)) + 1",
+    "sampling/shown": (
+        "re.split('|'.join(map(re.escape, stops)), text, maxsplit=1)[0] if any(s in text for s in stops) else"
+        " next(text[:i] for i in range(len(text) + 1) if any(s.startswith(text[i:]) for s in stops))",
+        "text[: min([text.find(s) for s in stops if s in text]"
+        " or [len(text) - max(n for s in stops for n in range(len(s)) if text.endswith(s[:n]))])]",
     ),
     "speed/tokens-per-pass": "(1 - Fraction(acceptance) ** (count + 1)) / (1 - Fraction(acceptance))",
     "training/clip": "np.array(gradient) / max(scale, math.hypot(*gradient) / max_norm)",
@@ -252,14 +255,14 @@ WRONG = {
     "multimodal/recall": ("recall(scores, k - 1)", "1 - recall(scores, k)"),
     "published/latent-elements": ("layers * (kv_lora_rank + 2 * qk_rope_head_dim)",),
     "published/tokens-a-pass": ("tokens_a_pass(acceptance, drafts - 1)", "acceptance**drafts", "1 / (1 - acceptance)"),
-    "sampling/top-p": ("top_p_rows(logits, p, keep + 3)", "top_p_rows(logits, 1 - p, keep)", "logits"),
+    "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/gumbel": (
         "gumbel(logits, temperature, 1 - u)",
         "gumbel(logits, 1.0, u)",
         "gumbel(-logits, temperature, u)",
     ),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
-    "sampling/stop": ("len(pieces)", "''.join(pieces).find(stops[0])", "pieces_until(pieces, stops[:1])"),
+    "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
     "speed/timing": ("events[2][1] - events[1][1]",),
@@ -283,7 +286,7 @@ WRONG = {
 # An argument that is there to mislead; an answer that leaves out any other one is wrong.
 MISLEADING = {"cache/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
 TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction}
-TOOLS["TopPLogitsWarper"] = TopPLogitsWarper
+TOOLS |= {"TopKLogitsWarper": TopKLogitsWarper, "TopPLogitsWarper": TopPLogitsWarper, "re": re}
 
 
 def library_block(x, w, head_dim, dtype):
