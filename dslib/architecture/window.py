@@ -43,7 +43,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
     grouped = q.shape[1] != k.shape[1]
     block = block or max(32, window // 8)
     reach = window - 1  # how far before a query its keys begin
-    # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
+    # Queries start..stop, in blocks, see keys start - reach..stop. Those before them are a dense problem, long enough
+    # that no later slice touches the sinks or the beginning of the text.
     start = min(tokens, -(-(reach + sinks) // block) * block)
     blocks = -(-(tokens - start) // block)
     stop = start + blocks * block
