@@ -88,6 +88,8 @@ class RollingCache(BufferCache):
             raise ValueError("kind: got 'rolling', but the model has no sliding_window; forgetting would change it")
         slots = config.attention_sinks + config.sliding_window
         super().__init__(config, batch_size, slots, dtype=dtype, device=device)
+        # What advance leaves for update: slots to read before and after, which new tokens to keep, slots to write.
+        self._held, self._filled, self._survivors, self._write = None, 0, slice(None), None
 
     def _slot(self, positions: Tensor) -> Tensor:
         ring = self.sinks + (positions - self.sinks) % self.window
