@@ -18,6 +18,8 @@ Book: ``chapters/architecture/decoder.ipynb``. Of that chapter are also, in read
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +157,20 @@ def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype
     for parameter in model.parameters():  # not the buffers: a router's bias settles close calls, so it stays in float32
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+@contextmanager
+def inference(model: Decoder) -> Iterator[None]:
+    """Inference with every part of the model in evaluation mode; afterwards each is in its own again."""
+    training = [part for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def count_parameters(model: nn.Module) -> int:
