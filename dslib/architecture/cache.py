@@ -26,7 +26,7 @@ class KVCache:
     def __init__(self, config):
         self.window, self.sinks, self.length = config.sliding_window, config.attention_sinks, 0  # length: tokens seen
         self.layers: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
-        self._from: int | None = None  # first position that a single query may see; None: a mask says what is visible
+        self._from = 0  # position of the first key that update returns
 
     def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Store what one layer made of the new tokens; return all that their queries may look at, in the same order.
@@ -41,15 +41,16 @@ class KVCache:
     def advance(self, tokens: int, positions: Tensor | None, device: torch.device) -> "Step":
         """Count ``tokens`` new tokens in; ``positions`` (B, T) only if sequences differ and the cache is ``ragged``."""
         new = torch.arange(self.length, self.length + tokens, device=device).unsqueeze(0)
-        first, self.length = self.length == 0, self.length + tokens
+        begins, self.length = self.length == 0, self.length + tokens
+        # One query sees an unbroken run of keys; several, or sinks with a gap behind them, need a mask.
         gap = self.sinks and self.window is not None and self.length > self.sinks + self.window
-        self._from = None if tokens > 1 or gap else 0
-        if self._from is not None and self.window is not None and not self.sinks:
-            self._from = max(0, self.length - self.window)
-        if first:
+        masked = tokens > 1 or gap
+        slides = self.window is not None and not masked and not self.sinks
+        self._from = max(0, self.length - self.window) if slides else 0
+        if begins:
             return Step(new, causal=True)
-        if self._from is not None:
-            return Step(new)  # one query, and it may look at every key that update returns: nothing to hide
+        if not masked:
+            return Step(new)
         keys = torch.arange(self.length, device=device).unsqueeze(0)
         return Step(new, mask=visible(new, keys, self.window, self.sinks).unsqueeze(1))
 
@@ -152,10 +153,12 @@ class PreallocatedCache(BufferCache):
         whole(1, max_length=max_length)
         super().__init__(config, batch_size, max_length, dtype=dtype, device=device)
         self.max_length = max_length
+        # What advance leaves for update: slots from start to stop, or an index of them where sequences differ.
+        self._start, self._stop, self._slots = 0, 0, None
 
     def advance(self, tokens, positions, device):
         if positions is not None:
-            return self._advance_ragged(tokens, positions)
+            return self._advance_ragged(positions)
         start, stop = self.length, self.length + tokens
         if stop > self.max_length:
             raise ValueError(
@@ -165,28 +168,26 @@ class PreallocatedCache(BufferCache):
         self._slots, self._start, self._stop = None, start, stop
         return super().advance(tokens, None, device)
 
-    def _advance_ragged(self, tokens: int, positions: Tensor) -> Step:
-        self._from, self._stop = None, self.max_length
+    def _advance_ragged(self, positions: Tensor) -> Step:
+        self._from, self._stop = 0, self.max_length
         if not self.static:
-            last, first = int(positions.max()), int(positions.min())
-            if first < 0 or last >= self.max_length:
-                raise ValueError(
-                    f"positions: got {first} to {last}, expected 0 to {self.max_length - 1} "
-                    "(the cache's max_length - 1)"
-                )
-            self._stop = self.length = max(self.length, last + 1)
+            lowest, highest = int(positions.min()), int(positions.max())
+            if lowest < 0 or highest >= self.max_length:
+                wanted = f"0 to {self.max_length - 1} (the cache's max_length - 1)"
+                raise ValueError(f"positions: got {lowest} to {highest}, expected {wanted}")
+            self._stop = self.length = max(self.length, highest + 1)
         self._slots = (torch.arange(len(positions), device=positions.device).unsqueeze(1), positions)
         keys = torch.arange(self._stop, device=positions.device).unsqueeze(0)
         return Step(positions, mask=visible(positions, keys, self.window, self.sinks).unsqueeze(1))
 
     def update(self, layer, *new):
-        held, first = self._layers[layer], self._from or 0
+        held = self._layers[layer]
         for kept, part in zip(held, new, strict=True):
             if self._slots is None:
                 kept.narrow(2, self._start, self._stop - self._start).copy_(part)
             else:  # scatter every token to its own sequence's position
                 kept.transpose(1, 2)[self._slots] = part.transpose(1, 2).to(kept.dtype)  # which differs under autocast
-        return tuple(kept.narrow(2, first, self._stop - first) for kept in held)
+        return tuple(kept.narrow(2, self._from, self._stop - self._from) for kept in held)
 
 
 def step_for(
@@ -213,9 +214,9 @@ def step_for(
         at = torch.arange(tokens, device=x.device).unsqueeze(0) if positions is None else positions
         step = Step(at, causal=True)
     else:
-        own = positions if attention_mask is None else None  # beside a mask, positions only say how tokens are rotated
-        _check_cache(cache, x, own, config)
-        step = cache.advance(tokens, own, x.device)
+        ragged_positions = positions if attention_mask is None else None  # beside a mask they say only how to rotate
+        _check_cache(cache, x, ragged_positions, config)
+        step = cache.advance(tokens, ragged_positions, x.device)
     if attention_mask is None:
         return step
     at = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, S)
@@ -224,7 +225,7 @@ def step_for(
     # A padding token has to look at something, or its softmax is of nothing: it sees itself.
     mask = mask | torch.eye(at.shape[1], dtype=torch.bool, device=x.device)[-tokens:]
     if cache is not None:
-        cache._from = None  # update then returns every key: with padding between, a window is not the last few slots
+        cache._from = 0  # update then returns every key: with padding between, a window is not the last few slots
     return Step(new if positions is None else positions, mask.unsqueeze(1))
 
 
@@ -253,7 +254,5 @@ def _check_cache(cache: KVCache, x: Tensor, positions: Tensor | None, config) ->
     if cache.batch_size not in (None, len(x)):
         raise ValueError(f"cache: made for {cache.batch_size} sequences, input_ids has {len(x)}")
     if positions is not None and not cache.ragged:
-        raise ValueError(
-            f"positions: {type(cache).__name__} keeps one position for the whole batch; "
-            "use PreallocatedCache for sequences at different positions"
-        )
+        why = f"{type(cache).__name__} keeps one position for the whole batch"
+        raise ValueError(f"positions: {why}; use PreallocatedCache for sequences at different positions")

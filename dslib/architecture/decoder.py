@@ -16,6 +16,8 @@ reading order: :mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.conf
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +31,32 @@ from dslib.check import one_of
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits out.
+    """Token ids in, logits out."""
 
-    Example:
-        >>> model = Decoder(preset("tiny"))
-        >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
-        torch.Size([1, 5, 256])
-    """
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+        logits_at: Tensor | None = None, **seen,
+    ) -> Tensor:  # fmt: skip
+        """(B, T) token ids -> (B, T, V) logits of the token after each.
+
+        Args:
+            input_ids: int64, the *new* tokens; the cache stands for those before them.
+            cache, positions, seen: what each token may look at, see :meth:`place`.
+            logits_at: int64 (B, N), the only tokens of this call whose logits are wanted, (B, N, V).
+
+        Raises:
+            ValueError: ids of the wrong shape or dtype, or a cache made for another window or batch.
+            IndexError: a token id outside the vocabulary (from the embedding).
+        """
+        check_ids(input_ids)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        # step: positions, and who sees whom; rope: cos and sin, (1 or B, T, 1, D); x: longer if a picture enters.
+        x, step, rope = self.place(x, cache, positions, **seen)
+        for layer, block in enumerate(self.layers):
+            x = block(x, rope, step, cache, layer, input_ids)  # (B, T, C)
+        if logits_at is not None:
+            x = x[torch.arange(len(x), device=x.device).unsqueeze(1), logits_at]  # (B, N, C)
+        return self.lm_head(self.norm(x))  # (B, T or N, V)
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -47,39 +68,19 @@ class Decoder(nn.Module):
         self.apply(initialise)
         self.tie_weights()
 
-    def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-        logits_at: Tensor | None = None, **seen,
-    ) -> Tensor:  # fmt: skip
-        """(B, T) token ids -> (B, T, V) logits of the token after each.
-
-        Args:
-            input_ids: int64, the *new* tokens; the cache stands for those before them.
-            cache: filled in place.
-            positions: int64 (B, T), needed only when the sequences of a batch are at different positions. Without a
-                cache they say how tokens are rotated and not who sees whom: several texts packed into one row, whose
-                positions begin anew, would see those before them. Give each text a row.
-            logits_at: int64 (B, N), the only tokens of this call whose logits are wanted, (B, N, V).
-            seen: ``attention_mask`` for padded batches, see :func:`~dslib.architecture.cache.step_for`; what other
-                kinds of model look at besides, see :meth:`place`.
-
-        Raises:
-            ValueError: ids of the wrong shape or dtype, or a cache made for another window or batch.
-            IndexError: a token id outside the vocabulary (from the embedding).
-        """
-        x = self.embed_tokens(check_ids(input_ids))  # (B, T, C); first, so that a bad id leaves the cache untouched
-        x, step, rope = self.place(x, cache, positions, **seen)  # what each may look at, by what it is rotated
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, step, cache, index, input_ids)  # (B, T, C)
-        if logits_at is not None:
-            x = x[torch.arange(len(x), device=x.device).unsqueeze(1), logits_at]  # (B, N, C)
-        return self.lm_head(self.norm(x))
-
     def place(
         self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Step, tuple[Tensor, Tensor]]:  # fmt: skip
-        """What the layers need besides: states (B, T, C), the step that they are, and what attention rotates by."""
+        """What the layers need besides: states (B, T, C), the step that they are, and what attention rotates by.
+
+        Args:
+            cache: filled in place.
+            positions: int64 (B, T), needed only when the sequences of a batch are at different positions. Without a
+                cache they say how tokens are rotated and not who sees whom: a text that is packed into a row behind
+                another would see it. Give each text a row.
+            attention_mask: for padded batches, see :func:`~dslib.architecture.cache.step_for`.
+        """
         before = 0 if cache is None else cache.length
         step = step_for(x, cache, positions, self.config, attention_mask)
         if isinstance(cache, BufferCache) and torch.is_grad_enabled():
@@ -140,7 +141,13 @@ MODELS: dict[type[DecoderConfig], type[Decoder]] = {DecoderConfig: Decoder}  # o
 
 
 def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype=torch.float32) -> Decoder:
-    """The decoder of ``config``, with random weights; on ``device="meta"`` shapes without memory, to count them."""
+    """The decoder of ``config``, with random weights; on ``device="meta"`` shapes without memory, to count them.
+
+    Example:
+        >>> model = build(preset("tiny"))
+        >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
+        torch.Size([1, 5, 256])
+    """
     if seed is not None:
         torch.manual_seed(seed)
     with torch.device(device):
@@ -148,6 +155,20 @@ def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype
     for parameter in model.parameters():  # not the buffers: a router's bias settles close calls, so it stays in float32
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+@contextmanager
+def inference(model: Decoder) -> Iterator[None]:
+    """Inference with every part of the model in evaluation mode; afterwards each is in its own again."""
+    training = [part for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def count_parameters(model: nn.Module) -> int:

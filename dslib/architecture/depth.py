@@ -32,6 +32,55 @@ from dslib.check import between, whole
 from dslib.exact import unlike
 
 
+def early_exit(
+    model: Decoder, input_ids: Tensor, rule: "ExitRule", cache: KVCache | None = None, positions: Tensor | None = None
+) -> "Exits":
+    """Run a decoder with early exit; a token's result does not depend on the rest of its batch.
+
+    In one pass over a whole text, or token by token with a cache: the result is the same, since a token that has left
+    hands its state up either way. Layers run until the last token of the call has left.
+
+    Args:
+        input_ids, cache, positions: as for the model.
+
+    Raises:
+        ValueError: more ``min_layers`` than the model has layers, ids or a cache that the model refuses, an empty
+            batch; NaN or infinite logits, which no threshold can judge. A cache is of no more use after that: its
+            layers have kept different numbers of tokens.
+    """
+    exits = rule.exits(len(model.layers))
+    x, step, rope = model.place(model.embed_tokens(check_ids(input_ids)), cache, positions)
+    inside = torch.ones(input_ids.shape, dtype=torch.bool, device=x.device)
+    depths = torch.full_like(input_ids, len(model.layers), dtype=torch.int64)
+    confidence = torch.zeros(input_ids.shape, dtype=torch.float32, device=x.device)
+    logits, layers_run = None, 0
+    for depth, block in enumerate(model.layers, start=1):
+        if not inside.any():  # all have left: only what later tokens will look at
+            if cache is None:
+                break
+            if _remembers(block):
+                block.remember(x, rope, cache, depth - 1)
+            else:
+                block(x, rope, step, cache, depth - 1, input_ids)
+            continue
+        # Tokens that have left run along, which keeps the batch in one piece, and get their state back.
+        x = torch.where(inside.unsqueeze(-1), block(x, rope, step, cache, depth - 1, input_ids), x)
+        layers_run = depth
+        if depth not in exits:
+            continue
+        asked = model.lm_head(model.norm(x[inside]))  # (tokens still inside, vocab_size)
+        sure = asked.float().softmax(-1).amax(-1)
+        if not sure.isfinite().all():
+            raise ValueError(f"logits: NaN or infinite after layer {depth}, expected finite ones")
+        leaves = sure > rule.threshold if depth < len(model.layers) else torch.ones_like(sure, dtype=torch.bool)
+        here = inside.clone()
+        here[inside] = leaves
+        logits = asked.new_empty(*input_ids.shape, asked.shape[-1]) if logits is None else logits
+        logits[here], confidence[here], depths[here] = asked[leaves], sure[leaves], depth
+        inside = inside & ~here
+    return Exits(logits, depths, confidence, layers_run)
+
+
 @dataclass(frozen=True)
 class ExitRule:
     """When a token may leave.
@@ -81,61 +130,12 @@ class Exits:
         return float(self.depths.float().mean())
 
 
-def early_exit(
-    model: Decoder, input_ids: Tensor, rule: ExitRule, cache: KVCache | None = None, positions: Tensor | None = None
-) -> Exits:
-    """Run a decoder with early exit; a token's result does not depend on the rest of its batch.
-
-    In one pass over a whole text, or token by token with a cache: the result is the same, since a token that has left
-    hands its state up either way. Layers run until the last token of the call has left.
-
-    Args:
-        input_ids, cache, positions: as for the model.
-
-    Raises:
-        ValueError: more ``min_layers`` than the model has layers, ids or a cache that the model refuses, an empty
-            batch; NaN or infinite logits, which no threshold can judge. A cache is of no more use after that: its
-            layers have kept different numbers of tokens.
-    """
-    exits = rule.exits(len(model.layers))
-    x, step, rope = model.place(model.embed_tokens(check_ids(input_ids)), cache, positions)
-    inside = torch.ones(input_ids.shape, dtype=torch.bool, device=x.device)
-    depths = torch.full_like(input_ids, len(model.layers), dtype=torch.int64)
-    confidence = torch.zeros(input_ids.shape, dtype=torch.float32, device=x.device)
-    logits, layers_run = None, 0
-    for depth, layer in enumerate(model.layers, start=1):
-        if not inside.any():  # all have left: only what later tokens will look at
-            if cache is None:
-                break
-            if _remembers(layer):
-                layer.remember(x, rope, cache, depth - 1)
-            else:
-                layer(x, rope, step, cache, depth - 1, input_ids)
-            continue
-        # Tokens that have left run along, which keeps the batch in one piece, and get their state back.
-        x = torch.where(inside.unsqueeze(-1), layer(x, rope, step, cache, depth - 1, input_ids), x)
-        layers_run = depth
-        if depth not in exits:
-            continue
-        asked = model.lm_head(model.norm(x[inside]))  # (tokens still inside, vocab_size)
-        sure = asked.float().softmax(-1).amax(-1)
-        if not sure.isfinite().all():
-            raise ValueError(f"logits: NaN or infinite after layer {depth}, expected finite ones")
-        leaves = sure > rule.threshold if depth < len(model.layers) else torch.ones_like(sure, dtype=torch.bool)
-        here = inside.clone()
-        here[inside] = leaves
-        logits = asked.new_empty(*input_ids.shape, asked.shape[-1]) if logits is None else logits
-        logits[here], confidence[here], depths[here] = asked[leaves], sure[leaves], depth
-        inside = inside & ~here
-    return Exits(logits, depths, confidence, layers_run)
-
-
-def _remembers(layer: nn.Module) -> bool:
+def _remembers(block: nn.Module) -> bool:
     """Whether ``remember`` keeps what the block would: not where block or attention was changed, then it has to run."""
     fits = (None, "has a remember of its own")  # that one is called
-    if unlike(layer, (Block, SparseBlock, SeeingBlock)) not in fits:
+    if unlike(block, (Block, SparseBlock, SeeingBlock)) not in fits:
         return False
-    return unlike(layer.self_attn, (Attention, MultiHeadLatentAttention)) in fits
+    return unlike(block.self_attn, (Attention, MultiHeadLatentAttention)) in fits
 
 
 def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule) -> Tensor:
@@ -145,8 +145,8 @@ def exit_losses(model: Decoder, inputs: Tensor, targets: Tensor, rule: ExitRule)
     """
     x, step, rope = model.place(model.embed_tokens(check_ids(inputs)))
     exits, losses = rule.exits(len(model.layers)), []
-    for depth, layer in enumerate(model.layers, start=1):
-        x = layer(x, rope, step, None, depth - 1, inputs)
+    for depth, block in enumerate(model.layers, start=1):
+        x = block(x, rope, step, None, depth - 1, inputs)
         if depth in exits:
             logits = model.lm_head(model.norm(x)).float()
             losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))

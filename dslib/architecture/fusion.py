@@ -6,7 +6,7 @@
   token space, which simply stand before the text.
 
 Both sit behind one interface: ``image = model.encode_image(pixels)`` once, then ``model(input_ids, cache,
-image=image)``. Shapes: B batch, T tokens, N image features of size C, Hq and Hk heads of size D.
+image=image)``. Shapes: B batch, T tokens, N image features of size C.
 
 Book: ``chapters/architecture/fusion.ipynb``, with :mod:`~dslib.architecture.vision`. Sources: Flamingo (arXiv
 2204.14198, section 2.2), LLaVA-1.5 (arXiv 2310.03744) for the two-layer projector.
@@ -35,47 +35,14 @@ from dslib.check import one_of, whole
 from dslib.exact import unlike
 
 
-@dataclass(frozen=True)
-class FusionConfig(DecoderConfig):
-    """A decoder's shape and how it sees.
-
-    Attributes:
-        fusion: ``"cross"`` or ``"projector"``.
-        image_hidden_size: C, size of the image stream's features.
-        gate: ``"scalar"``, one learned number a block (Flamingo), or ``"token"``, computed from each token's state
-            (the "dynamic weights" of the article).
-        cross_attention_every: a block stands before the first of every so many layers.
-        cross_intermediate_size: inner size of the block's own gated feed-forward network; 0 for none (Flamingo has it).
-        swin: config of the image stream, see :class:`~dslib.architecture.vision.swin.SwinStream`; None is the tiny one.
-            Not used when an image stream is handed over.
-    """
-
-    fusion: str = "cross"
-    image_hidden_size: int = 64
-    gate: str = "scalar"
-    cross_attention_every: int = 1
-    cross_intermediate_size: int = 0
-    swin: dict | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of(("cross", "projector"), fusion=self.fusion)
-        one_of(("scalar", "token"), gate=self.gate)
-        whole(1, image_hidden_size=self.image_hidden_size, cross_attention_every=self.cross_attention_every)
-        whole(0, cross_intermediate_size=self.cross_intermediate_size)
-
-
 class VisionLanguageDecoder(Decoder):
     """The V1 decoder with an image stream. Without a picture it is the text model, exactly.
 
-    The text model's weights have the names that they have in :class:`Decoder`; beside them are ``vision``, and
-    ``projector`` or a ``cross`` in some layers.
+    Weights of the text model have their names in :class:`Decoder`; besides, ``vision``, and ``projector`` or ``cross``.
 
     Args:
         vision: image stream, (B, 3, H, W) -> (B, N, ``image_hidden_size``); None builds the Swin of ``config.swin``.
-
-    Raises:
-        ValueError: an image stream whose ``hidden_size`` is not ``image_hidden_size``.
+            A ValueError if its ``hidden_size`` is another.
 
     Example:
         >>> model = build(FusionConfig(256, 128, 352, 4, 4, 2))
@@ -84,24 +51,62 @@ class VisionLanguageDecoder(Decoder):
         torch.Size([1, 5, 256])
     """
 
-    def __init__(self, config: FusionConfig, vision: nn.Module | None = None):
+    def place(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+              image: ImageContext | None = None, attention_mask: Tensor | None = None):  # fmt: skip
+        """As :meth:`Decoder.place`; a projector's picture stands before the text, the other kind goes with the step."""
+        if image is None:
+            if cache is not None and cache.length == 0:
+                cache.picture = None
+            return super().place(x, cache, positions, attention_mask)
+        if (image.tokens is None) != (self.config.fusion == "cross"):
+            raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
+        if image.batch_size != len(x):
+            raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(x)}")
+        positions = None if positions is None else positions + image.prefix
+        enters = image.enters(cache)
+        if enters:
+            x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
+            if positions is not None:
+                before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
+                positions = torch.cat((before, positions), dim=1)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (image.prefix, 0), value=1)
+        x, step, rope = super().place(x, cache, positions, attention_mask)
+        if enters and cache is not None:
+            cache.picture = image.tokens.detach()  # a cache can be copied, a part of a graph cannot
+        return x, SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions)), rope
+
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+        logits_at: Tensor | None = None, image: ImageContext | None = None, **seen,
+    ) -> Tensor:  # fmt: skip
+        """(B, T) token ids -> (B, T, vocab_size) logits; as for :class:`Decoder`, with what ``encode_image`` returned.
+
+        With a cache, hand ``image`` over at every call. A projector's tokens enter at the first one, when the cache is
+        empty, and need room for ``image.prefix`` more positions; ``positions`` and ``attention_mask`` are of text only.
+
+        Raises:
+            ValueError: an image made for another number of sequences or another kind of model; a projector's image
+                that comes when the cache already holds something else.
+        """
+        if image is not None and image.enters(cache):  # nobody wants the logits of the picture's own tokens
+            text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
+            logits_at = (text if logits_at is None else logits_at) + image.prefix
+        return super().forward(input_ids, cache, positions, logits_at, image=image, **seen)
+
+    def __init__(self, config: "FusionConfig", vision: nn.Module | None = None):
         super().__init__(config)
         self.vision = SwinStream(config.swin) if vision is None else vision
-        if self.vision.hidden_size != config.image_hidden_size:
-            raise ValueError(
-                f"vision: gives features of size {self.vision.hidden_size}, "
-                f"but image_hidden_size={config.image_hidden_size}"
-            )
+        size, hidden = config.image_hidden_size, config.hidden_size
+        if (given := self.vision.hidden_size) != size:
+            raise ValueError(f"vision: gives features of size {given}, but image_hidden_size={size}")
         if config.fusion == "cross":
             for number, block in enumerate(self.seeing()):
                 block.number, block.cross = number, GatedCrossAttention(config)
             for block in self.seeing():
                 block.cross.apply(initialise_by_width)
         else:
-            self.projector = nn.Sequential(
-                nn.Linear(config.image_hidden_size, config.hidden_size), nn.GELU(),
-                nn.Linear(config.hidden_size, config.hidden_size),
-            )  # fmt: skip
+            self.projector = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, hidden))
             self.projector.apply(initialise_by_width)
 
     def make_block(self, layer: int) -> Block:
@@ -130,21 +135,19 @@ class VisionLanguageDecoder(Decoder):
         model = cls(FusionConfig(**fields, image_hidden_size=vision.hidden_size, **fusion), vision)
         for part in set(model.modules()) - set(vision.modules()):  # what is given keeps its own mode
             part.training = text.training
-        for index, block in enumerate(model.layers):
-            if isinstance(block, SeeingBlock) and (reason := unlike(text.layers[index], (Block,))) is not None:
-                raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
-        weight = text.embed_tokens.weight
-        eyes = [block.cross for block in model.seeing()] or [model.projector]
-        for part in (*eyes, model.vision):
-            part.to(weight)
-        for name in ("embed_tokens", "norm", "lm_head"):
-            setattr(model, name, getattr(text, name))
         for index, (block, theirs) in enumerate(zip(model.layers, text.layers, strict=True)):
             if not isinstance(block, SeeingBlock):
                 model.layers[index] = theirs
                 continue
+            if (reason := unlike(theirs, (Block,))) is not None:
+                raise ValueError(f"text: layer {index} {reason}, expected a plain Block")
             for name, part in theirs.named_children():
                 setattr(block, name, part)
+        eyes = [block.cross for block in model.seeing()] or [model.projector]
+        for part in (*eyes, model.vision):
+            part.to(text.embed_tokens.weight)
+        for name in ("embed_tokens", "norm", "lm_head"):
+            setattr(model, name, getattr(text, name))
         return model
 
     def encode_image(self, pixels: Tensor, mask: Tensor | None = None) -> ImageContext:
@@ -164,16 +167,14 @@ class VisionLanguageDecoder(Decoder):
         flat = pixels.flatten(0, 1) if several else pixels
         check_pixels(flat)
         if broken := (~flat.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-            raise ValueError(
-                f"pixels: NaN or infinite in {len(broken)} of {len(flat)} pictures, first in number {broken[0]}"
-            )
-        features = self.vision(flat)  # (B K, N, C)
-        pictures = pixels.shape[1] if several else 1
-        features = features.unflatten(0, (-1, pictures)).flatten(1, 2)  # (B, K N, C)
+            which = f"{len(broken)} of {len(flat)} pictures, first in number {broken[0]}"
+            raise ValueError(f"pixels: NaN or infinite in {which}")
+        each = self.vision(flat)  # (B K, N, C)
+        features = each.unflatten(0, (len(pixels), -1)).flatten(1, 2)  # (B, K N, C)
         if mask is not None:
             check_mask(mask, pixels.shape[: 1 + several])
             mask = mask.unsqueeze(1) if mask.ndim == 1 else mask
-            mask = mask.repeat_interleave(features.shape[1] // pictures, dim=-1)  # (B, K N) or (B, T, K N)
+            mask = mask.repeat_interleave(each.shape[1], dim=-1)  # (B, K N) or (B, T, K N)
         return self.image_context(features, mask)
 
     def image_context(self, features: Tensor, mask: Tensor | None = None) -> ImageContext:
@@ -197,49 +198,6 @@ class VisionLanguageDecoder(Decoder):
         if mask is not None and not mask.all():
             raise ValueError("mask: a projector puts image tokens into the sequence; every sequence needs as many")
         return ImageContext(tokens=self.projector(features))
-
-    def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-        logits_at: Tensor | None = None, image: ImageContext | None = None, **seen,
-    ) -> Tensor:  # fmt: skip
-        """(B, T) token ids -> (B, T, vocab_size) logits; as for :class:`Decoder`, with what ``encode_image`` returned.
-
-        With a cache, hand ``image`` over at every call. A projector's tokens enter at the first one, when the cache is
-        empty, and need room for ``image.prefix`` more positions; ``positions`` and ``attention_mask`` are of text only.
-
-        Raises:
-            ValueError: an image made for another number of sequences or another kind of model; a projector's image
-                that comes when the cache already holds something else.
-        """
-        if image is not None and image.enters(cache):  # nobody wants the logits of the picture's own tokens
-            text = torch.arange(input_ids.shape[-1], device=input_ids.device).expand(len(input_ids), -1)
-            logits_at = (text if logits_at is None else logits_at) + image.prefix
-        return super().forward(input_ids, cache, positions, logits_at, image=image, **seen)
-
-    def place(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-              image: ImageContext | None = None, attention_mask: Tensor | None = None):  # fmt: skip
-        """As :meth:`Decoder.place`; a projector's picture stands before the text, the other kind goes with the step."""
-        if image is None:
-            if cache is not None and cache.length == 0:
-                cache.picture = None
-            return super().place(x, cache, positions, attention_mask)
-        if (image.tokens is None) != (self.config.fusion == "cross"):
-            raise ValueError(f"image: made by another kind of model, this one has fusion={self.config.fusion!r}")
-        if image.batch_size != len(x):
-            raise ValueError(f"image: made for {image.batch_size} sequences, input_ids has {len(x)}")
-        positions = None if positions is None else positions + image.prefix
-        enters = image.enters(cache)
-        if enters:
-            x = torch.cat((image.tokens.to(x.dtype), x), dim=1)  # (B, N + T, hidden_size)
-            if positions is not None:
-                before = torch.arange(image.prefix, device=x.device).expand(len(x), -1)
-                positions = torch.cat((before, positions), dim=1)
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (image.prefix, 0), value=1)
-        x, step, rope = super().place(x, cache, positions, attention_mask)
-        if enters and cache is not None:
-            cache.picture = image.tokens.detach()  # a cache can be copied, a part of a graph cannot
-        return x, SeeingStep(**vars(step), image=image, image_mask=image.mask_at(step.positions)), rope
 
     @torch.no_grad()
     def openings(self, input_ids: Tensor, image: ImageContext) -> tuple[Tensor, Tensor]:
@@ -268,6 +226,35 @@ class VisionLanguageDecoder(Decoder):
             for hook in hooks:
                 hook.remove()
         return torch.stack(gates), torch.stack(shares)
+
+
+@dataclass(frozen=True)
+class FusionConfig(DecoderConfig):
+    """A decoder's shape and how it sees.
+
+    Attributes:
+        fusion: ``"cross"`` or ``"projector"``.
+        image_hidden_size: C, size of the image stream's features.
+        gate: ``"scalar"``, one learned number a block (Flamingo), or ``"token"``, computed from each token's state
+            (the "dynamic weights" of the article).
+        cross_attention_every: a block stands before the first of every so many layers.
+        cross_intermediate_size: inner size of the block's own gated feed-forward network; 0 for none (Flamingo has it).
+        swin: config of the image stream, see :class:`SwinStream`; None: the tiny one. Not used when one is handed over.
+    """
+
+    fusion: str = "cross"
+    image_hidden_size: int = 64
+    gate: str = "scalar"
+    cross_attention_every: int = 1
+    cross_intermediate_size: int = 0
+    swin: dict | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(("cross", "projector"), fusion=self.fusion)
+        one_of(("scalar", "token"), gate=self.gate)
+        whole(1, image_hidden_size=self.image_hidden_size, cross_attention_every=self.cross_attention_every)
+        whole(0, cross_intermediate_size=self.cross_intermediate_size)
 
 
 MODELS[FusionConfig] = VisionLanguageDecoder

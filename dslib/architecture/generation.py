@@ -1,5 +1,6 @@
 """Text from a decoder: greedy or sampled, streamed, one prompt or a batch of different lengths.
 
+``logits = model(prompt, cache)``; then ``token = choose(logits)``, ``logits = model(token, cache)``, again and again.
 Prompts of different lengths are padded on the right and decoded with one position per sequence: no token is ever moved,
 and nothing has to be un-padded. Shapes: B batch, T new tokens, V vocabulary.
 
@@ -9,18 +10,144 @@ that of transformers' ``generate``.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dslib.architecture.decoder import Decoder
+from dslib.architecture.cache import KVCache
+from dslib.architecture.decoder import Decoder, inference
 from dslib.architecture.fusion import ImageContext
 from dslib.check import above, at_least, between, whole
 from dslib.data.prompts import checked_prompts, completes, end_tokens, plain
+
+
+def decode_loop(
+    model: Decoder, ids: Tensor, cache: KVCache, choose: Callable[[Tensor, int], Tensor], last: Tensor,
+    positions: Tensor | None = None, **seen,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The next token of each text, (B,), without end: a pass over the prompts, then one over each new token.
+
+    ``last`` (B,) says where the prompts ``ids`` (B, T) end, and ``choose(logits, count)`` is (B, V) -> (B,).
+    """
+    with inference(model):  # not around the loop: a generator would leave its modes on in its caller between two tokens
+        logits = model(ids, cache, positions, last.unsqueeze(1), **seen)  # (B, 1, V), after each one's last token
+    for count in itertools.count(1):
+        with inference(model):
+            token = choose(logits[:, -1], count)  # (B,)
+        yield token
+        with inference(model):
+            where = None if positions is None else (last + count).unsqueeze(1)  # (B, 1)
+            logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, V)
+
+
+def generate(
+    model: Decoder, prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, *,
+    eos_token_id: int | Collection[int] | Tensor | None = None, min_new_tokens: int = 0,
+    stop: str | Collection[str] = (), tokenizer: Any = None,
+    sampling: "Sampling | None" = None, seed: int | Sequence[int] | None = None,
+    cache: str = "preallocated", image: ImageContext | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> "list[Generation]":  # fmt: skip
+    """Continue every prompt by up to ``max_new_tokens`` tokens; one result a prompt, in order.
+
+    The model runs in evaluation mode, and is in its own again afterwards.
+
+    Args:
+        prompts: token ids, one sequence a prompt (lengths may differ), or an int64 tensor (B, T).
+        eos_token_id: the id or ids that end a sequence; None never ends early.
+        min_new_tokens: so many tokens have to come before one of those ids may.
+        stop: strings that end a text as soon as they stand in it, the newest token being part of one; they stay in it.
+        tokenizer: with a ``decode`` from ids to text, for ``stop``.
+        sampling: None is greedy.
+        seed: of the sampling; the same seed gives the same text on the same device. One for each prompt makes a text
+            independent of the others in its batch.
+        cache: kind of cache, see :meth:`Decoder.make_cache`; prompts of different lengths need ``"preallocated"``.
+        image: what a vision-language model has seen, a picture or several a prompt: ``model.encode_image(pixels)``.
+        on_token: called as ``on_token(index of the prompt, token id)`` as soon as a token is known.
+
+    Raises:
+        ValueError: no or an empty prompt, an id outside the vocabulary, ``max_new_tokens`` below 1, or prompt and new
+            tokens together longer than ``max_position_embeddings`` (unless there is a window); logits that are NaN.
+    """
+    options = eos_token_id, sampling, seed, image, cache, min_new_tokens, stop, tokenizer
+    texts, steps = _decode(model, prompts, max_new_tokens, *options)
+    results = [Generation(len(ids)) for ids in texts]
+    for index, token, finish in steps:
+        results[index].tokens.append(token)
+        results[index].finish = finish
+        if on_token is not None:
+            on_token(index, token)
+    return results
+
+
+def stream(model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, **options) -> Iterator[int]:
+    """The new token ids of one prompt, one by one as they are decided; options and errors as for :func:`generate`."""
+    known = list(inspect.signature(_decode).parameters)[3:]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"stream: unknown option {unknown[0]!r}, expected one of {', '.join(known)}")
+    _, steps = _decode(model, [prompt], max_new_tokens, **options)
+    return (token for _, token, _ in steps)
+
+
+def _decode(
+    model, prompts, max_new_tokens, eos_token_id=None, sampling=None, seed=None, image=None, cache="preallocated",
+    min_new_tokens=0, stop=(), tokenizer=None,
+) -> tuple[list[list[int]], Iterator[tuple[int, int, str]]]:  # fmt: skip
+    """The checked prompts, and an iterator of (prompt index, token id, finish) that decodes as it is asked."""
+    device, vocab_size = model.embed_tokens.weight.device, model.config.vocab_size
+    max_new_tokens, min_new_tokens = plain(max_new_tokens), plain(min_new_tokens)
+    whole(1, max_new_tokens=max_new_tokens)
+    whole(0, min_new_tokens=min_new_tokens)
+    for name, value, kind in (("sampling", sampling, Sampling), ("image", image, ImageContext)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name}: got a {type(value).__name__}, expected {kind.__name__} or None")
+    prefix = 0 if image is None else image.prefix  # positions that a picture takes before the text
+    texts = checked_prompts(model.config, prompts, max_new_tokens, prefix)
+    ends, stop = end_tokens(eos_token_id, vocab_size), (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(end, str) and end for end in stop) or (stop and tokenizer is None):
+        raise ValueError(f"stop: got {stop!r}, expected strings of a character or more, and a tokenizer beside them")
+    sampling, generator = sampling or Sampling(), _generators(seed, len(texts), device)
+
+    lengths = [len(ids) for ids in texts]
+    longest, ragged = max(lengths), len(set(lengths)) > 1
+    # Right-padded by a token of the text itself, whose numbers are as finite: behind a mask NaN would still count.
+    ids = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in texts], device=device)  # (B, T)
+    last = torch.tensor(lengths, device=device) - 1  # (B,)
+    positions = torch.arange(longest, device=device).expand(len(texts), -1) if ragged else None
+    cache = model.make_cache(cache, batch_size=len(texts), max_length=prefix + longest + max_new_tokens)
+    written = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device).scatter_(1, ids, True)
+
+    def choose(logits: Tensor, count: int) -> Tensor:
+        if ends and count <= min_new_tokens:
+            logits[:, list(ends)] = -torch.inf
+        token = sampling.choose(logits, generator, written)
+        written.scatter_(1, token.unsqueeze(1), True)
+        return token
+
+    seen = {} if image is None else {"image": image}
+    tokens = itertools.islice(decode_loop(model, ids, cache, choose, last, positions, **seen), max_new_tokens)
+    return texts, _until_finished(tokens, texts, ends, stop, tokenizer)
+
+
+def _until_finished(tokens: Iterable[Tensor], texts, ends, stop, tokenizer) -> Iterator[tuple[int, int, str]]:
+    """(prompt index, token id, finish) of every token that belongs to a text, which it is appended to."""
+    alive = set(range(len(texts)))
+    for token in tokens:
+        for index, value in enumerate(token.tolist()):
+            if index not in alive:  # finished sequences ride along: the batch keeps its shape
+                continue
+            texts[index].append(value)
+            stopped = stop and completes(stop, texts[index], tokenizer)
+            finish = "eos" if value in ends else "stop" if stopped else "length"
+            if finish != "length":
+                alive.discard(index)
+            yield index, value, finish
+        if not alive:
+            return
 
 
 @dataclass(frozen=True)
@@ -118,133 +245,6 @@ class Generation:
     @property
     def new_tokens(self) -> int:
         return len(self.tokens)
-
-
-def generate(
-    model: Decoder, prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, *,
-    eos_token_id: int | Collection[int] | Tensor | None = None, min_new_tokens: int = 0,
-    stop: str | Collection[str] = (), tokenizer: Any = None,
-    sampling: Sampling | None = None, seed: int | Sequence[int] | None = None,
-    cache: str = "preallocated", image: ImageContext | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[Generation]:  # fmt: skip
-    """Continue every prompt by up to ``max_new_tokens`` tokens; one result a prompt, in order.
-
-    The model runs in evaluation mode, and is in its own again afterwards.
-
-    Args:
-        prompts: token ids, one sequence a prompt (lengths may differ), or an int64 tensor (B, T).
-        eos_token_id: the id or ids that end a sequence; None never ends early.
-        min_new_tokens: so many tokens have to come before one of those ids may.
-        stop: strings that end a text as soon as they stand in it, the newest token being part of one; they stay in it.
-        tokenizer: with a ``decode`` from ids to text, for ``stop``.
-        sampling: None is greedy.
-        seed: of the sampling; the same seed gives the same text on the same device. One for each prompt makes a text
-            independent of the others in its batch.
-        cache: kind of cache, see :meth:`Decoder.make_cache`; prompts of different lengths need ``"preallocated"``.
-        image: what a vision-language model has seen, a picture or several a prompt: ``model.encode_image(pixels)``.
-        on_token: called as ``on_token(index of the prompt, token id)`` as soon as a token is known.
-
-    Raises:
-        ValueError: no or an empty prompt, an id outside the vocabulary, ``max_new_tokens`` below 1, or prompt and new
-            tokens together longer than ``max_position_embeddings`` (unless there is a window); logits that are NaN.
-    """
-    texts, steps = _decode(
-        model, prompts, max_new_tokens, eos_token_id=eos_token_id, sampling=sampling, seed=seed, image=image,
-        cache=cache, min_new_tokens=min_new_tokens, stop=stop, tokenizer=tokenizer,
-    )  # fmt: skip
-    results = [Generation(len(ids)) for ids in texts]
-    for index, token, finish in steps:
-        results[index].tokens.append(token)
-        results[index].finish = finish
-        if on_token is not None:
-            on_token(index, token)
-    return results
-
-
-def stream(model: Decoder, prompt: Sequence[int] | Tensor, max_new_tokens: int, **options) -> Iterator[int]:
-    """The new token ids of one prompt, one by one as they are decided; options and errors as for :func:`generate`."""
-    known = list(inspect.signature(_decode).parameters)[3:]
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"stream: unknown option {unknown[0]!r}, expected one of {', '.join(known)}")
-    _, steps = _decode(model, [prompt], max_new_tokens, **options)
-    return (token for _, token, _ in steps)
-
-
-def _decode(
-    model, prompts, max_new_tokens, *, eos_token_id=None, sampling=None, seed=None, image=None, cache="preallocated",
-    min_new_tokens=0, stop=(), tokenizer=None,
-) -> tuple[list[list[int]], Iterator[tuple[int, int, str]]]:  # fmt: skip
-    """The checked prompts, and an iterator of (prompt index, token id, finish) that decodes as it is asked."""
-    device, vocab_size = model.embed_tokens.weight.device, model.config.vocab_size
-    max_new_tokens, min_new_tokens = plain(max_new_tokens), plain(min_new_tokens)
-    whole(1, max_new_tokens=max_new_tokens)
-    whole(0, min_new_tokens=min_new_tokens)
-    for name, value, kind in (("sampling", sampling, Sampling), ("image", image, ImageContext)):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name}: got a {type(value).__name__}, expected {kind.__name__} or None")
-    prefix = 0 if image is None else image.prefix  # positions that a picture takes before the text
-    texts = checked_prompts(model.config, prompts, max_new_tokens, prefix)
-    ends, stop = end_tokens(eos_token_id, vocab_size), (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(end, str) and end for end in stop) or (stop and tokenizer is None):
-        raise ValueError(f"stop: got {stop!r}, expected strings of a character or more, and a tokenizer beside them")
-    sampling, generator = sampling or Sampling(), _generators(seed, len(texts), device)
-
-    lengths = [len(ids) for ids in texts]
-    longest, ragged = max(lengths), len(set(lengths)) > 1
-    # Right-padded by a token of the text itself, whose numbers are as finite: behind a mask NaN would still count.
-    ids = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in texts], device=device)  # (B, T)
-    last = torch.tensor(lengths, device=device) - 1  # (B,)
-    positions = torch.arange(longest, device=device).expand(len(texts), -1) if ragged else None
-    cache = model.make_cache(cache, batch_size=len(texts), max_length=prefix + longest + max_new_tokens)
-    written = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
-    for row, text in enumerate(texts):
-        written[row, text] = True
-    seen = {} if image is None else {"image": image}
-
-    def steps() -> Iterator[tuple[int, int, str]]:
-        alive = set(range(len(texts)))
-        # Inside the loop and not around it: a generator would leave its modes on in its caller between two tokens.
-        with inference(model):
-            # Of each prompt, only what follows its last real token is wanted: (B, 1, V).
-            logits = model(ids, cache, positions, last.unsqueeze(1), **seen)
-        for count in range(1, max_new_tokens + 1):
-            with inference(model):
-                if ends and count <= min_new_tokens:
-                    logits[..., list(ends)] = -torch.inf
-                token = sampling.choose(logits[:, -1], generator, written)  # (B,)
-                written.scatter_(1, token.unsqueeze(1), True)
-            for index, value in enumerate(token.tolist()):
-                if index not in alive:
-                    continue
-                texts[index].append(value)
-                stopped = stop and completes(stop, texts[index], tokenizer)
-                finish = "eos" if value in ends else "stop" if stopped else "length"
-                if finish != "length":
-                    alive.discard(index)
-                yield index, value, finish
-            if not alive or count == max_new_tokens:
-                return
-            with inference(model):
-                # Finished sequences ride along (their tokens are dropped): the batch keeps its shape.
-                where = (last + count).unsqueeze(1) if ragged else None
-                logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, V)
-
-    return texts, steps()
-
-
-@contextmanager
-def inference(model: Decoder) -> Iterator[None]:
-    """Inference with every part of the model in evaluation mode; afterwards each is in its own again."""
-    training = [part for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _generators(seed: Any, batch: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:

@@ -43,7 +43,10 @@ class Block(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) * weight``, the mean taken in float32."""
+    """``x / sqrt(mean(x²) + eps) * weight``, the mean taken in float32.
+
+    Under autocast x may be bfloat16 beside weights in float32, of which torch would warn: x takes their format first.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -51,8 +54,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Under autocast x may be a product's bfloat16 beside weights in float32, of which torch would warn.
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head of queries or of keys (QK norm, as in Qwen3): scores then cannot grow without bound.
+
+    A class of its own, so that whoever stands in for a decoder's modules sees that there is one more.
+    """
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -68,6 +77,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=-1) @ v  # (B, H, T, S) x (B, H, S, D)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of every head by its angle: (B, T, H, D) -> the same shape.
+
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin). Rolling by half a head puts each element's partner in its
+    place; the minus sign waits in ``sin``. That is the layout of Llama checkpoints in the Hugging Face format.
+    """
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin)
 
 
 class Attention(nn.Module):
@@ -91,11 +110,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
         """(B, T, C) -> (B, T, C)."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
-        qk, v = qkv.split_with_sizes((self.query_heads + self.kv_heads, self.kv_heads), dim=2)
+        qk, v = qkv.split_with_sizes((self.query_heads + self.kv_heads, self.kv_heads), dim=2)  # H + K heads, K heads
         if self.q_norm is not None:
             q, k = qk.split_with_sizes((self.query_heads, self.kv_heads), dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = apply_rope(qk, *rope).split_with_sizes((self.query_heads, self.kv_heads), dim=2)  # turned in one go
+        qk = apply_rope(qk, *rope)  # queries and keys together: at one position they turn by one angle
+        q, k = qk.split_with_sizes((self.query_heads, self.kv_heads), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.update(layer, k, v)  # writes the new tokens; gives all that they may look at, (B, K, S, D)
@@ -110,33 +130,17 @@ class Attention(nn.Module):
         cache.update(layer, apply_rope(k, *rope).transpose(1, 2), v.transpose(1, 2))
 
 
-class HeadNorm(RMSNorm):
-    """RMSNorm of each head of queries or of keys (QK norm, as in Qwen3): scores then cannot grow without bound.
-
-    A class of its own, so that whoever stands in for a decoder's modules sees that there is one more.
-    """
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = None, sinks: int = 0) -> Tensor:
     """:func:`plain_attention` of T new tokens over whatever the cache returned, by torch's fused kernels."""
-    if step.causal:
-        return causal_attention(q, k, v, window, sinks)
-    if step.mask is None:
-        # One new token that may see every key. Query heads that share a key/value head become rows of one small
-        # attention problem, so that nothing has to be repeated: (B, H, 1, D) -> (B, K, H/K, D).
-        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
-        return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
-    """(B, H, T, D) queries over (B, K, T, D): each token sees itself and those before it, ``window`` tokens in all.
-
-    The first ``sinks`` positions stay visible whatever the window.
-    """
-    if window is None or window >= q.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return window_attention(q, k, v, window, sinks)
+    if step.causal and window is not None and window < q.shape[2]:
+        return window_attention(q, k, v, window, sinks)
+    if step.causal or step.mask is not None:
+        causal, shared = step.causal and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, enable_gqa=shared)
+    # One new token that may see every key. Query heads that share a key/value head become rows of one small attention
+    # problem, so that nothing has to be repeated: (B, H, 1, D) -> (B, K, H/K, D).
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
 
 
 class SwiGLU(nn.Module):
@@ -153,16 +157,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) of every head by its angle: (B, T, H, D) -> the same shape.
-
-    The pair (a, b) becomes (a cos - b sin, b cos + a sin). Rolling by half a head puts each element's partner in its
-    place; the minus sign waits in ``sin``. That is the layout of Llama checkpoints in the Hugging Face format.
-    """
-    partner = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, partner, sin)
-
-
 def rope_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: float | RopeScaling = 1.0, dtype=torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -173,17 +167,20 @@ def rope_angles(
         theta: base of the frequencies; pair i of a head turns by ``theta ** (-2 i / head_dim)`` a position.
         scaling: a number divides the positions (deepseek-coder-1.3b has 4); a rule slows some pairs, see its class.
     """
-    if isinstance(scaling, RopeScaling):
-        turns = cos_and_sin(positions, scaling.frequencies(head_dim, theta, positions.device))
-        cos, sin = (part * scaling.magnitude for part in turns)
-        return cos.to(dtype), sin.to(dtype)
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    return cos_and_sin(positions, 1.0 / (scaling * theta**exponent), dtype)
-
-
-def cos_and_sin(positions: Tensor, frequency: Tensor, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """As :func:`rope_angles`, for any frequencies: float32, (D/2,), the angle by which a pair turns a position."""
-    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (B, T, D/2)
+    if scaled := isinstance(scaling, RopeScaling):
+        frequency = scaling.frequencies(head_dim, theta, positions.device)  # (D/2,)
+    else:
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+        frequency = 1.0 / (scaling * theta**exponent)  # (D/2,)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (1 or B, T, D/2)
     cos, sin = angle.cos(), angle.sin()
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, D)
+    if scaled:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (1 or B, T, D)
     return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """:func:`attend` of a whole text, (B, H, T, D) queries over (B, K, T, D), without a model around it."""
+    positions = torch.arange(q.shape[2], device=q.device).unsqueeze(0)
+    return attend(q, k, v, Step(positions, causal=True), window, sinks)

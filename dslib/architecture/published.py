@@ -53,25 +53,6 @@ class MultiHeadLatentAttention(nn.Module):
         ValueError: unknown form.
     """
 
-    def __init__(self, config, form: str = "naive"):
-        super().__init__()
-        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
-        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.form = form
-        size, query = config.hidden_size, self.heads * (self.nope + self.rope)
-        self.compressed_queries = config.q_lora_rank is not None
-        if not self.compressed_queries:
-            self.q_proj = nn.Linear(size, query, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(size, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(size, self.rank + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, size, bias=False)
-        self.scale = (self.nope + self.rope) ** -0.5 * (1.0 if config.yarn is None else config.yarn.softmax_factor)
-
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: KVCache | None = None, layer: int = 0):
         """(B, T, hidden_size) -> (B, T, hidden_size); ``rope`` for heads of ``qk_rope_head_dim``."""
         q, q_rope = self._queries(x, rope)  # (B, T, H, N), (B, T, H, R)
@@ -124,6 +105,25 @@ class MultiHeadLatentAttention(nn.Module):
         rows, keys = q.flatten(1, 2).unsqueeze(1), kept.unsqueeze(1)  # (B, 1, T H, C + R), (B, 1, S, C + R)
         y = F.scaled_dot_product_attention(rows, keys, keys, attn_mask=mask, scale=self.scale)[..., : self.rank]
         return torch.einsum("bthc,hvc->bthv", y.view(batch, tokens, heads, -1), make_values)
+
+    def __init__(self, config, form: str = "naive"):
+        super().__init__()
+        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.form = form
+        size, query = config.hidden_size, self.heads * (self.nope + self.rope)
+        self.compressed_queries = config.q_lora_rank is not None
+        if not self.compressed_queries:
+            self.q_proj = nn.Linear(size, query, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(size, self.rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, size, bias=False)
+        self.scale = (self.nope + self.rope) ** -0.5 * (1.0 if config.yarn is None else config.yarn.softmax_factor)
 
     def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
         """Keep what the cache holds of (B, T, hidden_size) tokens that skip this layer, for later ones to look at."""

@@ -43,7 +43,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 
     grouped = q.shape[1] != k.shape[1]
     block = block or max(32, window // 8)
     reach = window - 1  # how far before a query its keys begin
-    # The dense start is long enough that no later slice touches the sinks or the beginning of the text.
+    # Queries start..stop, in blocks, see keys start - reach..stop. Those before them are a dense problem, long enough
+    # that no later slice touches the sinks or the beginning of the text.
     start = min(tokens, -(-(reach + sinks) // block) * block)
     blocks = -(-(tokens - start) // block)
     stop = start + blocks * block
@@ -87,6 +88,8 @@ class RollingCache(BufferCache):
             raise ValueError("kind: got 'rolling', but the model has no sliding_window; forgetting would change it")
         slots = config.attention_sinks + config.sliding_window
         super().__init__(config, batch_size, slots, dtype=dtype, device=device)
+        # What advance leaves for update: slots to read before and after, which new tokens to keep, slots to write.
+        self._held, self._filled, self._survivors, self._write = None, 0, slice(None), None
 
     def _slot(self, positions: Tensor) -> Tensor:
         ring = self.sinks + (positions - self.sinks) % self.window

@@ -6,17 +6,16 @@ for it where there is a kernel:
 * a few rows: torch's packed product on a CPU with AVX-512 or a GPU from compute capability 8.0, ours of
   :mod:`dslib.fast.int4_rows` on other CPUs. One load brings codes that lie in different rows, so that no sums across a
   register are needed; our codes are stored in that order;
-* many rows on a CPU: a slice of the matrix is unpacked, multiplied, and forgotten;
-* up to four rows on a CPU, if the layer's ``activations`` are ``"int8"``: rows rounded to eight bits, faster and less
-  exact.
+* up to four rows on a CPU, if the layer's ``activations`` are ``"int8"``: ours with rows in eight bits;
+* many rows on a CPU: a slice of the matrix is unpacked, multiplied, and forgotten.
 
 Without a kernel, unpacking at each product would make four bits many times slower than none. On a CPU the weights are
 then unpacked once and kept in bfloat16, beside a copy of the codes that tells whether they are still the same; the
 report says so, and that it takes memory.
 
 Where torch's product or kept weights are used, activations and result are rounded to bfloat16, whatever the dtype of
-the input: a relative error of about 0.3 %, next to about 8 % that four bits cost. Ours computes in float32; rows in
-eight bits cost 0.6 %. Dtype, shape and errors are the same on every way, and gradients flow through the plain one.
+the input: a relative error of about 0.3 %, next to about 8 % that four bits cost. Ours computes in float32. Dtype,
+shape and errors are the same on every way, and gradients flow through the plain one.
 
 Book: ``chapters/architecture/int4.ipynb``, section "How fast".
 """
@@ -96,16 +95,16 @@ class QuickInt4(Shortcut):
                 return self.plain(x)
             y = self.unpacked_product(rows)
         else:
-            multiply = self.int8_product() if len(rows) <= int4_rows.FEW else None
-            if multiply is None:
-                multiply, rows = self.product, rows.to(internal(x.device, x.dtype))
-            y = multiply(rows)
+            rounded = self.int8_product() if len(rows) <= int4_rows.FEW else None
+            y = (rounded or self.product)(rows)
         y = y.to(x.dtype)
         return (y if layer.bias is None else y + layer.bias.to(x.dtype)).view(*x.shape[:-1], -1)
 
     def product(self, rows: Tensor) -> Tensor:
-        """``x Wᵀ``: (N, in) in the :func:`internal` format -> (N, out), without the bias."""
+        """``x Wᵀ``: (N, in) -> (N, out), without the bias; torch's kernels compute in bfloat16, ours as x comes."""
         layer = self.stands_for
+        if rows.device.type != "cpu" or cpu_kernel():
+            rows = rows.bfloat16()
         if rows.device.type == "cpu":
             if len(rows) > FEW_ROWS:
                 return many_rows(rows, layer.packed, layer.scales, layer.group_size)
@@ -167,10 +166,7 @@ class QuickInt4(Shortcut):
 
 
 def with_zeros(scales: Tensor) -> Tensor:
-    """Scales and zeros as kernels read them, (groups, out, 2): of symmetric groups, with zeros added at each product.
-
-    A copy that is kept could go stale.
-    """
+    """Scales and zeros as kernels read them, (groups, out, 2); absent zeros are made anew, as kept ones go stale."""
     return F.pad(scales, (0, 1)) if scales.shape[-1] == 1 else scales
 
 
@@ -181,11 +177,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     size = one.element_size()
     words = torch.uint8 if size * one.numel() % 8 or size * one.storage_offset() % 8 else torch.int64
     return torch.equal(*(tensor.flatten().view(words) for tensor in (one, other)))
-
-
-def internal(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What kernels compute in: torch's in bfloat16, our own in the format of the input."""
-    return torch.bfloat16 if device.type != "cpu" or cpu_kernel() else dtype
 
 
 def few_rows() -> Callable[[Tensor, Tensor, int, Tensor], Tensor]:

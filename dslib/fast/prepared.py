@@ -18,6 +18,67 @@ from dslib.fast.shortcut import Shortcut, shortcut_of
 from dslib.fast.token_step import MODELS, TokenStep
 
 
+def prepare(model: nn.Module, *, quick_products: bool = True, pack_experts: bool = False) -> "Report":
+    """Let everything in ``model`` that has a faster way run by it, in place. May be called again after changes.
+
+    Nothing is copied that could go stale. Training works as before: shortcuts stand aside where gradients are recorded.
+    ``copy.deepcopy`` of a prepared model is prepared. ``copy.copy`` runs as the model that it was made from, whatever
+    attributes it is given since, until it is prepared or released itself.
+
+    Args:
+        quick_products: False leaves ``nn.Linear`` to torch, to see what the rest brings.
+        pack_experts: move the weights of experts into oneDNN's order, where the processor has one (AVX-512). Until
+            :func:`release` they can be neither read, saved, moved nor trained.
+
+    Raises:
+        ValueError: not a module.
+    """
+    release(model)
+    for module in model.modules():
+        shortcut = SHORTCUTS.get(type(module))
+        if shortcut is None or "forward" in vars(module) or (shortcut is QuickLinear and not quick_products):
+            continue
+        module.forward = shortcut(module)
+        if pack_experts and isinstance(module.forward, QuickExperts):
+            module.forward.pack()
+    return describe(model)
+
+
+def describe(model: nn.Module) -> "Report":
+    """Which modules of ``model`` run fast as things stand, and why others do not. Raises as :func:`prepare`."""
+    fast, plain = [], []
+    for name, module in _checked(model).named_modules():
+        shortcut, kind = shortcut_of(module), type(module).__name__
+        if shortcut is not None:
+            reason = shortcut.why_not()
+            (fast if reason is None else plain).append((name, kind, reason or shortcut.what))
+        elif type(module) in SHORTCUTS:
+            own = vars(module).get("forward")
+            reason = "is not prepared" if own is None else "has a forward of its own"
+            if isinstance(own, Shortcut):
+                reason = "runs as the module that it was copied from"
+            plain.append((name, kind, reason))
+        elif known := [known for known in SHORTCUTS if isinstance(module, known)]:
+            plain.append((name, kind, f"is not exactly a {known[0].__name__}"))
+    return Report(tuple(fast), tuple(plain))
+
+
+def release(model: nn.Module) -> None:
+    """Take every shortcut out of ``model`` again. Raises as :func:`prepare`."""
+    for module in _checked(model).modules():
+        shortcut = shortcut_of(module)
+        held = shortcut or vars(module).get("packed_by")  # the latter under a forward that was set afterwards
+        if held is not None:
+            held.let_go()
+        if isinstance(vars(module).get("forward"), Shortcut):  # of this module, or of the one that this is a copy of
+            del module.forward
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether :func:`prepare` was called for this model. Raises as :func:`prepare`."""
+    return shortcut_of(_checked(model)) is not None
+
+
 class QuickLatent(Shortcut):
     """Latent attention in the form that multiplies less: naive for a prompt, absorbed for a new token."""
 
@@ -68,67 +129,6 @@ class Report:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             lines.append(f"{title:5}  {len(names):4} x {kind}: {text} ({names[0]}{more})")
         return "\n".join(lines) or "nothing here has a faster way"
-
-
-def prepare(model: nn.Module, *, quick_products: bool = True, pack_experts: bool = False) -> Report:
-    """Let everything in ``model`` that has a faster way run by it, in place. May be called again after changes.
-
-    Nothing is copied that could go stale. Training works as before: shortcuts stand aside where gradients are recorded.
-    ``copy.deepcopy`` of a prepared model is prepared. ``copy.copy`` runs as the model that it was made from, whatever
-    attributes it is given since, until it is prepared or released itself.
-
-    Args:
-        quick_products: False leaves ``nn.Linear`` to torch, to see what the rest brings.
-        pack_experts: move the weights of experts into oneDNN's order, where the processor has one (AVX-512). Until
-            :func:`release` they can be neither read, saved, moved nor trained.
-
-    Raises:
-        ValueError: not a module.
-    """
-    release(model)
-    for module in model.modules():
-        shortcut = SHORTCUTS.get(type(module))
-        if shortcut is None or "forward" in vars(module) or (shortcut is QuickLinear and not quick_products):
-            continue
-        module.forward = shortcut(module)
-        if pack_experts and isinstance(module.forward, QuickExperts):
-            module.forward.pack()
-    return describe(model)
-
-
-def describe(model: nn.Module) -> Report:
-    """Which modules of ``model`` run fast as things stand, and why others do not. Raises as :func:`prepare`."""
-    fast, plain = [], []
-    for name, module in _checked(model).named_modules():
-        shortcut, kind = shortcut_of(module), type(module).__name__
-        if shortcut is not None:
-            reason = shortcut.why_not()
-            (fast if reason is None else plain).append((name, kind, reason or shortcut.what))
-        elif type(module) in SHORTCUTS:
-            own = vars(module).get("forward")
-            reason = "is not prepared" if own is None else "has a forward of its own"
-            if isinstance(own, Shortcut):
-                reason = "runs as the module that it was copied from"
-            plain.append((name, kind, reason))
-        elif known := [known for known in SHORTCUTS if isinstance(module, known)]:
-            plain.append((name, kind, f"is not exactly a {known[0].__name__}"))
-    return Report(tuple(fast), tuple(plain))
-
-
-def release(model: nn.Module) -> None:
-    """Take every shortcut out of ``model`` again. Raises as :func:`prepare`."""
-    for module in _checked(model).modules():
-        shortcut = shortcut_of(module)
-        held = shortcut or vars(module).get("packed_by")  # the latter under a forward that was set afterwards
-        if held is not None:
-            held.let_go()
-        if isinstance(vars(module).get("forward"), Shortcut):  # of this module, or of the one that this is a copy of
-            del module.forward
-
-
-def is_prepared(model: nn.Module) -> bool:
-    """Whether :func:`prepare` was called for this model. Raises as :func:`prepare`."""
-    return shortcut_of(_checked(model)) is not None
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -38,10 +38,6 @@ class TokenStep(Shortcut):
 
     what = "one token of one sequence without module calls"
 
-    def __init__(self, module: Decoder):
-        super().__init__(module)
-        self._found: tuple[Snapshot, str | None, LeanStep | None] | None = None
-
     def __call__(self, input_ids: Tensor, cache: KVCache | None = None, *rest, image=None, **named) -> Tensor:
         """As :meth:`Decoder.forward`."""
         asked = [value for value in (*rest, *named.values()) if value is not None]
@@ -49,6 +45,10 @@ class TokenStep(Shortcut):
             return step(int(input_ids), cache, image).unsqueeze(1)  # (1, 1, vocab_size)
         seen = {} if image is None else {"image": image}
         return self.plain(input_ids, cache, *rest, **named, **seen)
+
+    def __init__(self, module: Decoder):
+        super().__init__(module)
+        self._found: tuple[Snapshot, str | None, LeanStep | None] | None = None
 
     def _is_one_token(self, input_ids: Tensor, cache: KVCache | None, image: ImageContext | None) -> bool:
         """Whether this call is one that the loop is for. Calls that are wrong go to the model, which says why."""

@@ -53,20 +53,6 @@ class Int4Linear(nn.Module):
 
     activations = "bfloat16"
 
-    def __init__(self, in_features: int, out_features: int, group_size: int = 32, symmetric: bool = False,
-                 bias: bool = False, device=None, dtype=torch.float32):  # fmt: skip
-        super().__init__()
-        whole(2, in_features=in_features, out_features=out_features)
-        check_group_size(in_features, group_size)
-        if out_features % 2:
-            raise ValueError(f"out_features: got {out_features}, expected an even number of at least 2")
-        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.symmetric, self.dtype = symmetric, dtype
-        self.register_buffer("packed", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        shape = in_features // group_size, out_features, 1 if symmetric else 2
-        self.register_buffer("scales", torch.zeros(shape, dtype=torch.bfloat16, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of ``x``: unpack all, multiply.
 
@@ -84,6 +70,20 @@ class Int4Linear(nn.Module):
         if not self.symmetric:
             groups = groups + scales[..., 1:]
         return groups.flatten(1).to(dtype)
+
+    def __init__(self, in_features: int, out_features: int, group_size: int = 32, symmetric: bool = False,
+                 bias: bool = False, device=None, dtype=torch.float32):  # fmt: skip
+        super().__init__()
+        whole(2, in_features=in_features, out_features=out_features)
+        check_group_size(in_features, group_size)
+        if out_features % 2:
+            raise ValueError(f"out_features: got {out_features}, expected an even number of at least 2")
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.symmetric, self.dtype = symmetric, dtype
+        self.register_buffer("packed", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        shape = in_features // group_size, out_features, 1 if symmetric else 2
+        self.register_buffer("scales", torch.zeros(shape, dtype=torch.bfloat16, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
 
     @property
     def weight(self) -> Tensor:
@@ -157,16 +157,6 @@ class Int4Experts(nn.Module):
     Tokens are sorted by expert, as there, and experts run one after the other.
     """
 
-    def __init__(self, experts: Experts, group_size: int = 32, method: str = "rtn", symmetric: bool = False):
-        super().__init__()
-        self.num_experts, self.hidden_size = experts.num_experts, experts.hidden_size
-        self.intermediate_size, self.swiglu_limit = experts.intermediate_size, experts.swiglu_limit
-        if len(experts.down_proj) != self.num_experts:
-            raise ValueError("experts: packed by fast.prepare, expected fast.release(model) before")
-        for name in ("gate_up_proj", "down_proj"):
-            stack = (Int4Linear.from_weight(w, group_size, method, symmetric) for w in getattr(experts, name))
-            setattr(self, name, nn.ModuleList(stack))
-
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """(N, H) tokens, (N, k) expert ids and weights -> (N, H), as :meth:`Experts.forward`.
 
@@ -187,6 +177,16 @@ class Int4Experts(nn.Module):
             if len(part):
                 out.append(down(swiglu(gate_up(part), self.swiglu_limit)))
         return pairs.combine(torch.cat([*out, torch.zeros_like(rows[-1])]), weights.to(x.dtype))
+
+    def __init__(self, experts: Experts, group_size: int = 32, method: str = "rtn", symmetric: bool = False):
+        super().__init__()
+        self.num_experts, self.hidden_size = experts.num_experts, experts.hidden_size
+        self.intermediate_size, self.swiglu_limit = experts.intermediate_size, experts.swiglu_limit
+        if len(experts.down_proj) != self.num_experts:
+            raise ValueError("experts: packed by fast.prepare, expected fast.release(model) before")
+        for name in ("gate_up_proj", "down_proj"):
+            stack = (Int4Linear.from_weight(w, group_size, method, symmetric) for w in getattr(experts, name))
+            setattr(self, name, nn.ModuleList(stack))
 
 
 def quantize_(model: nn.Module, group_size: int = 32, method: str = "rtn", symmetric: bool = False,

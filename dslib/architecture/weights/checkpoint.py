@@ -28,6 +28,8 @@ _LAYOUTS = {
     "apart": ("mlp", ("gate_proj", "up_proj", "down_proj")),  # the hub's files of DeepSeek-V2 and V3
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),  # the hub's files of Mixtral
 }
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_COMPILED = "_orig_mod."  # what torch.compile puts into names
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,6 @@ def _sources(config: DecoderConfig, layout: str) -> dict[str, _Source]:
     return names
 
 
-_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-
 def _same(name: str) -> tuple[str, _Source]:
     return name, _Source((name,))
 
@@ -86,29 +85,24 @@ def _attention(config: DecoderConfig) -> Iterator[tuple[str, _Source]]:
 
 
 def _latent_attention(config: SparseConfig) -> Iterator[tuple[str, _Source]]:
-    plain = ["kv_a_layernorm", "kv_b_proj", "o_proj"]
-    queries = "q_proj"
-    if config.q_lora_rank is not None:
-        plain += ["q_a_proj", "q_a_layernorm"]
-        queries = "q_b_proj"
-    for name in plain:
+    compressed = config.q_lora_rank is not None
+    for name in ("kv_a_layernorm", "kv_b_proj", "o_proj", *(("q_a_proj", "q_a_layernorm") if compressed else ())):
         yield _same(f"self_attn.{name}.weight")
-    rotated = config.qk_rope_head_dim
+    queries = "q_b_proj" if compressed else "q_proj"
     turned = (
         (queries, config.qk_nope_head_dim, config.num_attention_heads),
         ("kv_a_proj_with_mqa", config.kv_lora_rank, 1),
     )
     for name, before, heads in turned:
         name = f"self_attn.{name}.weight"
-        yield name, _Source((name,), order=_pairs_apart(before, rotated, heads))
+        yield name, _Source((name,), order=_pairs_apart(before, config.qk_rope_head_dim, heads))
 
 
 def _pairs_apart(before: int, rotated: int, heads: int) -> Tensor:
     """Order of rows that makes DeepSeek's rotary pairs ours, for ``heads`` heads of ``before`` plain rows each.
 
-    DeepSeek turns neighbours, rows (0, 1), (2, 3) and so on; ``apply_rope`` turns row i with row i + half. Which rows
-    make a pair is only a matter of order, and a score does not change if query and key are reordered alike. So the rows
-    of the projections are reordered once, here, and attention has one way to rotate.
+    DeepSeek turns neighbours, rows (0, 1), (2, 3) and so on; ``apply_rope`` turns row i with row i + half. A score does
+    not change if query and key are reordered alike, so the projections' rows are, once, and rotating has one way.
     """
     ours = torch.cat((torch.arange(before), before + torch.arange(0, rotated, 2), before + torch.arange(1, rotated, 2)))
     return (torch.arange(heads).unsqueeze(1) * (before + rotated) + ours).flatten()
@@ -150,9 +144,8 @@ def _layout(names: Iterable[str]) -> str:
 def _prediction_layers(names: Iterable[str]) -> tuple[str, ...]:
     """Prefixes of DeepSeek-V3's modules for multi-token prediction.
 
-    Files have them as layers behind the last (``model.layers.61`` in V3); a projection of their own tells them from
-    real layers. They predict further tokens in training and speculative decoding, and the model's logits do not depend
-    on them.
+    Files have them as layers behind the last (``model.layers.61`` in V3), told from real ones by a projection of their
+    own. The model's logits do not depend on them.
     """
     found = (re.fullmatch(r"(model\.layers\.\d+\.)eh_proj\.weight", name) for name in names)
     return tuple(match[1] for match in found if match)
@@ -166,9 +159,8 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
     passed over, as is the prefix that ``torch.compile`` puts before names.
 
     Raises:
-        ValueError: naming the missing, the extra and the misshapen tensors, 8-bit ones, those without memory (on the
-            meta device) and what is no dense tensor (sparse, quantised); a model that is no decoder, or with weights in
-            another form (four bits, packed). The model is then left as it was.
+        ValueError: naming tensors that are missing, extra, misshapen, in 8 bits, without memory (on the meta device) or
+            not dense (sparse, quantised); a model that is no decoder, or in four bits or packed. It is left as it was.
     """
     given = {name.replace(_COMPILED, ""): tensor for name, tensor in state_dict.items()}
     placed, skipped = _placed(model, _layout(given)), _prediction_layers(given)
@@ -189,12 +181,9 @@ def load_hf_state_dict(model: Decoder, state_dict: Mapping[str, Tensor]) -> Deco
     problems += _listed("without memory", [name for name, tensor in dense.items() if tensor.is_meta])
     problems += _listed("that are no dense tensors of numbers", sorted(given.keys() - dense))
     if not problems:
-        misshapen = [
-            f"{name} {tuple(given[name].shape)}, expected {tuple(piece.shape)}"
-            for name, (piece, _) in pieces.items()
-            if given[name].shape != piece.shape
-        ]
-        problems = _listed("misshapen", misshapen)
+        shapes = {name: (tuple(given[name].shape), tuple(piece.shape)) for name, (piece, _) in pieces.items()}
+        wrong = [f"{name} {got}, expected {wanted}" for name, (got, wanted) in shapes.items() if got != wanted]
+        problems = _listed("misshapen", wrong)
     if problems:
         raise ValueError("state dict does not fit the config: " + "; ".join(problems))
     if tied_head and not torch.equal(head, embedding.to(head)):
@@ -236,9 +225,6 @@ def _is_dense(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return False
     return not (value.is_quantized or value.is_nested or value.is_complex())
-
-
-_COMPILED = "_orig_mod."  # what torch.compile puts into names
 
 
 def _tensors(model: Decoder) -> dict[str, Tensor]:

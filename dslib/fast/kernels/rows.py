@@ -1,8 +1,8 @@
 """A few rows times a weight matrix, at the speed at which memory gives the weights.
 
-Decoding multiplies one row by every matrix, so each weight is used once. What torch calls for that waits on a CPU for
-other things than memory: a float32 row goes to a routine with one thread, and bfloat16 weights to one that prepares
-for many rows. ``dot`` in ``rows.cpp`` is five lines, on all threads, and reads twice as fast (measured in the chapter).
+What torch calls for that is on a CPU a routine with one thread (see :mod:`dslib.fast.linear`), or for bfloat16 one that
+prepares for many rows. ``dot`` in ``rows.cpp`` is five lines, on all threads, and reads twice as fast (measured in the
+chapter).
 
 Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
 """
