@@ -14,7 +14,7 @@ The weights are those of the model, not copies. When it may stand for the model 
 
 Shapes: C hidden size, Hq query heads, Hk key-value heads, D head size, S keys.
 
-Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
+Book: ``chapters/performance/speed.ipynb``, section "Where the time of one token goes".
 """
 
 import math

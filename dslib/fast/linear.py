@@ -9,7 +9,8 @@ Where a C++ compiler is at hand, :mod:`dslib.fast.kernels.rows` reads the weight
 With more, as an expert of a mixture has them, :func:`product` asks oneDNN where that is the quicker library, and
 :func:`pack` lays a matrix out once in the order in which oneDNN reads it.
 
-Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes", and ``chapters/architecture/moe.ipynb``.
+Book: ``chapters/performance/speed.ipynb``, section "Where the time of one token goes", and
+``chapters/architecture/moe.ipynb``.
 """
 
 from collections.abc import Callable

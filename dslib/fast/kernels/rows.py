@@ -4,7 +4,7 @@ What torch calls for that is on a CPU a routine with one thread (see :mod:`dslib
 prepares for many rows. ``dot`` in ``rows.cpp`` is five lines, on all threads, and reads twice as fast (measured in the
 chapter).
 
-Book: ``chapters/architecture/decoder.ipynb``, section "Where the time goes".
+Book: ``chapters/performance/speed.ipynb``, section "Where the time of one token goes".
 """
 
 from collections.abc import Callable
