@@ -184,13 +184,14 @@ def _weights(hidden: int, heads: int, kv_heads: int, size: int, inner: int, seed
     }
 
 
-# What is wrong with the block that the reader is given, in the order of its lines.
+# What is wrong with the block that the reader is given, in the order of its lines. The hints say where to look: the
+# given block is checked as it stands, so the first of them is on the page before the reader has begun.
 FAULTS = {
-    "turned": "Values are rotated too. Only queries and keys carry positions; a value is handed over as it is.",
-    "mixed": "The heads are joined without moving them behind the tokens first: numbers of different tokens are mixed. "
-    "(H, T, D) becomes (T, H, D), then (T, H D).",
-    "norm": "The feed-forward part reads its state through the norm of the attention part. It has a norm of its own.",
-    "lost": "The last line adds to the normalised state. What is added to is the residual stream, as it was.",
+    "late": "The scores depend on where the text begins: with every position one higher they differ. Which "
+    "line brings that in?",
+    "mixed": "After attention, numbers of different tokens stand in one row. Follow the shape of `y`.",
+    "branch": "The feed-forward network sees only what attention has just found. It should see the whole state.",
+    "lost": "A block adds to the residual stream. This one hands on only what it would have added.",
 }
 # The reader mends one fault after another, so every selection of them is somebody's answer; its first one is named.
 _LEFT = [left for count in range(1, len(FAULTS) + 1) for left in itertools.combinations(FAULTS, count)]
@@ -209,11 +210,12 @@ _LEFT = [left for count in range(1, len(FAULTS) + 1) for left in itertools.combi
         + [
             "_block(x, w, head_dim, ('bare',))\n    Queries and keys are not normalised. This block has `q_norm` and "
             "`k_norm`, over each head, before the rotation.",
-            "_block(x, w, head_dim, ('late',))\n    `q_norm` and `k_norm` come after the rotation. Their gains differ "
-            "from one number of a head to the next, so it has to be before.",
+            "_block(x, w, head_dim, ('shared',))\n    The feed-forward network reads its state through the norm of "
+            "attention. It has a norm of its own, `post_attention_layernorm`.",
+            "_block(x, w, head_dim, ('turned',))\n    Values are rotated too. A value is handed over as it is.",
         ]
     ),
-    hint="Follow the shapes line by line, and ask of each line what the page's block has in its place.",
+    hint="Follow the shapes line by line. Ask what each part reads, what it adds to, and what a score may depend on.",
 )
 def block(x: Tensor, w: dict[str, Tensor], head_dim: int) -> Tensor:
     """A decoder's block that also normalises queries and keys: (T, C) -> (T, C), RoPE's base 100,000, eps 1e-5."""
@@ -236,7 +238,6 @@ def _block(x: Tensor, w: dict[str, Tensor], head_dim: int, faults: tuple[str, ..
         q, k = turn(norm(q, "q_norm")), turn(norm(k, "k_norm"))
     v = turn(v) if "turned" in faults else v
     y = _attend(*(t.transpose(0, 1) for t in (q, k, v)))  # (T, H, D)
-    y = y.transpose(0, 1).reshape(len(x), -1) if "mixed" in faults else y.flatten(1)
-    x = x + y @ w["o"].mT
-    h = norm(x, "input_layernorm" if "norm" in faults else "post_attention_layernorm")
-    return (h if "lost" in faults else x) + (F.silu(h @ w["gate"].mT) * (h @ w["up"].mT)) @ w["down"].mT
+    y = (y.transpose(0, 1).reshape(len(x), -1) if "mixed" in faults else y.flatten(1)) @ w["o"].mT
+    h = norm(y if "branch" in faults else x + y, f"{'input' if 'shared' in faults else 'post_attention'}_layernorm")
+    return (0 if "lost" in faults else x) + y + (F.silu(h @ w["gate"].mT) * (h @ w["up"].mT)) @ w["down"].mT
