@@ -1,5 +1,6 @@
 """Exercises of ``chapters/architecture/moe.ipynb``. Shapes: N tokens, E experts, k experts a token, H hidden size."""
 
+import math
 from functools import partial
 
 import torch
@@ -119,6 +120,84 @@ def repair(x: Tensor, gate: Tensor, experts: Tensor, top_k: int) -> Tensor:
         token, place = (indices == e).nonzero(as_tuple=True)  # who chose it, and as which choice
         y.index_add_(0, token, weights[token, place, None] * (x[token] @ expert))
     return y
+
+
+def _config(
+    scoring_func: str, topk_method: str, k: int, groups: tuple[int, int], norm_topk_prob: bool, factor: float
+) -> dict:
+    """Lines of a config.json under their names there; groups: how many there are, and how many of them stay open."""
+    return {
+        "scoring_func": scoring_func, "topk_method": topk_method, "num_experts_per_tok": k, "n_group": groups[0],
+        "topk_group": groups[1], "norm_topk_prob": norm_topk_prob, "routed_scaling_factor": factor,
+    }  # fmt: skip
+
+
+@exercise(
+    "moe/configuration",
+    cases=named(
+        "config logits bias",
+        (_config("softmax", "greedy", 2, (1, 1), False, 1.0), _random(5, 6, seed=40), 0.3 * _random(6, seed=41)),
+        (_config("softmax", "greedy", 2, (1, 1), True, 1.5), _random(5, 6, seed=42), 0.3 * _random(6, seed=43)),
+        (
+            _config("softmax", "group_limited_greedy", 3, (4, 2), False, 16.0),
+            2 * _random(8, 12, seed=44),
+            0.3 * _random(12, seed=45),
+        ),
+        (
+            _config("sigmoid", "noaux_tc", 5, (4, 2), True, 2.5),
+            _random(9, 12, seed=46),
+            0.5 * _random(12, seed=47) - 0.6,
+        ),
+        (_config("sigmoid", "noaux_tc", 3, (1, 1), True, 1.0), _random(5, 8, seed=48), 0.5 * _random(8, seed=49)),
+    ),
+    mistakes="""
+        configuration({**config, "routed_scaling_factor": 1.0}, logits, bias)
+            `routed_scaling_factor` is not used: multiply all weights by it at the end.
+        configuration({**config, "norm_topk_prob": True}, logits, bias)
+            You always divide by the sum. Do so only where `norm_topk_prob` is true.
+        configuration({**config, "norm_topk_prob": False}, logits, bias)
+            `norm_topk_prob` is not used: where it is true, divide the chosen scores by their sum.
+        configuration({**config, "n_group": 1, "topk_group": 1}, logits, bias)
+            The groups are not used: only the experts of the best `topk_group` of `n_group` groups may be chosen.
+        configuration({**config, "scoring_func": "softmax"}, logits, bias)
+            You always take a softmax. `scoring_func` says which function makes the scores.
+        configuration(config, logits, 0 * bias)
+            The bias has no effect. Under `noaux_tc` the choice goes by score plus bias.
+        _by_rule(config, logits, bias, biased=("greedy", "group_limited_greedy", "noaux_tc"))
+            You add the bias under every method. Only `noaux_tc` has one; the two greedy methods choose by score.
+        _by_rule(config, logits, bias, best={"noaux_tc": 1})
+            Under `noaux_tc` a group is as strong as its two best experts together, and you rank it by its best one.
+        _by_rule(config, logits, bias, best={"group_limited_greedy": 2})
+            Under `group_limited_greedy` a group is as strong as its best expert, and you add its two best.
+        _by_rule(config, logits, bias, best={"noaux_tc": 1, "group_limited_greedy": 2})
+            You have the two rules for the strength of a group the wrong way round: the best expert under
+            `group_limited_greedy`, the sum of the two best under `noaux_tc`.
+        _by_rule(config, logits, bias, closed=0.0)
+            You put 0 in place of what is closed. Score plus bias can lie below 0, so a closed expert can win: use -inf.
+    """,
+    hint="Go line by line: scores, plus bias if noaux_tc, groups closed with -inf, top k, their scores, norm, factor.",
+)
+def configuration(config: dict, logits: Tensor, bias: Tensor) -> Tensor:
+    """The rule that a config.json names, (N, E) logits and (E,) bias -> (N, E) weights, 0 where not chosen."""
+    return _by_rule(config, logits, bias)
+
+
+def _by_rule(
+    config: dict, logits: Tensor, bias: Tensor, biased: tuple = ("noaux_tc",), best: dict | None = None,
+    closed: float = -math.inf,
+) -> Tensor:  # fmt: skip
+    """The rule; ``biased`` methods add the bias, ``best`` of a group's experts give its strength."""
+    scores = logits.softmax(-1) if config["scoring_func"] == "softmax" else logits.sigmoid()
+    method, groups = config["topk_method"], config["n_group"]
+    choice = scores + bias if method in biased else scores
+    if method != "greedy" and groups > 1:
+        best = {"group_limited_greedy": 1, "noaux_tc": 2} | (best or {})
+        grouped = choice.unflatten(-1, (groups, -1))  # (N, groups, E / groups)
+        strength = grouped.topk(best[method], dim=-1).values.sum(-1)  # (N, groups)
+        kept = torch.zeros_like(strength).scatter(1, strength.topk(config["topk_group"], dim=-1).indices, 1.0)
+        choice = grouped.masked_fill(kept[..., None] == 0, closed).flatten(1)
+    table = _spread(scores, _ids(choice, config["num_experts_per_tok"]), config["norm_topk_prob"])
+    return config["routed_scaling_factor"] * table
 
 
 def _scores(logits: Tensor) -> Tensor:

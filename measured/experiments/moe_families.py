@@ -1,9 +1,10 @@
 """The routers of published models: which arguments give them, and transformers' block of each to hold them against.
 
-``ROUTERS`` is the one table: the page shows it, and ``tests/parity/test_moe.py`` compares every row in the experts
-chosen, outputs and gradients. ``NOT_EXPRESSED`` names rules that no arguments give, and why.
+``ROUTERS`` is the one table: the page shows one row of each kind (``KINDS``), its appendix all of them, and
+``tests/parity/test_moe.py`` compares every row in the experts chosen, outputs and gradients. ``NOT_EXPRESSED`` names
+rules that no arguments give, and why.
 
-Book: ``chapters/architecture/moe.ipynb``.
+Book: ``chapters/architecture/moe.ipynb`` and ``chapters/reference/experts_grid.ipynb``.
 """
 
 import importlib
@@ -19,7 +20,10 @@ SIGMOID = {"scoring_func": "sigmoid", "norm_topk_prob": True, "selection_bias": 
 V4 = {"scoring_func": "sqrtsoftplus", "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
 # name -> model_type, transformers' block, arguments of Router, arguments of MoE, what the tiny configuration needs. The
-# numbers of groups and shared experts are published ones; a checkpoint's own configuration gives its factor and limit.
+# numbers of groups and shared experts are published ones. Factors: V2 and V3 publish theirs; V3.2 and V4-Flash have the
+# default of transformers' configuration of the family; GLM-4.5's (of 355 billion) and dots.llm1's stand in the
+# configurations of their checkpoints, where transformers' default is 1. LFM2 has 1. V4's limit is 10, here a smaller
+# one that this size meets.
 ROUTERS = {
     "Mixtral": ("mixtral", "MixtralSparseMoeBlock", NORMED, {}, {"intermediate_size": I}),
     "Granite MoE": ("granitemoe", "GraniteMoeMoE", NORMED, {}, {"intermediate_size": I}),
@@ -51,19 +55,24 @@ ROUTERS = {
         "deepseek_v32", "DeepseekV32MoE", {**SIGMOID, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5},
         {"n_shared_experts": 1}, {},
     ),
-    "GLM-4 MoE": ("glm4_moe", "Glm4MoeMoE", {**SIGMOID, "routed_scaling_factor": 2.5}, {"n_shared_experts": 1}, {}),
+    "GLM-4.5": ("glm4_moe", "Glm4MoeMoE", {**SIGMOID, "routed_scaling_factor": 2.5}, {"n_shared_experts": 1}, {}),
     "dots.llm1": ("dots1", "Dots1MoE", {**SIGMOID, "routed_scaling_factor": 2.5}, {"n_shared_experts": 2}, {}),
     "MiniMax-M2": ("minimax_m2", "MiniMaxM2SparseMoeBlock", SIGMOID, {}, {"intermediate_size": I}),
-    "LFM2 MoE": ("lfm2_moe", "Lfm2MoeSparseMoeBlock", {**SIGMOID, "routed_scaling_factor": 2.5}, {}, {}),
-    "DeepSeek-V4": (
+    "LFM2 MoE": ("lfm2_moe", "Lfm2MoeSparseMoeBlock", SIGMOID, {}, {}),
+    "DeepSeek-V4-Flash": (
         "deepseek_v4", "DeepseekV4SparseMoeBlock", {**V4, "selection_bias": True},
         {"n_shared_experts": 1, "swiglu_limit": 0.4}, {"mlp_layer_types": ["moe"]},
     ),
-    "DeepSeek-V4, first layers": (
+    "DeepSeek-V4-Flash, first layers": (
         "deepseek_v4", "DeepseekV4SparseMoeBlock", {**V4, "hash_vocab_size": VOCAB},
         {"n_shared_experts": 1, "swiglu_limit": 0.4}, {"mlp_layer_types": ["hash_moe"]},
     ),
 }  # fmt: skip
+# One row of each kind: every way to score, to choose, to weigh, and every extra.
+KINDS = (
+    "Mixtral", "OLMoE", "Qwen2-MoE", "ERNIE 4.5", "DeepSeek-V2", "DeepSeek-V3", "DeepSeek-V4-Flash",
+    "DeepSeek-V4-Flash, first layers",
+)  # fmt: skip
 NOT_EXPRESSED = {
     "phimoe": "two draws one after the other (SparseMixer): each a softmax over the logits near the best one left",
     "gpt_oss": "biases in router and experts, and another function inside: (up + 1) x gate x sigmoid(1.702 gate)",
@@ -72,7 +81,7 @@ NOT_EXPRESSED = {
 
 
 def words(name: str) -> dict[str, str]:
-    """A row of ``ROUTERS`` as a reader sees it: how scores, choice and weights are made, and what stands besides."""
+    """A row of ``ROUTERS`` as a reader sees it: how scores, choice and weights are made, and the extras."""
     *_, rule, parts, _ = ROUTERS[name]
     scores = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "√softplus"}[
         rule.get("scoring_func", "softmax")
@@ -88,7 +97,8 @@ def words(name: str) -> dict[str, str]:
     shared = f"{parts['n_shared_experts']} shared" if "n_shared_experts" in parts else ""
     shared += ", with a gate" if "shared_expert_gate" in parts else ""
     shared += ", a limit inside" if "swiglu_limit" in parts else ""
-    return {"model": name, "scores": scores, "top k by": choice, "weights": weights, "besides": shared}
+    said = {"model": name, "scores": scores, "top k by": choice, "weights": weights}
+    return said | {"shared experts and extras": shared}
 
 
 def agree(name: str) -> bool:

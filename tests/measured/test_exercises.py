@@ -124,6 +124,17 @@ RIGHT = {
         " for n, ids in enumerate((x @ gate.T).topk(top_k).indices)]).float()",
         "np.einsum('ne,nh,ehj->nj', _normed(_own(x, gate, top_k)), x, experts)",
     ),
+    "moe/configuration": (
+        "configuration(config, logits.float(), bias.float()).numpy()",
+        "(lambda s, c: config['routed_scaling_factor'] * (lambda t: t / t.sum(1, keepdim=True)"
+        " if config['norm_topk_prob'] else t)(torch.stack([torch.zeros_like(r).index_put((i,), r[i]) for r, i in"
+        " zip(s, c.topk(config['num_experts_per_tok']).indices)])))(*(lambda s: (s, (lambda c: c if 'greedy' =="
+        " config['topk_method'] else c + torch.cat([torch.where((g := r.view(config['n_group'], -1).sort(1).values[:,"
+        " -(1 + ('noaux_tc' == config['topk_method'])):].sum(1)) >= g.sort().values[-config['topk_group']], 0.0,"
+        " -math.inf).repeat_interleave(len(r) // config['n_group'])[None] for r in c]))(s + bias"
+        " if config['topk_method'] == 'noaux_tc' else s)))(getattr(torch, config['scoring_func'])("
+        "logits, *[-1] * (config['scoring_func'] == 'softmax'))))",
+    ),
     "multimodal/resized": "[side * shorter // min(width, height) for side in (width, height)]",
     "multimodal/recall": "np.mean([i in row.argsort(descending=True)[:k] for i, row in enumerate(scores)])",
     "published/tokens-a-pass": "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)",
@@ -246,6 +257,11 @@ WRONG = {
         "repair(x, gate, experts.mT, top_k)",
         "repair(gate, x, experts, top_k)",
         "repair(x, gate, experts.mean(0).expand_as(experts), top_k)",
+    ),
+    "moe/configuration": (
+        "configuration(config, -logits, bias)",
+        "configuration(config, logits, bias) > 0",
+        "_by_rule(config, logits, bias, biased=())[:1]",
     ),
     "multimodal/resized": (
         "tuple(round(side * shorter / min(width, height)) for side in (width, height))",

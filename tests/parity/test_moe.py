@@ -58,8 +58,26 @@ def test_the_words_of_a_row_tell_its_arguments_apart():
         assert same.setdefault(tuple(said.values())[1:], (rule, {**parts})) == (rule, parts), name
     assert moe_families.words("DeepSeek-V2") == {
         "model": "DeepSeek-V2", "scores": "softmax", "top k by": "score, in 3 of 8 groups",
-        "weights": "the scores, ×\u00a016", "besides": "2 shared",
+        "weights": "the scores, ×\u00a016", "shared experts and extras": "2 shared",
     }  # fmt: skip
+
+
+def test_the_page_shows_one_row_of_each_kind():
+    """What a row of KINDS does not say of scores, choice, weights or extras, no other row says either."""
+    said = [
+        [part.rpartition(" ×")[0] or part for part in list(moe_families.words(name).values())[1:]] for name in ROUTERS
+    ]
+    shown = [row for name, row in zip(ROUTERS, said, strict=True) if name in moe_families.KINDS]
+    for column in range(3):
+        assert {row[column] for row in said} == {row[column] for row in shown}
+    extras = {word for row in said for word in row[3].split(", ") if "shared" not in word}
+    assert extras == {word for row in shown for word in row[3].split(", ") if "shared" not in word}
+
+
+@pytest.mark.parametrize("name", ["LFM2 MoE", "DeepSeek-V3", "DeepSeek-V3.2", "DeepSeek-V4-Flash"])
+def test_factors_are_those_of_the_family_s_configuration(name):
+    family, _, rule, *_ = ROUTERS[name]
+    assert AutoConfig.for_model(family).routed_scaling_factor == rule.get("routed_scaling_factor", 1.0)
 
 
 @EACH
