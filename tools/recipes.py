@@ -1,4 +1,4 @@
-"""Every recipe of README, index and CONTRIBUTING, executed as a reader would. `make portability ROWS=recipes` does it.
+"""Every recipe of README, index, CONTRIBUTING and the page for teachers, executed as a reader would. `make portability ROWS=recipes` does it.
 
     python -m tools.recipes            run them; the checkout must have no changes, and has none afterwards
     python -m tools.recipes --list     each recipe of these pages, and what executes it
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tools.workflow import ROOT, clean
 
-PAGES = ("README.md", "index.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "index.md", "CONTRIBUTING.md", "chapters/start/teach.md")
 PYTHON = str(ROOT / ".venv/bin/python")
 # What the workflow runs by itself. A test looks whether it does.
 WORKFLOW = {
@@ -155,6 +155,8 @@ WITH_ANOTHER = {
 AS_IT_STANDS = (
     "make",
     "make record",
+    "make lint",
+    "make student",
     "python -m tools.workflow --list",
     "python -m tools.processor",
     "python -m dslib.performance.cost estimate --per-day 1e6 --tokens-in 1000 --tokens-out 300 --server h200",
