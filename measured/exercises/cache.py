@@ -6,10 +6,10 @@ from torch import Tensor
 from measured.exercises import exercise, named, normal
 
 
-def rotate(x: Tensor, at: Tensor) -> Tensor:
+def rope(x: Tensor, at: Tensor) -> Tensor:
     """(S, D) queries or keys at positions (S,), as on the page: the pair (i, i + D/2) turns by an angle of its own."""
     size = x.shape[-1]
-    angle = at[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
+    angle = at[:, None] * 100_000.0 ** (-torch.arange(0, size, 2) / size)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
 
@@ -23,8 +23,8 @@ def _attend(q, k, v, held_k, held_v, start=None, again=False, diagonal=None) -> 
     """The reference and, by its options, the usual ways to get it wrong."""
     held = len(held_k)
     at = torch.arange(len(q)) + (held if start is None else start)
-    keys = rotate(torch.cat((held_k, k)), torch.arange(held + len(k))) if again else torch.cat((held_k, rotate(k, at)))
-    scores = rotate(q, at) @ keys.T / q.shape[-1] ** 0.5
+    keys = rope(torch.cat((held_k, k)), torch.arange(held + len(k))) if again else torch.cat((held_k, rope(k, at)))
+    scores = rope(q, at) @ keys.T / q.shape[-1] ** 0.5
     hidden = torch.ones_like(scores).triu(held + 1 if diagonal is None else diagonal).bool()
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ torch.cat((held_v, v))
 
@@ -123,5 +123,5 @@ def kv_bytes(
     layers: int, full_every: int, heads: int, kv_heads: int, head_dim: int, tokens: int, window: int,
     bytes_per_number: int,
 ) -> int:  # fmt: skip
-    """Bytes of keys and values where layer ``full_every``, twice that and so on see all, the others a window."""
+    """Bytes of keys and values where of each ``full_every`` layers the last sees all, the others a window."""
     return _kept(layers, full_every, kv_heads, head_dim, tokens, min(tokens, window)) * bytes_per_number

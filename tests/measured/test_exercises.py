@@ -55,10 +55,10 @@ RIGHT = {
         "int(capacity_factor * indices.numel() / num_experts + 1e-9))",
     ),
     "cache/piece": (
-        "torch.nn.functional.scaled_dot_product_attention(rotate(q.double(), len(held_k) + torch.arange(len(q))),"
-        " torch.cat((held_k, rotate(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
+        "torch.nn.functional.scaled_dot_product_attention(rope(q.double(), len(held_k) + torch.arange(len(q))),"
+        " torch.cat((held_k, rope(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
         " attn_mask=torch.ones(len(q), len(held_k) + len(q)).tril(len(held_k)).bool())",
-        "[_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], torch.cat((held_k, rotate(k[:i], torch.arange(i) +"
+        "[_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], torch.cat((held_k, rope(k[:i], torch.arange(i) +"
         " len(held_k)))), torch.cat((held_v, v[:i])))[0].tolist() for i in range(len(q))]",
     ),
     "cache/rolling-positions": (
