@@ -1,4 +1,6 @@
-"""Every recipe of README, index, CONTRIBUTING and the page for teachers, executed as a reader would. `make portability ROWS=recipes` does it.
+"""Every recipe of README, index, CONTRIBUTING and the page for teachers, run as a reader would.
+
+`make portability ROWS=recipes` does it, or
 
     python -m tools.recipes            run them; the checkout must have no changes, and has none afterwards
     python -m tools.recipes --list     each recipe of these pages, and what executes it

@@ -6,10 +6,10 @@ from torch import Tensor
 from measured.exercises import exercise, named, normal
 
 
-def rotate(x: Tensor, at: Tensor) -> Tensor:
+def rope(x: Tensor, at: Tensor) -> Tensor:
     """(S, D) queries or keys at positions (S,), as on the page: the pair (i, i + D/2) turns by an angle of its own."""
     size = x.shape[-1]
-    angle = at[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
+    angle = at[:, None] * 100_000.0 ** (-torch.arange(0, size, 2) / size)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
 
@@ -23,8 +23,8 @@ def _attend(q, k, v, held_k, held_v, start=None, again=False, diagonal=None) -> 
     """The reference and, by its options, the usual ways to get it wrong."""
     held = len(held_k)
     at = torch.arange(len(q)) + (held if start is None else start)
-    keys = rotate(torch.cat((held_k, k)), torch.arange(held + len(k))) if again else torch.cat((held_k, rotate(k, at)))
-    scores = rotate(q, at) @ keys.T / q.shape[-1] ** 0.5
+    keys = rope(torch.cat((held_k, k)), torch.arange(held + len(k))) if again else torch.cat((held_k, rope(k, at)))
+    scores = rope(q, at) @ keys.T / q.shape[-1] ** 0.5
     hidden = torch.ones_like(scores).triu(held + 1 if diagonal is None else diagonal).bool()
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ torch.cat((held_v, v))
 
@@ -59,35 +59,71 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor
     return _attend(q, k, v, held_k, held_v)
 
 
-def _ring(tokens: int, window: int, sinks: int, turn: int = 0) -> list[int | None]:
-    slots = [*range(sinks), *[None] * window]
-    for position in range(sinks, tokens):
-        slots[sinks + (position - sinks + turn) % window] = position
-    return slots[: max(tokens, sinks)]
+def _ring(new: int, start: int, window: int, seed: int) -> dict:
+    """A piece at positions start, start + 1 … and the ring that holds what came before; unwritten slots are zeros."""
+    x = normal(5, max(new, window), 8, seed=seed)
+    held = x[3:, :window] * (torch.arange(window) < start)[:, None]
+    return {"q": x[0, :new], "k": x[1, :new], "v": x[2, :new], "start": start, "held_k": held[0], "held_v": held[1]}
+
+
+def _through_ring(
+    q, k, v, start, held_k, held_v, first=0, reach=0, future=False, write=True, restart=False, early=False
+):
+    """The reference and, by its options, the usual ways to get it wrong."""
+    window = len(held_k)
+    at = start + torch.arange(len(q))
+    old = torch.arange(max(first, start - window), start)
+    after = held_k.clone(), held_v.clone()
+    for position, *new in zip(at - start * restart, k, v, strict=True) if write else ():
+        after[0][position % window], after[1][position % window] = new
+    keys, values, where = (
+        torch.cat((held_k[old % window], k)),
+        torch.cat((held_v[old % window], v)),
+        torch.cat((old, at)),
+    )
+    if early:
+        where = torch.arange(max(0, start + len(q) - window), start + len(q))
+        keys, values = after[0][where % window], after[1][where % window]
+    back = at[:, None] - where
+    seen = ((back >= 0) | future) & (back < window + reach)
+    scores = (q @ keys.T / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+    return torch.cat((scores.softmax(-1).nan_to_num() @ values, *after))
 
 
 @exercise(
-    "cache/rolling-positions",
-    cases=named("tokens window sinks", (3, 4, 0), (9, 4, 0), (13, 4, 2), (1, 4, 2), (14, 5, 3), (8, 2, 1)),
+    "cache/ring-piece",
+    cases=[_ring(3, 6, 4, 0), _ring(1, 9, 4, 1), _ring(2, 2, 5, 2), _ring(7, 5, 3, 3), _ring(4, 0, 6, 4)],
     mistakes="""
-        [*range(min(sinks, tokens)), *range(max(sinks, tokens - window), tokens)]
-            The right positions in the order of the text. In the ring the newest stands where the oldest stood, so say
-            which slot holds which.
-        _ring(tokens, window + sinks, 0)
-            One ring over all slots overwrites the sinks after one round. They need slots of their own.
-        _ring(tokens, window, 0)
-            The sinks are missing: the first positions keep their slots after the window has moved on.
-        _ring(tokens, window, sinks, sinks)[:tokens]
-            Nearly: the ring begins where the sinks end, so count positions from there before taking the remainder.
-        _ring(tokens, window, sinks)
-            At the very beginning some sinks have not come yet. A slot that was never written is left out.
-        rolling_positions(tokens + 1, window, sinks)
-            One token too many: after n tokens the last position is n - 1.
+        _through_ring(q, k, v, start, held_k, held_v, early=True)
+            You write before you look: the last tokens of a piece overwrite keys that its first ones still need.
+        _through_ring(q, k, v, start, held_k, held_v, reach=10**6)
+            Causal, but without the window: a later token of the piece must not see the oldest held keys any more.
+        _through_ring(q, k, v, start, held_k, held_v, reach=1)
+            One key too many: a window of W is the token itself and the W - 1 before it.
+        _through_ring(q, k, v, start, held_k, held_v, reach=-1)
+            One key too few: a window of W is the token itself and the W - 1 before it.
+        _through_ring(q, k, v, start, held_k, held_v, future=True)
+            A token of the piece sees the ones after it.
+        _through_ring(q, k, v, start, held_k, held_v, first=-(10**6))
+            A slot that was never written takes part: its key of zeros has a score of 0, and so gets weight.
+        _through_ring(q, k, v, start, held_k, held_v, write=False)
+            What you return as the ring is the old one: the piece has to be written, too.
+        _through_ring(q, k, v, start, held_k, held_v, restart=True)
+            Slots go by the position in the text, so count from `start`, and not from 0 in each piece.
+        _through_ring(q, k, v, start, held_k, held_v)[: len(q)]
+            The outputs are right. The ring's keys and values after the piece belong below them.
     """,
+    tolerance=1e-4,
+    hint="Feed the piece one token at a time to the class Ring of the page, and compare outputs and slots.",
 )
-def rolling_positions(tokens: int, window: int, sinks: int) -> list[int]:
-    """The position held in each slot of a rolling cache after ``tokens`` tokens, in the order of slots."""
-    return _ring(tokens, window, sinks)[:tokens]
+def ring_piece(q: Tensor, k: Tensor, v: Tensor, start: int, held_k: Tensor, held_v: Tensor) -> Tensor:
+    """A piece of T tokens through a ring of W slots, one head: (T + 2 W, D), outputs, then the ring's keys and values.
+
+    Args:
+        q, k, v: (T, D), rotated already; the first token stands at position ``start``.
+        held_k, held_v: (W, D), where slot p mod W holds position p, for the last W positions before ``start``.
+    """
+    return _through_ring(q, k, v, start, held_k, held_v)
 
 
 def _kept(layers: int, full_every: int, kv_heads: int, head_dim: int, full: int, others: int) -> int:
@@ -123,5 +159,5 @@ def kv_bytes(
     layers: int, full_every: int, heads: int, kv_heads: int, head_dim: int, tokens: int, window: int,
     bytes_per_number: int,
 ) -> int:  # fmt: skip
-    """Bytes of keys and values where layer ``full_every``, twice that and so on see all, the others a window."""
+    """Bytes of keys and values where of each ``full_every`` layers the last sees all, the others a window."""
     return _kept(layers, full_every, kv_heads, head_dim, tokens, min(tokens, window)) * bytes_per_number

@@ -112,6 +112,7 @@ def test_every_recipe_of_the_pages_is_executed(monkeypatch, tmp_path):
         )
     assert any(row.tries == ("recipes",) for row in portability.ROWS.values())
     for page in recipes.PAGES:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text("Do `make all` or\n\n    pip install x    # or so\n\nwith .venv.\n")
     monkeypatch.setattr(recipes, "ROOT", tmp_path)
     assert recipes.found() == ["pip install x", "make all"] and recipes.how("make all") is None

@@ -56,16 +56,17 @@ RIGHT = {
         "int(capacity_factor * indices.numel() / num_experts + 1e-9))",
     ),
     "cache/piece": (
-        "torch.nn.functional.scaled_dot_product_attention(rotate(q.double(), len(held_k) + torch.arange(len(q))),"
-        " torch.cat((held_k, rotate(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
+        "torch.nn.functional.scaled_dot_product_attention(rope(q.double(), len(held_k) + torch.arange(len(q))),"
+        " torch.cat((held_k, rope(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
         " attn_mask=torch.ones(len(q), len(held_k) + len(q)).tril(len(held_k)).bool())",
-        "[_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], torch.cat((held_k, rotate(k[:i], torch.arange(i) +"
+        "[_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], torch.cat((held_k, rope(k[:i], torch.arange(i) +"
         " len(held_k)))), torch.cat((held_v, v[:i])))[0].tolist() for i in range(len(q))]",
     ),
-    "cache/rolling-positions": (
-        "[max(p for p in range(tokens) if p == s or s >= sinks <= p and (p - s) % window == 0)"
-        " for s in range(min(tokens, sinks + window))]",
-        "np.array(rolling_positions(tokens, window, sinks), dtype=np.int16)",
+    "cache/ring-piece": (
+        "_through_ring(*(x.double() for x in (q, k, v)), start, held_k.double(), held_v.double()).numpy()",
+        "(lambda steps: [*(step[0].tolist() for step in steps), *steps[-1][1:].tolist()])([*itertools.accumulate("
+        "range(len(q)), lambda ring, i: _through_ring(q[i : i + 1], k[i : i + 1], v[i : i + 1], start + i,"
+        " *ring[1:].chunk(2)), initial=torch.cat((q[:1], held_k, held_v)))][1:])",
     ),
     "cache/kv-bytes": (
         "sum(2 * kv_heads * head_dim * bytes_per_number * (min(tokens, window) if n % full_every else tokens)"
@@ -195,10 +196,10 @@ WRONG = {
         "_attend(q * 0, k, v, held_k, held_v)",
         "_attend(q, k, v, held_k, held_v, start=len(held_k) + 1)",
     ),
-    "cache/rolling-positions": (
-        "rolling_positions(tokens, window, sinks)[::-1]",
-        "{*rolling_positions(tokens, window, sinks)}",
-        "rolling_positions(tokens, window + 1, sinks)",
+    "cache/ring-piece": (
+        "_through_ring(q * 0, k, v, start, held_k, held_v)",
+        "_through_ring(q, k, v, start, held_v, held_k)",
+        "_through_ring(q, k, v, start + 1, held_k, held_v)",
     ),
     "cache/kv-bytes": (
         "kv_bytes(layers, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number) + 1.0",
