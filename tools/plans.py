@@ -26,7 +26,7 @@ def notebook(page):
 
 
 def hours(minutes):
-    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
+    return f"{5 * round(minutes / 5)} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
 
 
 def cards():
@@ -41,8 +41,8 @@ def cards():
         time = sum(sum(opening.minutes(notebook(page).cells)) for page in pages)
         titles = ", ".join(f"[{opening.title_of(page)[0]}](chapters/{page}.ipynb)" for page in pages)
         count = f"{len(pages)} chapter{'s' * (len(pages) > 1)}"
-        lines += ["", f":::{{grid-item-card}} {part['caption']}", about["about"], "", titles + ".", "+++"]
-        lines += [f"{count}, about {hours(time)} with exercises. {about['level']}", ":::"]
+        lines += ["", f":::{{grid-item-card}} {part['caption']}", about["about"], "", titles + ".", ""]
+        lines += [f"*{count}, about {hours(time)} with exercises. {about['level']}*", ":::"]
     return "\n".join([*lines, "::::"])
 
 
