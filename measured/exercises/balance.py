@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dslib.performance.statistics import mean_interval
 from measured.exercises import exercise, named, normal
 
 
@@ -116,76 +115,68 @@ def sequence_loss(scores: Tensor, mask: Tensor, top_k: int) -> float:
     return (_shares(scores, mask, top_k) * _means(probabilities, mask)).sum(1).mean().item()
 
 
-_BASE = [2.20, 2.31, 2.25, 2.18]
-_AWAY = {  # what is added to the losses without a cure, seed by seed
-    "none": [0.01, -0.01, 0.00, 0.01],
-    "surely": [0.06, 0.05, 0.07, 0.05],
-    "better": [-0.03, -0.02, -0.04, -0.03],
-    "perhaps": [0.10, -0.06, 0.02, -0.09],
-    "slightly": [0.012, 0.011, 0.013, 0.012],
-    "edge": [0.004, 0.024, 0.017, 0.003],
+def _settling(trace: list[float], limit: float) -> int:
+    """The first step after the last one above ``limit``."""
+    return max((step + 1 for step, vio in enumerate(trace) if vio > limit), default=0)
+
+
+def _first_below(trace: list[float], limit: float) -> int:
+    return next((step for step, vio in enumerate(trace) if vio <= limit), len(trace))
+
+
+def _earliest(speeds, traces, limit, calm, start=_settling) -> float | None:
+    rows = [(start(trace, limit), speed) for speed, trace in zip(speeds, traces, strict=True)]
+    found = [row for row, trace in zip(rows, traces, strict=True) if len(trace) - row[0] >= calm]
+    return min(found)[1] if found else None
+
+
+_TRACES = {  # MaxVio at each step
+    "slow": [5.8, 5.0, 4.0, 3.0, 2.0, 1.2, 0.7, 0.4, 0.2, 0.1, 0.1, 0.1],
+    "middle": [5.8, 3.0, 1.4, 0.8, 0.6, 0.8, 0.6, 0.8, 0.6, 0.8, 0.6, 0.8],
+    "as soon": [5.8, 4.0, 1.6, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6],
+    "fast": [5.8, 0.9, 3.0, 0.5, 3.0, 0.9, 2.0, 0.5, 2.0, 0.9, 0.6, 0.05],
+    "late": [5.8, 0.6, 1.5, 0.6, 1.5, 0.6, 1.1, 0.4, 0.6, 0.4, 0.6, 0.4],
+    "never": [5.8, 0.4, 1.5, 0.4, 1.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 1.5],
 }
 
 
-def _sweep(limit: float, margin: float, base: list[float] = _BASE, **ways: tuple[float, float]) -> dict[str, object]:
-    """A case: for each way of ``_AWAY`` its alpha and MaxVio."""
-    losses = [[round(b + d, 6) for b, d in zip(base, _AWAY[way], strict=False)] for way in ways]
-    alphas, max_vio = ([pair[i] for pair in ways.values()] for i in (0, 1))
-    return {"alphas": alphas, "losses": losses, "base": base, "max_vio": max_vio, "limit": limit, "margin": margin}
-
-
-def _free(alphas, losses, base, max_vio, limit, margin, highest) -> list[float]:
-    rows = zip(alphas, losses, max_vio, strict=True)
-    return [alpha for alpha, run, vio in rows if vio <= limit and highest(run, base) < margin]
-
-
-def _gaps(run: list[float], base: list[float]) -> list[float]:
-    return [a - b for a, b in zip(run, base, strict=True)]
-
-
-def _highest(run: list[float], base: list[float]) -> float:
-    """The upper end of the interval of the differences."""
-    return mean_interval(_gaps(run, base)).high
-
-
-def _by_normal(run: list[float], base: list[float]) -> float:
-    gaps = torch.tensor(_gaps(run, base))
-    return float(gaps.mean() + 1.96 * gaps.std() / len(gaps) ** 0.5)
-
-
 @exercise(
-    "balance/free-alpha",
+    "balance/settled-speed",
     cases=[
-        _sweep(1.0, 0.03, edge=(0.001, 0.9), surely=(0.01, 0.5), better=(0.02, 0.4), perhaps=(0.1, 0.2)),
-        _sweep(0.7, 0.025, slightly=(0.003, 0.65), none=(0.01, 0.9), edge=(0.02, 0.6), better=(0.1, 0.3)),
-        _sweep(1.0, 0.02, _BASE[:3], better=(0.001, 2.5), none=(0.01, 1.0), perhaps=(0.03, 0.2), slightly=(0.1, 0.1)),
+        {"speeds": [0.02, 0.001, 0.005], "traces": [_TRACES[name] for name in ("fast", "slow", "middle")]}
+        | {"limit": 1.0, "calm": 4},
+        {"speeds": [0.01, 0.005, 0.001], "traces": [_TRACES[name] for name in ("as soon", "middle", "slow")]}
+        | {"limit": 0.8, "calm": 6},
+        {"speeds": [0.05, 0.02], "traces": [_TRACES[name] for name in ("never", "fast")], "limit": 1.0, "calm": 5},
+        {"speeds": [0.05, 0.02], "traces": [_TRACES[name] for name in ("never", "fast")], "limit": 1.0, "calm": 3},
+        {"speeds": [0.02, 0.002], "traces": [_TRACES["late"], _TRACES["middle"]], "limit": 1.0, "calm": 4},
+        {"speeds": [0.001, 0.02], "traces": [_TRACES["slow"], [0.7] * 12], "limit": 0.5, "calm": 5},
+        {"speeds": [0.001, 0.02], "traces": [_TRACES["slow"], [0.3] * 12], "limit": 0.5, "calm": 5},
     ],
     mistakes="""
-        _free(alphas, losses, base, max_vio, limit, margin, lambda run, base: sum(_gaps(run, base)) / len(base))
-            You compared means alone. With a few seeds a mean moves by chance: take the interval of the differences, and
-            its upper end.
-        _free(alphas, losses, base, max_vio, limit, 0, lambda run, base: mean_interval(_gaps(run, base)).low)
-            An interval that contains 0 does not show that a cure is free. It is free within the margin only if the
-            upper end lies below the margin; else the runs leave it open.
-        _free(alphas, losses, base, max_vio, limit, margin,
-        lambda run, base: mean_interval(run).high - mean_interval(base).low)
-            You compared the interval of one with the interval of the other. The seeds are the same: take the difference
-            seed by seed first, and the interval of those.
-        _free(alphas, losses, base, max_vio, limit, margin, _by_normal)
-            1.96 is for many values. With three or four seeds the interval is wider: Student's t, as `mean_interval`.
-        free(alphas, losses, base, [0 * vio for vio in max_vio], limit, margin)
-            A weight that leaves the load uneven balances nothing, whatever it costs: look at MaxVio too.
-        free(alphas, losses, base, max_vio, limit, 0)
-            "Free within the margin" asks for the upper end to be below the margin, not below 0: a certain gain is more
-            than was asked.
+        speeds[min(range(len(speeds)), key=lambda i: traces[i][-1])]
+            You looked at the last step alone. A fast bias oscillates, and the last step may be its best phase.
+        _earliest(speeds, traces, limit, calm, _first_below)
+            You took the first step that is not above the limit. A fast bias gets there early and leaves again: look for
+            the *last* step above the limit.
+        settled_speed(speeds, traces, limit, 1)
+            You did not ask for `calm` steps at the end: a trace that came below the limit only just now does not count.
+        min((row for row in zip(speeds, traces) if sum(row[1][-calm:]) / calm <= limit),
+        key=lambda row: _settling(row[1], limit), default=(None,))[0]
+            You took the mean of the last steps. No single one of them may be above the limit.
+        settled_speed(speeds, [[vio + (vio == limit) for vio in trace] for trace in traces], limit, calm)
+            A MaxVio equal to the limit is not above it.
+        max((speed for speed, trace in zip(speeds, traces) if len(trace) - _settling(trace, limit) >= calm),
+        default=None)
+            The fastest speed is not always settled first. Compare the steps, and take the slower of two equal ones.
+        min((sum(trace[-calm:]), speed) for speed, trace in zip(speeds, traces))[1]
+            That is the speed that is most even at the end. Asked for is the one that is settled earliest.
     """,
-    hint="MaxVio at most `limit`, and the upper end of the interval of the differences, seed by seed, below `margin`.",
+    hint="For each trace: the last step above `limit`, plus 1; keep those with `calm` steps left; the least of them.",
 )
-def free(
-    alphas: list[float], losses: list[list[float]], base: list[float], max_vio: list[float], limit: float, margin: float
-) -> list[float]:
-    """The weights that even out the load and are surely less than ``margin`` worse, in the order given."""
-    return _free(alphas, losses, base, max_vio, limit, margin, _highest)
+def settled_speed(speeds: list[float], traces: list[list[float]], limit: float, calm: int) -> float | None:
+    """The speed whose MaxVio is earliest at or below ``limit`` for good, and for ``calm`` steps at least; else None."""
+    return _earliest(speeds, traces, limit, calm)
 
 
 def _in_order(indices: Tensor, places: list[tuple[int, int]], room: float, experts: int) -> list[int]:

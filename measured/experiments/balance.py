@@ -91,12 +91,26 @@ def balance_runs(
     return {arm: run | {"trace": run["trace"][:: max(1, steps // 25)]} for arm, run in runs.items()}
 
 
-def bigram_loss(extra: float = 0.1) -> float:
-    """Held-out loss, nats a byte, of counting which byte follows which; ``extra`` is added to every count."""
-    tokens, held_out = moe.text_parts()
-    counts = torch.bincount(tokens[:-1] * 256 + tokens[1:], minlength=256 * 256).view(256, 256).double() + extra
-    return F.nll_loss((counts / counts.sum(1, keepdim=True)).log()[held_out[:, :-1]].flatten(0, 1),
-                      held_out[:, 1:].flatten()).item()  # fmt: skip
+def count_loss(longest: int) -> float:
+    """Held-out loss, nats a byte, of counting which byte follows the last ``longest - 1``: a baseline without a model.
+
+    Shorter contexts are mixed in as by Witten and Bell: the more kinds of byte follow a context, the more they weigh.
+    Raises ValueError for ``longest`` outside 1 to 3 (the table has ``256 ** longest`` entries).
+    """
+    whole(1, longest=longest)
+    between(1, 3, longest=longest)
+    text, held_out = moe.text_parts()
+    chance = torch.full(held_out.shape, 1 / 256, dtype=torch.float64)  # (slices, bytes)
+    for size in range(1, longest + 1):
+        places = 256 ** torch.arange(size).flip(0)
+        code, here = ((part.unfold(-1, size, 1) * places).sum(-1) for part in (text, held_out))
+        counts = torch.bincount(code, minlength=256**size)
+        table, context = counts.view(-1, 256), here // 256  # a row for each context; (slices, bytes - size + 1)
+        seen, kinds = table.sum(1)[context], (table > 0).sum(1)[context]
+        shorter = chance[:, size - 1 :]
+        longer = (counts[here] + kinds * shorter) / (seen + kinds)
+        chance[:, size - 1 :] = torch.where(seen > 0, longer, shorter)
+    return -chance[:, 1:].log().mean().item()
 
 
 def skewed(tokens: int, num_experts: int, top_k: int, max_vio: float, seed: int = 0) -> Tensor:

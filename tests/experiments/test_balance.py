@@ -1,5 +1,7 @@
 """Runs with cures of every strength, and the layer under load: what the figures mean, that the load is as asked."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,14 +63,34 @@ def test_the_cost_of_a_load_is_measured_for_each():
     assert all(row[way].median > 0 for row in found["rows"] for way in ("together", "padded", "alone"))
 
 
-def test_counting_pairs_of_bytes_is_better_than_chance():
-    assert 1 < balance.bigram_loss() < 4
+def test_counting_bytes_is_the_slow_way_done_fast(monkeypatch):
+    text, held_out = torch.tensor([*b"abracadabra abra"]), torch.tensor([[*b"abrax"], [*b"cadab"]])
+    monkeypatch.setattr(moe, "text_parts", lambda: (text, held_out))
+
+    def chance(row, size):  # of the last byte of ``row`` after the ``size - 1`` before it
+        if size == 0:
+            return 1 / 256
+        shorter, context = chance(row, size - 1), row[len(row) - size : -1]
+        follow = [
+            text[i + size - 1].item() for i in range(len(text) - size + 1) if text[i : i + size - 1].tolist() == context
+        ]
+        kinds = len(set(follow))
+        return (follow.count(row[-1]) + kinds * shorter) / (len(follow) + kinds) if follow else shorter
+
+    for longest in (1, 2, 3):
+        slow = [-math.log(chance(row[: i + 1], min(longest, i + 1))) for row in held_out.tolist() for i in range(1, 5)]
+        assert balance.count_loss(longest) == pytest.approx(sum(slow) / len(slow))
+
+
+def test_a_longer_context_predicts_better():
+    assert 3 > balance.count_loss(2) > balance.count_loss(3) > 1.5
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: balance.balance_runs(["bias 7"], **TINY), "arms: got 'bias 7'"),
+        (lambda: balance.count_loss(4), "longest: got 4"),
         (lambda: balance.skewed(8, 16, 2, 7.5), "max_vio: got 7.5"),
         (lambda: balance.skewed(8, 3, 2, 0.1), "num_experts: got 3"),
     ],

@@ -45,9 +45,10 @@ RIGHT = {
         "torch.stack([(torch.bincount(s[m].topk(top_k).indices.flatten(), minlength=s.shape[1]) * s.shape[1] / top_k /"
         "m.sum() * (s[m] / s[m].sum(1)[:, None]).mean(0)).sum() for s, m in zip(scores, mask)]).mean()",
     ),
-    "balance/free-alpha": (
-        "tuple(a for a, run, v in zip(alphas, losses, max_vio) if free([a], [run], base, [v], limit, margin))",
-        "np.array(alphas)[(np.array(max_vio) <= limit) & np.array([_highest(run, base) < margin for run in losses])]",
+    "balance/settled-speed": (
+        "(lambda speed: speed and np.float64(speed))(settled_speed(speeds, traces, limit, calm))",
+        "next((s for n in range(len(traces[0]) - calm + 1) for s, trace in sorted(zip(speeds, traces))"
+        " if (np.array(trace[n:]) <= limit).all()), None)",
     ),
     "balance/served": (
         "torch.tensor(served(indices, num_experts, capacity_factor))",
@@ -180,11 +181,11 @@ WRONG = {
         "sequence_loss(scores.softmax(-1), mask, top_k)",
         "round(sequence_loss(scores, mask, top_k))",
     ),
-    "balance/free-alpha": (
-        "alphas",
-        "free(alphas, losses, base, max_vio, 2 * limit, margin)",
-        "free(alphas, losses, base, max_vio, limit, 10 * margin)",
-        "[alphas[i] for i in np.argsort(max_vio)[:2]]",
+    "balance/settled-speed": (
+        "speeds[0]",
+        "settled_speed(speeds, traces, 2 * limit, calm)",
+        "min(speeds)",
+        "[settled_speed(speeds, traces, limit, calm)]",
     ),
     "balance/served": (
         "served(indices[:, :1], num_experts, capacity_factor)",
