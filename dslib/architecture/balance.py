@@ -20,7 +20,6 @@ Book: ``chapters/architecture/balance.ipynb``. Sources: GShard (arXiv 2006.16668
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ def expert_load(indices: Tensor, num_experts: int, mask: Tensor | None = None) -
     return _counts(indices, num_experts, mask)[:num_experts]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoadStats:
     """What the experts of one layer had to do: int64 (E,) tokens of each, and assignments that found no room."""
 

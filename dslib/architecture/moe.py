@@ -11,8 +11,8 @@ GShard, Mixtral, Qwen3-MoE    softmax         top k                             
 ERNIE 4.5                     softmax         top k of score + bias                  scores, made to sum to 1
 DeepSeek-V2                   softmax         top k within the 3 best groups of 8    scores, times 16
 DeepSeek-V3                   sigmoid         top k of score + bias, 4 of 8 groups   scores, made to sum to 1, x 2.5
-GLM-4 MoE, MiniMax-M2         sigmoid         top k of score + bias                  scores, made to sum to 1
-DeepSeek-V4                   sqrt(softplus)  top k of score + bias; first layers:   scores, made to sum to 1, x 1.5
+MiniMax-M2                    sigmoid         top k of score + bias                  scores, made to sum to 1
+DeepSeek-V4-Flash             sqrt(softplus)  top k of score + bias; first layers:   scores, made to sum to 1, x 1.5
                                               a table indexed by the token id
 ============================  ==============  =====================================  ===============================
 
