@@ -61,6 +61,7 @@ GPU_CALLS = (
     (MACHINE, {**CURVE, "weights": "int4"}),
     (MACHINE, {"name": "V1", "dtype": "float16", "ways": CALLS}),
     (f"{BALANCE}:load_cost", {**LITE, "tokens": 8192, "dtype": "bfloat16", "loads": [0.0, 1.0, 3.0, 9.0]}),
+    ("measured.experiments.sampling:sampling_times", {"vocab_size": 129_280, "batch": 64}),
 )
 SMALL = {
     "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,

@@ -144,7 +144,8 @@ class Cells:
 
 
 def _watch_cells() -> None:
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    python = sys.modules.get("IPython")  # None as well where a test blocks it
+    shell = python.get_ipython() if python is not None else None
     if shell is not None and not any(isinstance(one, Cells) for one in shell.ast_transformers):
         shell.ast_transformers.append(Cells(shell.user_ns))
 

@@ -15,7 +15,7 @@ from dslib.architecture import decoder
 from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
 from measured import probes, provenance, record, recordings
-from measured.experiments import balance, moe_speed, speed, training_precision
+from measured.experiments import balance, moe_speed, sampling, speed, training_precision
 from measured.experiments import decoder as decoder_runs
 
 
@@ -114,7 +114,9 @@ def gpu_calls():
     modules = {"probes": probes, "moe_speed": moe_speed, "precision": training_precision}
     pages = {
         "balance": {"lab": balance},
+        "cache": {"lab": decoder_runs},
         "decoder": {"lab": decoder_runs},
+        "sampling": {"lab": sampling},
         "speed": {"lab": speed},
     }  # `lab` is the experiments of the page's chapter
     for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):
