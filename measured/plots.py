@@ -175,14 +175,10 @@ def label_ends(ax: Any) -> None:
 
 def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """The places nearest to ``heights`` (least squares) that keep their order, ``gap`` apart, from low to high."""
+    from scipy.optimize import isotonic_regression
+
     order = sorted(range(len(heights)), key=heights.__getitem__)
-    blocks: list[list[float]] = []  # isotonic regression of the heights less the gaps below: [sum, count] a block
-    for rank, i in enumerate(order):
-        blocks.append([heights[i] - rank * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
-    level = [total / count for total, count in blocks for _ in range(int(count))]
+    level = isotonic_regression([heights[i] - rank * gap for rank, i in enumerate(order)]).x  # less the gaps below
     top = max(low, high - gap * (len(heights) - 1))
     places = {i: min(max(level[rank], low), top) + rank * gap for rank, i in enumerate(order)}
     return [places[i] for i in range(len(heights))]
@@ -425,12 +421,14 @@ class Explorer:
     def _name(self, state: int) -> str:
         return ", ".join(f"{name}={label}" for name, (label, _) in self._values(state).items())
 
-    def _picture(self, state: int, dots: int, colours: int) -> Picture:
-        """A state's picture: a drawing for 0 dots, or pixels."""
+    def _picture(self, state: int, dots: int, colours: int, drawn: dict[int, tuple[Figure, str]]) -> Picture:
+        """A state's picture: a drawing for 0 dots, or pixels. The page's function draws once; ``drawn`` keeps it."""
         values = {name: value for name, (_, value) in self._values(state).items()}
         try:
-            alt = _words(self._alt(**values) if callable(self._alt) else self._alt)
-            fig = self._draw(**values)
+            if state not in drawn:
+                alt = _words(self._alt(**values) if callable(self._alt) else self._alt)
+                drawn[state] = self._draw(**values), alt
+            fig, alt = drawn[state]
             _check_figure(fig)
             if len(self._states) == 1:
                 return show(fig, alt)
@@ -441,11 +439,12 @@ class Explorer:
 
     def _store(self) -> tuple[str, list[str]]:
         """The output for a page without a kernel, and the text alternative of each state."""
+        drawn: dict[int, tuple[Figure, str]] = {}
         for dots, colours in ((0, 0), (100, 64), (80, 16)):  # drawings, then what is dense in fewer and fewer colours
-            pictures = [self._picture(0, dots, colours)]
+            pictures = [self._picture(0, dots, colours, drawn)]
             if not dots and len(pictures[0].data) > LIGHT:
                 continue
-            pictures += [self._picture(state, dots, colours) for state in range(1, len(self._states))]
+            pictures += [self._picture(state, dots, colours, drawn) for state in range(1, len(self._states))]
             markup = self._markup(pictures)
             if len(markup.encode()) <= STATES_BYTES or len(pictures) == 1:
                 return markup, [picture.alt for picture in pictures]
