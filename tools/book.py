@@ -18,6 +18,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from tools import notebooks
+from tools.opening import source_of
 
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
@@ -45,12 +46,6 @@ def toc_pages(toc):
             pages.append(entry["file"])
         stack = [*entry.get("chapters", []), *entry.get("sections", []), *stack]
     return pages
-
-
-def source_of(root, page):
-    """The source file of `page`, a notebook before Markdown, or None."""
-    candidates = [root / f"{page}{suffix}" for suffix in (".ipynb", ".md")]
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def prose_of(path):

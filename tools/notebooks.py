@@ -413,11 +413,9 @@ CHECKS = (
 
 def check_opening(notebook, path):
     """The block under the title is the one that pages.yml, the contents and the page itself give."""
-    run, again = opening.run_of(notebook), copy.deepcopy(notebook)
-    if run:
-        opening.fill(again, run, opening.page_of(path))
-        if again.cells[0].source != notebook.cells[0].source:
-            yield "its opening block is not up to date: run python -m tools.notebooks setup on it"
+    run = opening.run_of(notebook)
+    if run and opening.title_cell(notebook, run, opening.page_of(path)) != notebook.cells[0].source:
+        yield "its opening block is not up to date: run python -m tools.notebooks setup on it"
 
 
 def without_solutions(notebook):
@@ -473,7 +471,8 @@ def main(arguments=None):
                 opening.fill(notebook, run, opening.page_of(path))
             write(path, normalise(notebook))
         else:
-            for problem in [*problems(read(path)), *check_opening(read(path), path)]:
+            notebook = read(path)
+            for problem in [*problems(notebook), *check_opening(notebook, path)]:
                 failed += 1
                 print(f"{path}: {problem}", file=sys.stderr)
     return 1 if failed else 0

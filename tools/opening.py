@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+MARKERS = "<!-- run:begin --><!-- run:end -->"
 BLOCK = re.compile(r"<!-- run:begin -->.*?<!-- run:end -->", re.DOTALL)
 RUN = re.compile(r"Runs in (\d+) s with ([\d.]+) GiB on a (\d+)-core CPU\. Last executed: (\d{4}-\d\d-\d\d)\.")
 FOLDED = {"setup", "hide-input", "hide-cell", "remove-cell", "exercise", "solution"}
@@ -36,14 +37,18 @@ def numbers():
     return {page.removeprefix("chapters/"): number for number, page in enumerate(chapters, 1)}
 
 
+def source_of(root, page):
+    """The source file of `page`, a notebook before Markdown, or None."""
+    candidates = [root / f"{page}{suffix}" for suffix in (".ipynb", ".md")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def title_of(page):
-    """The title of a page, from its first line."""
-    for suffix in (".ipynb", ".md"):
-        path = ROOT / "chapters" / f"{page}{suffix}"
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            return re.search(r"# ([^\n\"\\]+)", text).group(1).strip(), suffix
-    raise ValueError(f"chapters/pages.yml names {page!r}, but there is no such page below chapters/")
+    """The title of a page, from its first line, and the suffix of its file."""
+    path = source_of(ROOT / "chapters", page)
+    if path is None:
+        raise ValueError(f"chapters/pages.yml names {page!r}, but there is no such page below chapters/")
+    return re.search(r"# ([^\n\"\\]+)", path.read_text(encoding="utf-8")).group(1).strip(), path.suffix
 
 
 def minutes(cells):
@@ -83,7 +88,7 @@ def block(notebook, run, page=None):
     """The text between the markers. `run` as `run_of` gives it; `page` as in pages.yml, if it is a page of the book."""
     seconds, gib, cores, date = run
     line = f"Runs in {seconds:.0f} s with {gib:.1f} GiB on a {cores}-core CPU. Last executed: {date}."
-    entry = pages().get(page) if page else None
+    entry = pages().get(page)
     if not entry:
         return f"*{line}*"
     reading, exercises = (max(5, 5 * round(value / 5)) for value in minutes(notebook.cells))
@@ -100,13 +105,24 @@ def block(notebook, run, page=None):
     return "\n".join(lines)
 
 
+def between(text, name, block):
+    """`text` with `block` between the markers called `name`."""
+    markers = re.compile(rf"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not markers.search(text):
+        raise ValueError(f"no markers <!-- {name}:begin --> and <!-- {name}:end -->")
+    return markers.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", text)
+
+
+def title_cell(notebook, run, page=None):
+    """The source of the title cell with the block in it."""
+    source = notebook.cells[0].source
+    source = source if BLOCK.search(source) else f"{source.rstrip()}\n\n{MARKERS}"
+    return between(source, "run", block(notebook, run, page))
+
+
 def fill(notebook, run, page=None):
     """Write the block into the title cell, in place."""
-    title = notebook.cells[0]
-    if not BLOCK.search(title.source):
-        title.source = title.source.rstrip() + "\n\n<!-- run:begin --><!-- run:end -->"
-    text = f"<!-- run:begin -->\n{block(notebook, run, page)}\n<!-- run:end -->"
-    title.source = BLOCK.sub(lambda _: text, title.source)
+    notebook.cells[0].source = title_cell(notebook, run, page)
 
 
 def page_of(path):

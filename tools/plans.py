@@ -4,7 +4,6 @@ Minutes are those of the opening blocks (tools/opening.py). Writes between marke
 `chapters/start/teach.md`; `chapters/pages.yml` says what a part is about, and which sections a plan takes.
 """
 
-import re
 from pathlib import Path
 
 import yaml
@@ -15,14 +14,8 @@ from tools import notebooks, opening
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def chapters_of(part):
-    """The notebooks of a part of the contents, as `architecture/decoder`."""
-    return [c["file"].removeprefix("chapters/") for c in part["chapters"]]
-
-
 def notebook(page):
-    path = ROOT / "chapters" / f"{page}.ipynb"
-    return notebooks.read(path) if path.is_file() else None
+    return notebooks.read(notebooks.CHAPTERS / f"{page}.ipynb")
 
 
 def hours(minutes):
@@ -31,13 +24,13 @@ def hours(minutes):
 
 def cards():
     """One card for each part that pages.yml describes: chapters, time, difficulty."""
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    toc, parts = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")), opening.settings()["parts"]
     lines = ["::::{grid} 1 1 2 2", ":gutter: 3"]
     for part in toc["parts"]:
-        about = opening.settings()["parts"].get(part["caption"])
+        about = parts.get(part["caption"])
         if not about:
             continue
-        pages = [page for page in chapters_of(part) if notebook(page)]
+        pages = [chapter["file"].removeprefix("chapters/") for chapter in part["chapters"]]
         time = sum(sum(opening.minutes(notebook(page).cells)) for page in pages)
         titles = ", ".join(f"[{opening.title_of(page)[0]}](chapters/{page}.ipynb)" for page in pages)
         count = f"{len(pages)} chapter{'s' * (len(pages) > 1)}"
@@ -73,22 +66,14 @@ def mistakes():
     return "\n".join(lines)
 
 
-def fill(text, name, block):
-    """`text` with `block` between the markers called `name`."""
-    markers = re.compile(rf"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)", re.DOTALL)
-    if not markers.search(text):
-        raise ValueError(f"no markers <!-- {name}:begin --> and <!-- {name}:end -->")
-    return markers.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", text)
-
-
 def written():
     """Path -> what it should hold."""
     index, teach = ROOT / "index.md", ROOT / "chapters" / "start" / "teach.md"
     text = teach.read_text(encoding="utf-8")
     for name in opening.settings()["plans"]:
-        text = fill(text, name, plan(name)[0])
-    text = fill(text, "mistakes", mistakes())
-    return {index: fill(index.read_text(encoding="utf-8"), "parts", cards()), teach: text}
+        text = opening.between(text, name, plan(name)[0])
+    text = opening.between(text, "mistakes", mistakes())
+    return {index: opening.between(index.read_text(encoding="utf-8"), "parts", cards()), teach: text}
 
 
 def main():

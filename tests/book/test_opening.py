@@ -94,4 +94,4 @@ def test_a_plan_that_names_no_section_and_a_page_without_markers_are_refused(mon
     with pytest.raises(ValueError, match="No such section"):
         plans.plan("x")
     with pytest.raises(ValueError, match="parts:begin"):
-        plans.fill("no markers", "parts", "text")
+        opening.between("no markers", "parts", "text")
