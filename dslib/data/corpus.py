@@ -1,0 +1,80 @@
+"""The text that the course's own language model learns from: 35 million characters of English, shipped packed.
+
+Speeches, novels, a Bible, country reports and three manuals, all free to pass on; nothing is fetched. Split by document
+into train, validation and test. Origin, licences, how it was cleaned: ``data/README.md``.
+
+    documents = load("validation")                # texts
+    tokens, size = token_stream("validation")     # ids, and how many bytes of UTF-8 they stand for
+
+Losses a token depend on the tokenizer. Bits a byte do not: bits of all tokens, ends of texts included, over ``size``.
+"""
+
+import hashlib
+import json
+import lzma
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from dslib import check
+from dslib.data.files import cache_root, data_path
+
+SPLITS = ("train", "validation", "test")
+VOCABULARY = 4096
+END_OF_TEXT = "<|end▁of▁text|>"  # it follows every document, and also begins and pads a text
+REBUILD = "python -m tools.corpus build"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: a speech, a chapter, a country, a page of a manual. ``id`` is unique within its ``source``."""
+
+    source: str
+    id: str
+    text: str
+
+
+def load(split: str) -> list[Document]:
+    """The documents of a split, by source. Raises ValueError for another split, or a file that is not the shipped one."""
+    check.one_of(SPLITS, split=split)
+    rows = (json.loads(line) for line in _lines(_folder()))
+    return [Document(row["source"], row["id"], row["text"]) for row in rows if row["split"] == split]
+
+
+def manifest() -> dict:
+    """What the packed file holds: sources, versions, licences, counts, and its hash."""
+    return json.loads((_folder() / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _folder() -> Path:
+    try:
+        return data_path("corpus")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Or rebuild it: {REBUILD}") from None
+
+
+def _lines(folder: Path) -> list[str]:
+    """The lines of the packed file, one a document, if it is the one that the manifest names."""
+    try:
+        wanted = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        packed = (folder / wanted["file"]).read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename}: missing. Restore it, or rebuild it: {REBUILD}") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'manifest.json'}: not a manifest ({error}). Rebuild it: {REBUILD}") from None
+    if (found := hashlib.sha256(packed).hexdigest()) != wanted["sha256"]:
+        raise ValueError(
+            f"{folder / wanted['file']}: altered: its sha256 is {found[:12]}…, expected {wanted['sha256'][:12]}…. "
+            f"Restore it, or rebuild it: {REBUILD}"
+        )
+    return lzma.decompress(packed).decode().split("\n")[:-1]  # splitlines() would also cut at other separators
+
+
+@cache
+def tokenizer():
+    """The byte-level BPE of ``data/tiny-deepseek``, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(data_path("tiny-deepseek"))
