@@ -93,6 +93,7 @@ BALANCE_CALLS = tuple((f"{BALANCE}:balance_runs", {"seed": seed}) for seed in ra
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
 FOUR_BITS = "measured.experiments.int4_speed"
 QUALITY = "measured.experiments.int4"
+NGRAMS = "measured.experiments.ngram:ngram_baselines"
 QUALITY_CALLS = (
     (f"{QUALITY}:smollm2_quality", {}),
     (f"{QUALITY}:smollm2_quality", {"symmetric": True, "shuffles": [0]}),
@@ -113,6 +114,7 @@ PROBES = (
     (RUN, {"steps": 2, "text_steps": 1, "label_steps": 2, "batch_size": 4, "variants": ["token gate"]}),
     (f"{QUALITY}:trained_quality", {"steps": 3, "seeds": 1, "hidden_size": 64, "layers": 1, "group_sizes": [32]}),
     ("measured.experiments.multimodal:legibility_runs", {"heights": [20], "pages": 1}),
+    (NGRAMS, {"order": 3, "every": 60}),
 )
 PROBES_FILE = "recordings/probes/results.json"
 PARTS = {
@@ -163,6 +165,7 @@ PARTS = {
     "int4-quality": QUALITY_CALLS,
     **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
     "probes": PROBES,
+    "ngrams": ((NGRAMS, {}),),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (

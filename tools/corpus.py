@@ -153,8 +153,9 @@ def unwrapped(lines: list[str]) -> Iterator[str]:
 
 # Fields of the Factbook that are long, have few digits, and are lists of names all the same.
 LISTS = re.compile(
-    r"parties and leaders|pressure groups|organization participation|Administrative divisions|international agreements|"
-    r"Military branches|Industries|commodities|Languages|Religions|Ethnic groups|Ports and|Natural resources|Agriculture"
+    r"parties and leaders|pressure groups|organization participation|Administrative divisions|international agreements"
+    r"|Military branches|Industries|commodities|Languages|Religions|Ethnic groups|Ports and|Natural resources"
+    r"|Agriculture"
 )
 
 

@@ -12,6 +12,7 @@ Losses a token depend on the tokenizer. Bits a byte do not: bits of all tokens, 
 import hashlib
 import json
 import lzma
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dslib import check
-from dslib.data.files import cache_root, data_path
+from dslib.data.files import data_path
 
 SPLITS = ("train", "validation", "test")
 VOCABULARY = 4096
@@ -37,7 +38,7 @@ class Document:
 
 
 def load(split: str) -> list[Document]:
-    """The documents of a split, by source. Raises ValueError for another split, or a file that is not the shipped one."""
+    """The documents of a split, by source. ValueError for another split, or where the packed file was altered."""
     check.one_of(SPLITS, split=split)
     rows = (json.loads(line) for line in _lines(_folder()))
     return [Document(row["source"], row["id"], row["text"]) for row in rows if row["split"] == split]
@@ -46,6 +47,18 @@ def load(split: str) -> list[Document]:
 def manifest() -> dict:
     """What the packed file holds: sources, versions, licences, counts, and its hash."""
     return json.loads((_folder() / "manifest.json").read_text(encoding="utf-8"))
+
+
+def encode(texts: Iterable[str]) -> list[np.ndarray]:
+    """The token ids of each text, END_OF_TEXT at its end: uint16."""
+    found = tokenizer().backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array([*text.ids, tokenizer().eos_token_id], np.uint16) for text in found]
+
+
+def token_stream(split: str) -> tuple[np.ndarray, int]:
+    """All documents of a split one after the other, END_OF_TEXT after each (uint16), and their bytes of UTF-8."""
+    texts = [document.text for document in load(split)]
+    return np.concatenate(encode(texts)), sum(len(text.encode()) for text in texts)
 
 
 def _folder() -> Path:
