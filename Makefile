@@ -4,7 +4,10 @@
 # name, may be moved after the set-up, and may be built from elsewhere with `make -C`.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lab refresh record record-key lint portability student clean
+.PHONY: help venv book test lab refresh record record-key model lint portability student clean
+
+# How long a piece of training takes, the whole run when empty:  make model MINUTES=10
+MINUTES ?=
 
 # The Python that makes .venv, 3.11 or newer:  make book PYTHON=python3.12
 PYTHON ?= python3
@@ -57,6 +60,9 @@ record: venv ## record this machine's measurements into data/recordings/ (PART=â
 
 record-key: venv ## print what `python -m measured.record gpu` needs on a machine without git
 	@$(PY) -m measured.record --key
+
+model: venv ## train the course's own DeepSeek on this machine, below trained/ (MINUTES=10 for a piece; run again to go on)
+	@$(PY) -m tools.model $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: venv ## check style and formatting of code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m tools.notebooks check && $(PY) -m tools.lines && $(PY) -m tools.heights

@@ -83,9 +83,9 @@ def fit(
     model: nn.Module, batch: Callable[[int], tuple[Tensor, ...]], *, steps: int, loss: Callable[..., Tensor],
     learning_rate: float = 3e-3, after_step: Callable[[nn.Module], None] | None = None, weight_decay: float = 0.1,
     warmup: float = 0.1, clip: float = 1.0, accumulate: int = 1, counts: Callable[..., int] | None = None,
-    precision: str = "float32", scaler: LossScaler | None = None, on_step: Callable[[TrainingStep], None] | None = None,
+    precision: str = "float32", scaler: LossScaler | None = None, on_step: Callable[[TrainingStep], Any] | None = None,
     checkpoint: str | Path | None = None, every: int = 100, generator: torch.Generator | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None, optimizer: Any = None,
 ) -> list[float]:  # fmt: skip
     """Train ``model`` in place on batches of any kind.
 
@@ -110,11 +110,13 @@ def fit(
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``, in which autocast runs the matrix products. Weights,
             their gradients and the optimiser stay in float32.
         scaler: for ``"float16"``; a new :class:`~dslib.performance.loss_scaling.LossScaler` by default. It is changed.
-        on_step: called with a :class:`TrainingStep` after each.
+        on_step: called with a :class:`TrainingStep` after each. If it gives True, the run is saved and ends here.
         checkpoint: file to write after every ``every`` steps and at the end. If it is there already, the run goes on
             from it, bit for bit as if it had not stopped (same machine, threads and torch).
         generator: what ``batch`` draws from, kept in the checkpoint, as torch's, Python's and numpy's global ones are.
         settings: more numbers and texts that a resumed run has to share.
+        optimizer: instead of AdamW, with ``weight_decay`` as it was made; a group's rate is the schedule's times its
+            ``"times"``, where it has such an entry.
 
     Returns the loss at every step, before its update; those before a resumption included.
 
@@ -138,7 +140,8 @@ def fit(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
     device, modes, losses, kept = parameters[0].device, {part: part.training for part in model.modules()}, [], None
     if checkpoint is not None:
         made = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup}
@@ -153,7 +156,7 @@ def fit(
         for step in range(len(losses), steps):
             rate = learning_rate * _schedule(step, steps, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             optimizer.zero_grad(set_to_none=True)
             parts = _parts([part.to(device) for part in batch(step)], accumulate, counts)
             scale = scaler.scale if scaler else 1.0
@@ -169,10 +172,12 @@ def fit(
                         after_step(model)
             if scaler:
                 scaler.update(skipped)
-            if on_step is not None:
-                on_step(TrainingStep(step, losses[-1], rate, norm, scale, skipped))
-            if kept and ((step + 1) % every == 0 or step + 1 == steps):
+            told = TrainingStep(step, losses[-1], rate, norm, scale, skipped)
+            last = (on_step is not None and on_step(told) is True) or step + 1 == steps
+            if kept and ((step + 1) % every == 0 or last):
                 kept.save(losses)
+            if last:
+                break
     finally:
         for part, mode in modes.items():
             part.training = mode

@@ -68,6 +68,27 @@ def config_from_hf(config: Any) -> DecoderConfig:
     return DecoderConfig(**common, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
 
+def config_to_hf(config: SparseConfig) -> dict[str, Any]:
+    """The fields of a ``config.json`` for transformers' DeepSeek-V3 class; all are set, as its defaults are V3's own.
+
+    Raises ValueError for another rule of choice, or stretched positions.
+    """
+    same = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps tie_word_embeddings kv_lora_rank q_lora_rank qk_nope_head_dim "
+        "qk_rope_head_dim v_head_dim first_k_dense_replace num_experts_per_tok moe_intermediate_size n_shared_experts "
+        "norm_topk_prob n_group topk_group routed_scaling_factor"
+    ).split()
+    if config.yarn is not None or config.scoring_func != "sigmoid" or not config.selection_bias:
+        raise ValueError("config: got another rule of choice or stretched positions, expected DeepSeek-V3's, plain")
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
+        **{name: getattr(config, name) for name in same}, "n_routed_experts": config.num_experts,
+        "rope_theta": config.rope_theta, "rope_interleave": True, "hidden_act": "silu", "attention_bias": False,
+        "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+
+
 def _rope(family: str, get: Callable) -> dict[str, Any]:
     theta = 1_000_000.0 if family == "mixtral" else 10_000.0  # the family's default where a file has no key
     # transformers 5 says rope_parameters; checkpoints written for 4.x say rope_theta and rope_scaling.

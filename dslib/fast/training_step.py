@@ -1,0 +1,166 @@
+"""A training step of the whole model, sooner: :class:`QuickLosses` computes what ``Whole.losses`` computes.
+
+At this size the products of matrices take half of a plain step on a CPU; the rest moves numbers between them. Three
+changes, each by itself the same function of the same weights:
+
+* **experts** (:class:`Mixture`): one product after another on slices of the sorted rows, written where they belong,
+  with a backward pass of its own: nothing is padded, and the order of rows is inverted by looking up, not by adding;
+* **head and loss** (:class:`HeadLoss`): 1,024 tokens at a time, gradient included, so that the (tokens x vocabulary)
+  logits stay in the processor's cache and are never read again;
+* **everything between products** (norms, rotations, softmax, SwiGLU) is fused by ``torch.compile``, where a C++
+  compiler is there. Attention is written out for that (scores, softmax): torch's fused kernel has a slow backward pass
+  on CPUs.
+
+Book: ``chapters/architecture/whole.ipynb``, section "Where the time of a step goes". The tests hold losses and
+gradients to the plain way's.
+"""
+
+import shutil
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dslib.architecture.balance import total_balance_loss
+from dslib.architecture.decoder import Decoder
+from dslib.architecture.experts import Pairs, autocast_dtype
+from dslib.architecture.layers import Block
+from dslib.architecture.moe import MoE
+from dslib.architecture.whole import Losses, Whole
+
+
+class Mixture(torch.autograd.Function):
+    """``sum over k of weight * expert(x)``: (N, H), sorted :class:`Pairs`, (N, k), (E, 2 I, H), (E, H, I) -> (N, H)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:
+        rows = x[pairs.tokens]  # (S, H), sorted by expert
+        inside = rows.new_empty(len(rows), gate_up.shape[1])  # (S, 2 I)
+        for expert, at in _slices(pairs):
+            torch.mm(rows[at], gate_up[expert].T, out=inside[at])
+        gate, up = inside.chunk(2, dim=-1)
+        inner, out = F.silu(gate) * up, torch.empty_like(rows)  # (S, I), (S, H)
+        for expert, at in _slices(pairs):
+            torch.mm(inner[at], down[expert].T, out=out[at])
+        ctx.save_for_backward(rows, weights, gate_up, down, inside, out)
+        ctx.pairs = pairs
+        return F.embedding_bag(pairs.places, out, mode="sum", per_sample_weights=weights.to(out.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        rows, weights, gate_up, down, inside, out = ctx.saved_tensors
+        pairs, gradient = ctx.pairs, gradient[ctx.pairs.tokens]  # (S, H): every pair gets its token's gradient
+        by_weight = (gradient * out).sum(-1)[pairs.places]  # (N, k)
+        by_out = gradient * weights.flatten()[pairs.order].unsqueeze(1).to(gradient.dtype)  # (S, H)
+        gate, up = inside.chunk(2, dim=-1)
+        slope = gate.sigmoid()
+        silu = gate * slope
+        inner, by_inner, by_down = silu * up, torch.empty_like(gate), torch.zeros_like(down)
+        for expert, at in _slices(pairs):
+            torch.mm(by_out[at], down[expert], out=by_inner[at])
+            torch.mm(by_out[at].T, inner[at], out=by_down[expert])
+        # silu'(g) = s(g) (1 + g (1 - s(g)))
+        by_inside = torch.cat((by_inner * up * torch.addcmul(slope, silu, 1 - slope), by_inner * silu), dim=-1)
+        by_rows, by_gate_up = torch.empty_like(rows), torch.zeros_like(gate_up)
+        for expert, at in _slices(pairs):
+            torch.mm(by_inside[at], gate_up[expert], out=by_rows[at])
+            torch.mm(by_inside[at].T, rows[at], out=by_gate_up[expert])
+        by_x = F.embedding_bag(pairs.places, by_rows, mode="sum")  # each token's k rows, added up
+        return by_x, by_weight.to(weights.dtype), by_gate_up, by_down, None
+
+
+def _slices(pairs: Pairs):
+    """(expert, its slice of the sorted rows), for experts that have any."""
+    start = 0
+    for expert, count in enumerate(pairs.counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of ``x weightᵀ``: (N, C) states, (V, C), int64 (N,) targets -> scalar, float32."""
+
+    ROWS = 1024  # their logits, 16 MB for 4,096 tokens in float32, are the largest tensor there is
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        for part, wanted, out in zip(*(t.split(HeadLoss.ROWS) for t in (x, targets, by_x)), strict=True):
+            logits, wanted = (part @ weight.T).float(), wanted.unsqueeze(1)  # (rows, V), (rows, 1)
+            logits -= logits.logsumexp(-1, keepdim=True)
+            total -= logits.gather(1, wanted).sum()
+            minus_one = torch.full_like(wanted, -1, dtype=logits.dtype)
+            logits.exp_().scatter_add_(1, wanted, minus_one)  # p, and p - 1 at the target
+            error = logits.to(x.dtype)
+            torch.mm(error, weight, out=out)
+            by_weight.addmm_(error.T, part)
+        ctx.save_for_backward(by_x, by_weight)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        by_x, by_weight = ctx.saved_tensors
+        share = gradient / len(by_x)
+        return by_x * share, by_weight * share, None
+
+
+class QuickLosses:
+    """``QuickLosses(model)(rows, predicted)`` gives the :class:`Losses` of ``model.losses(rows, predicted)``.
+
+    Gradients go to the model's own weights. Under autocast, products run in its dtype.
+
+    Args:
+        compiled: fuse by ``torch.compile``; None where a compiler is there (:func:`compiler`). The first step, and the
+            first with another shape, then takes about a minute.
+    """
+
+    def __init__(self, model: Whole, compiled: bool | None = None):
+        self.model = model
+        self.compiled = compiler() is not None if compiled is None else compiled
+        self._front = torch.compile(_front, dynamic=False) if self.compiled else _front
+
+    def __call__(self, rows: Tensor, predicted: int | None = None) -> Losses:
+        decoder, module = self.model.decoder, self.model.prediction
+        x, step, rope = decoder.place(decoder.embed_tokens(rows[:, :-2]))
+        for block in decoder.layers:
+            x = self._block(block, x, rope, step)
+        states, some = decoder.norm(x), rows[:predicted]
+        x, step, rope = decoder.place(module.joined(decoder, states[: len(some)], some[:, 1:-1]))
+        further = module.norm(self._block(module.block, x, rope, step))
+        balance = total_balance_loss(decoder, sequence=1.0, batch_size=len(rows))
+        balance = balance + total_balance_loss(module, sequence=1.0, batch_size=len(some))
+        return Losses(_loss(decoder, states, rows[:, 1:-1]), _loss(decoder, further, some[:, 2:]), balance)
+
+    def _block(self, block: Block, x: Tensor, rope, step) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH) if self.compiled else nullcontext():
+            x, normed = self._front(block, x, rope, step)
+        if not isinstance(mixture := block.mlp, MoE):
+            return x
+        mixture.last_routing = routing = mixture.router(normed)
+        flat, experts = normed.flatten(0, -2), mixture.experts
+        dtype = autocast_dtype(flat) or flat.dtype
+        weights = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+        pairs = Pairs(routing.indices, experts.num_experts)
+        return x + Mixture.apply(flat.to(dtype), routing.weights, *weights, pairs).view_as(x)
+
+
+def _front(block: Block, x: Tensor, rope, step) -> tuple[Tensor, Tensor]:
+    """A block but for its routed experts, and what those are to work on: (B, T, C) each."""
+    x = x + block.self_attn(block.input_layernorm(x), rope, step)
+    normed, mlp = block.post_attention_layernorm(x), block.mlp
+    always = getattr(mlp, "shared_experts", None) if isinstance(mlp, MoE) else mlp
+    return (x if always is None else x + always(normed)), normed
+
+
+def _loss(decoder: Decoder, states: Tensor, targets: Tensor) -> Tensor:
+    dtype = autocast_dtype(states) or states.dtype
+    return HeadLoss.apply(states.flatten(0, 1).to(dtype), decoder.lm_head.weight.to(dtype), targets.flatten())
+
+
+def compiler() -> str | None:
+    """The C++ compiler that ``torch.compile`` would use for a CPU, or None."""
+    return next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)

@@ -1,0 +1,157 @@
+"""Train the course's own model: ``make model``, in one go or in pieces.
+
+    python -m tools.model [--minutes 10] [--steps 2400] [--out trained/tiny-deepseek]
+    python -m tools.model --ship        copy what was trained into data/tiny-deepseek, with its hashes
+
+It first measures what this machine does, and prints the plan. A run that was stopped (by ``--minutes``, Ctrl-C, a power
+cut) goes on from its checkpoint by the same command, and ends in the same weights. Needs nothing but this checkout,
+torch, transformers and numpy; with CUDA it trains there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dslib.architecture.decoder import count_parameters
+from dslib.architecture.generation import Sampling, generate
+from dslib.architecture.whole import Whole, save
+from dslib.data.corpus import token_stream, tokenizer
+from dslib.data.text import slices
+from dslib.fast.training_step import compiler
+from dslib.performance.pretrain import Plan, Progress, bits_per_byte, byte_lengths, pretrain
+from measured import machine, probes
+from measured.timing import measure
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "data" / "tiny-deepseek"
+WINDOWS, WINDOW = 96, 257  # of the validation text, looked at as the run goes
+PROMPTS = ("The people of the United States", "In the beginning", "The function returns")
+CHECKPOINT, HISTORY = "checkpoint.pt", "history.json"
+
+
+def precision_here(device: torch.device) -> str:
+    """bfloat16 where this machine multiplies in it at least half again as quickly as in float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 256, dtype=dtype), torch.randn(256, 1024, dtype=dtype)
+        rates[dtype] = 1 / measure(lambda a=a, b=b: a @ b, max_seconds=0.5).median
+    return "bfloat16" if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else "float32"
+
+
+def flops_a_token(model: Whole, plan: Plan) -> float:
+    """Operations of a training step a token: six for each weight it meets, and for each multiplication in attention."""
+    config, decoder = model.config, model.decoder
+    unused = (config.num_experts - config.num_experts_per_tok) / config.num_experts
+
+    def active(module: torch.nn.Module) -> float:
+        experts = [part for part in module.modules() if type(part).__name__ == "Experts"]
+        return count_parameters(module) - unused * sum(map(count_parameters, experts))
+
+    pairs = plan.length / 2 * config.multiplications_per_pair  # a token looks at half of a row on average
+    head = count_parameters(decoder.lm_head)
+    once = active(decoder) + config.num_hidden_layers * pairs  # the tied embedding is multiplied by once, as the head
+    again = (active(model.prediction) + head + pairs) / plan.predicted
+    return 6 * (once + again)
+
+
+class Run:
+    """One run in one folder: its history, what it prints, and when it saves the weights."""
+
+    def __init__(self, folder: Path, plan: Plan, minutes: float | None):
+        self.folder, self.plan, self.minutes = folder, plan, minutes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.device = machine.best_device() if torch.cuda.is_available() else torch.device("cpu")
+        torch.manual_seed(plan.seed)
+        self.model = Whole().to(self.device)
+        self.tokens, size = token_stream("train")
+        self.bytes_a_token = size / len(self.tokens)
+        validation = torch.from_numpy(token_stream("validation")[0].astype("int64"))
+        self.windows, self.lengths = slices(validation, WINDOW, WINDOWS), byte_lengths(tokenizer())
+        path = folder / HISTORY
+        self.history = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self.before = 0.0  # seconds of earlier pieces
+
+    def prepare(self) -> None:
+        self.precision = precision_here(self.device)
+        dtype = getattr(torch, self.precision)
+        self.rate = probes.product_rate(dtype, self.device)
+        work = flops_a_token(self.model, self.plan)
+        parameters = count_parameters(self.model)
+        seconds = self.plan.steps * self.plan.tokens * work / (0.4 * self.rate)
+        print(f"{machine.describe(self.device)}")
+        fused = f"fused by {compiler()}" if compiler() else "not fused, for want of a C++ compiler"
+        print(
+            f"{parameters / 1e6:.2f}M parameters, {work / 6e6:.2f}M multiplied by for a token; {self.precision} at "
+            f"{self.rate / 1e9:.0f} GFLOP/s, {fused}"
+        )
+        total = self.plan.steps * self.plan.tokens
+        print(
+            f"plan: {self.plan.steps} steps of {self.plan.tokens:,} tokens, {total / len(self.tokens):.1f} times the "
+            f"text; at 40 % of that rate about {seconds / 60:.0f} minutes"
+        )
+
+    def tell(self, at: Progress) -> None:
+        """One line every 25 steps; every 100, the validation windows, and a text at a few of them."""
+        if not self.before and self.history:
+            self.history = [row for row in self.history if row["step"] < at.step]
+            self.before = self.history[-1]["seconds"] if self.history else 0.0
+        if at.step % 25 and at.step != at.steps:
+            return
+        row = {
+            "step": at.step, "tokens": at.step * self.plan.tokens, "seconds": round(self.before + at.seconds, 1),
+            "bits": round(at.bits, 4), "after_next": round(at.after_next, 4), "busiest": round(at.busiest, 3),
+            "tokens_per_second": round(at.tokens_per_second),
+        }  # fmt: skip
+        if at.step % 100 == 0 or at.step == at.steps:
+            row["validation"] = round(bits_per_byte(self.model, self.windows.to(self.device), self.lengths), 4)
+        if at.step in (100, 400) or at.step % 800 == 0 or at.step == at.steps:
+            row["text"] = self.text(PROMPTS[0])
+        self.history.append(row)
+        share = at.tokens_per_second * flops_a_token(self.model, self.plan) / self.rate
+        left = (at.steps - at.step) * self.plan.tokens / at.tokens_per_second / 60
+        seen = f", validation {row['validation']:.3f}" if "validation" in row else ""
+        print(
+            f"{at.step:5}/{at.steps}  {row['seconds'] / 60:5.1f} min  {at.bits:.3f} bits a byte{seen}  "
+            f"{at.tokens_per_second:,.0f} tokens/s ({share:.0%} of products' rate)  busiest expert {at.busiest:.2f} x "
+            f"mean  {left:.0f} min left",
+            flush=True,
+        )
+        if "text" in row:
+            print(f"       {row['text']!r}", flush=True)
+
+    def text(self, prompt: str) -> str:
+        """A text at temperature 0.8, seed 0."""
+        ids = [tokenizer().eos_token_id, *tokenizer().encode(prompt, add_special_tokens=False)]
+        made = generate(self.model.decoder, [ids], 48, sampling=Sampling(temperature=0.8), seed=0)
+        return prompt + tokenizer().decode(made[0].tokens)
+
+    def go(self) -> bool:
+        """Whether the plan is done."""
+        self.prepare()
+        losses = pretrain(
+            self.model, self.tokens, self.bytes_a_token, self.plan, self.folder / CHECKPOINT, minutes=self.minutes,
+            precision=self.precision, on_progress=self.tell,
+        )  # fmt: skip
+        save(self.model.eval(), self.folder)
+        (self.folder / HISTORY).write_text(json.dumps(self.history, indent=0) + "\n", encoding="utf-8")
+        return len(losses) == self.plan.steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on later")
+    parser.add_argument("--steps", type=int, default=Plan().steps)
+    parser.add_argument("--out", type=Path, default=ROOT / "trained" / "tiny-deepseek")
+    asked = parser.parse_args()
+    done = Run(asked.out, Plan(steps=asked.steps), asked.minutes).go()
+    print(f"{'done' if done else 'stopped; the same command goes on'}: {asked.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
