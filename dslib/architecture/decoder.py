@@ -16,7 +16,7 @@ reading order: :mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.conf
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -138,6 +138,28 @@ class Decoder(nn.Module):
 
 
 MODELS: dict[type[DecoderConfig], type[Decoder]] = {DecoderConfig: Decoder}  # other kinds add themselves
+
+
+def with_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
+    """Only some layers of ``model``, its weights shared and not copied: a draft, for speculation.
+
+    Raises ValueError for no layer, or one that the model has not.
+    """
+    count, chosen = model.config.num_hidden_layers, list(layers)
+    if not chosen or any(not 0 <= layer < count for layer in chosen):
+        raise ValueError(f"layers: got {chosen}, expected some of 0 to {count - 1}")
+    return with_blocks(model, [model.layers[layer] for layer in chosen], chosen)
+
+
+def with_blocks(model: Decoder, blocks: Sequence[Block], layers: Sequence[int]) -> Decoder:
+    """``blocks``, of the kinds that these layers of ``model`` are, between its embedding and its head, all shared."""
+    twin = type(model).__new__(type(model))
+    nn.Module.__init__(twin)
+    for name, part in model.named_children():  # an image stream as well
+        setattr(twin, name, part)
+    twin.config, twin.layers = model.config.of_layers(layers), nn.ModuleList(blocks)
+    twin.training = twin.layers.training = model.training  # what is shared keeps its own mode
+    return twin
 
 
 def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype=torch.float32) -> Decoder:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dslib.architecture.balance import total_balance_loss
 from dslib.architecture.cache import KVCache
-from dslib.architecture.decoder import build, initialise
+from dslib.architecture.decoder import build, initialise, with_blocks
 from dslib.architecture.layers import RMSNorm
 from dslib.architecture.sparse_decoder import SparseConfig, SparseDecoder
 from dslib.architecture.weights.checkpoint import load_hf_state_dict, to_hf_state_dict
@@ -196,12 +196,8 @@ def read(model: Whole, folder: Path) -> None:
 
 def _carrier(model: Whole) -> tuple[SparseDecoder, str, str]:
     """The prediction module's block as the only layer of a decoder that shares all else, and its old and new names."""
-    decoder, last = model.decoder, model.config.num_hidden_layers
-    carrier = SparseDecoder.__new__(SparseDecoder)
-    nn.Module.__init__(carrier)
-    carrier.config = model.config.of_layers([last])
-    carrier.embed_tokens, carrier.norm, carrier.lm_head = decoder.embed_tokens, decoder.norm, decoder.lm_head
-    carrier.layers = nn.ModuleList([model.prediction.block])
+    last = model.config.num_hidden_layers
+    carrier = with_blocks(model.decoder, [model.prediction.block], [last])
     return carrier, "model.layers.0.", f"model.layers.{last}."
 
 

@@ -28,6 +28,7 @@ from dslib import check
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import Decoder
 from dslib.architecture.generation import Sampling, inference
+from dslib.architecture.whole import Whole
 from dslib.data.prompts import checked_prompts, end_tokens
 
 
@@ -206,21 +207,41 @@ class ModelDraft:
         return guesses, torch.cat(drawn_from) if drawn_from else None
 
 
-def with_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
-    """A draft from the model itself: only some of its layers, the weights shared and not copied.
+class PredictionDraft:
+    """Guesses of a model's own module for multi-token prediction, from the states that the model has just computed.
 
-    Raises ValueError for no layer, or one that the model has not.
+    The module was trained to predict one token beyond the model's. For further guesses it is run again, on its own
+    state and guess. Greedy. While it is in use, it listens to the model's last norm: :meth:`close` ends that.
+
+    Args:
+        model: what is given to :func:`speculate` is its ``decoder``. max_length: as of :class:`ModelDraft`.
     """
-    config, chosen = model.config, list(layers)
-    if not chosen or any(not 0 <= layer < config.num_hidden_layers for layer in chosen):
-        raise ValueError(f"layers: got {chosen}, expected some of 0 to {config.num_hidden_layers - 1}")
-    twin = type(model).__new__(type(model))
-    nn.Module.__init__(twin)
-    for name, part in model.named_children():  # an image stream as well
-        setattr(twin, name, part)
-    twin.config, twin.layers = config.of_layers(chosen), nn.ModuleList(model.layers[layer] for layer in chosen)
-    twin.training = twin.layers.training = model.training  # what is shared keeps its own mode
-    return twin
+
+    def __init__(self, model: Whole, max_length: int):
+        self.model, self.cache = model, model.prediction_cache(max_length)
+        self._listener = model.decoder.norm.register_forward_hook(self._listen)
+
+    def _listen(self, norm: nn.Module, inputs: tuple[Tensor], states: Tensor) -> None:
+        self.states = states  # (1, tokens of the last pass, C)
+
+    def close(self) -> None:
+        self._listener.remove()
+
+    @torch.inference_mode()
+    def propose(self, text, count):
+        decoder, module, held = self.model.decoder, self.model.prediction, self.cache.length
+        # The module has seen `held` pairs (state, next token); the last pass began there. Its states of guesses that
+        # did not stay are left out.
+        ids = torch.tensor([list(text)[held + 1 :]], device=decoder.embed_tokens.weight.device)
+        states, guesses = self.states[:, : ids.shape[1]], []
+        while True:
+            states = module(decoder, states, ids, self.cache)[:, -1:]  # (1, 1, C)
+            ids = decoder.lm_head(states).argmax(-1)  # (1, 1)
+            guesses.append(int(ids))
+            if len(guesses) == count:
+                break
+        self.cache.truncate(len(text) - 1)
+        return guesses, None
 
 
 def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: float = 1.0) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dslib import fast
-from dslib.architecture.decoder import Decoder
+from dslib.architecture.decoder import Decoder, with_layers
 from dslib.architecture.generation import generate
 from dslib.architecture.int4.layers import quantize_
 from dslib.architecture.weights.pretrained import load_smollm2
-from dslib.performance.speculative import Draft, ModelDraft, PromptLookup, expected_gain, feed, speculate, with_layers
+from dslib.performance.speculative import Draft, ModelDraft, PromptLookup, expected_gain, feed, speculate
 from measured.timing import compare, measure, ratio
 
 LIST = "1. Measure the flour.\n2. Warm the milk.\n3. Mix the flour and the milk.\n4. Let the dough rest.\n5. Bake it.\n"

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from dslib import fast
-from dslib.architecture.decoder import DecoderConfig, build, count_parameters
+from dslib.architecture.decoder import DecoderConfig, build, count_parameters, with_layers
 from dslib.architecture.fusion import FusionConfig, VisionLanguageDecoder
 from dslib.architecture.generation import generate, stream
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention
 from dslib.architecture.vision.swin import SwinStream
 from dslib.fast.lean_step import LeanStep
-from dslib.performance.speculative import with_layers
 
 SIZES = (40, 32, 48, 2, 4, 2)  # vocab, hidden, intermediate, layers, heads, kv heads
 N, C = 6, 24

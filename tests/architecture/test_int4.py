@@ -10,13 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dslib import fast
-from dslib.architecture.decoder import DecoderConfig, build
+from dslib.architecture.decoder import DecoderConfig, build, with_layers
 from dslib.architecture.experts import Experts
 from dslib.architecture.int4.layers import Int4Experts, Int4Linear, nbytes, quantize_
 from dslib.architecture.int4.levels import METHODS, half_quadratic, pack, round_to_nearest, unpack
 from dslib.architecture.moe import MoE, Router
 from dslib.architecture.sparse_decoder import SparseConfig
-from dslib.performance.speculative import with_layers
 
 DENSE = DecoderConfig(64, 64, 96, 2, 4, 2)
 SPARSE = SparseConfig(64, 64, 96, 2, 4, 2, num_experts=4, moe_intermediate_size=64, n_shared_experts=1)

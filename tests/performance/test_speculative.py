@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from dslib.architecture import decoder, sparse_decoder
+from dslib.architecture.decoder import with_layers
 from dslib.architecture.generation import Sampling, generate
+from dslib.architecture.whole import Whole, tiny_deepseek
 from dslib.performance import speculative
-from dslib.performance.speculative import ModelDraft, PromptLookup, accept, speculate, with_layers
+from dslib.performance.speculative import ModelDraft, PredictionDraft, PromptLookup, accept, speculate
 
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 CONFIGS = {
@@ -268,3 +270,37 @@ def test_it_runs_in_evaluation_mode_as_generate_does_and_leaves_every_mode():
     before = [part.training for part in model.modules()]
     assert speculate(model, prompt, 20, ModelDraft(model, 40), 3).tokens == want
     assert [part.training for part in model.modules()] == before
+
+
+def test_a_models_own_prediction_module_drafts_without_changing_the_text():
+    config = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "kv_lora_rank": 12,
+              "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8, "num_experts": 6,
+              "num_experts_per_tok": 2, "moe_intermediate_size": 16, "max_position_embeddings": 64}  # fmt: skip
+    torch.manual_seed(0)
+    model = Whole(tiny_deepseek(**config)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    prompt = [5, 9, 30, 2, 2]
+    wanted = generate(model.decoder, [prompt], 30)[0].tokens
+    for count in (1, 3):
+        draft = PredictionDraft(model, 60)
+        assert speculate(model.decoder, prompt, 30, draft, count).tokens == wanted
+        draft.close()
+    assert not model.decoder.norm._forward_hooks
+    # What it guesses is what a whole pass of the module says, whatever stayed of what it guessed before.
+    draft, guessed, propose = PredictionDraft(model, 60), {}, PredictionDraft.propose
+
+    def noted(text, count):
+        guesses, _ = propose(draft, text, count)
+        guessed[len(text)] = guesses[0]
+        return (guesses if len(text) % 3 else [wanted[len(text) - len(prompt)]]), None  # every third is right
+
+    draft.propose = noted
+    made = speculate(model.decoder, prompt, 30, draft, 1)
+    draft.close()
+    assert made.tokens == wanted and made.accepted > 5
+    text = torch.tensor([prompt + wanted])
+    with torch.no_grad():
+        states = model.prediction(model.decoder, model.states(text[:, :-1]), text[:, 1:])
+        guesses = model.decoder.lm_head(states).argmax(-1)[0].tolist()  # from tokens up to i + 1, the one behind them
+    assert guessed == {length: guesses[length - 2] for length in guessed}
