@@ -7,56 +7,68 @@ from measured.exercises import exercise, named, normal
 
 
 def rope(x: Tensor, at: Tensor) -> Tensor:
-    """(S, D) queries or keys at positions (S,), as on the page: the pair (i, i + D/2) turns by an angle of its own."""
+    """(B, S, D) queries or keys at positions (B, S), as on the page: the pair (i, i + D/2) turns by its own angle."""
     size = x.shape[-1]
-    angle = at[:, None] * 100_000.0 ** (-torch.arange(0, size, 2) / size)
+    angle = at[..., None] * 100_000.0 ** (-torch.arange(0, size, 2) / size)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
 
 
-def _piece(new: int, held: int, seed: int) -> dict[str, Tensor]:
-    x = normal(5, new + held, 8, seed=seed)
-    return {"q": x[0, :new], "k": x[1, :new], "v": x[2, :new], "held_k": x[3, :held], "held_v": x[4, :held]}
+def _rows(new: int, *rows: str, seed: int) -> dict[str, Tensor]:
+    """Sequences of one batch as text, ``.`` for padding; the last ``new`` places are those of the queries."""
+    real = torch.tensor([[place != "." for place in row] for row in rows])
+    q, k, v = normal(3, *real.shape, 8, seed=seed)
+    return {"q": q[:, -new:], "k": k, "v": v, "real": real}
 
 
-def _attend(q, k, v, held_k, held_v, start=None, again=False, diagonal=None) -> Tensor:
+def _padded(q, k, v, real, at=None, hide=True, corner=False, future=False, zero=True, first=False) -> Tensor:
     """The reference and, by its options, the usual ways to get it wrong."""
-    held = len(held_k)
-    at = torch.arange(len(q)) + (held if start is None else start)
-    keys = rope(torch.cat((held_k, k)), torch.arange(held + len(k))) if again else torch.cat((held_k, rope(k, at)))
-    scores = rope(q, at) @ keys.T / q.shape[-1] ** 0.5
-    hidden = torch.ones_like(scores).triu(held + 1 if diagonal is None else diagonal).bool()
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ torch.cat((held_v, v))
+    new, size = q.shape[1:]
+    at = (real.cumsum(1) - 1).clamp(min=0) if at is None else at
+    seen = torch.ones(new, real.shape[1]).tril(0 if corner else real.shape[1] - new + 10**6 * future).bool()
+    seen = seen & ((real[:1] if first else real)[:, None] | (not hide))  # (B, T, S)
+    scores = rope(q, at[:, -new:]) @ rope(k, at).mT / size**0.5
+    out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    return torch.where(real[:, -new:, None], out, 0) if zero else out
 
 
 @exercise(
-    "cache/piece",
-    cases=[_piece(3, 4, 0), _piece(1, 6, 1), _piece(5, 2, 2)],
+    "cache/padded",
+    cases=[
+        _rows(6, "..abcd", "abcdef", ".....a", seed=0),
+        _rows(2, "abc..de", "abcdefg", "a....bc", seed=1),
+        _rows(3, ".ab.c.d", "..abcd.", seed=2),
+    ],
     mistakes="""
-        _attend(q, k, v, held_k, held_v, again=True, diagonal=1)
-            Both faults are still there. Neither shows when nothing is held: compare a text in one piece with the same
-            text in two.
-        _attend(q, k, v, held_k, held_v, diagonal=1)
-            The keys are right now, the mask is not: the first new token may see all held keys and itself, and its
-            diagonal must begin there.
-        _attend(q, k, v, held_k, held_v, again=True)
-            The mask is right now, the keys are not: held keys were rotated when they came, and you turn them again.
-        _attend(q, k, v, held_k, held_v, diagonal=10**6)
-            Without any mask, a token of the piece sees the ones after it.
-        _attend(q, k, v, held_k, held_v, diagonal=len(held_k))
-            One key too few: a token may look at itself.
-        _attend(q, k, v, held_k, held_v, start=0)
-            The new tokens stand behind the held ones: their positions begin at the number of held keys, not at 0.
+        _padded(q, k, v, real, hide=False)
+            Padding is seen: a query may look at real tokens only.
+        _padded(q, k, v, real, at=torch.arange(real.shape[1]).expand(real.shape))
+            The mask is right. Positions count places, and so padding too: where it stands between two tokens, it moves
+            them apart. Count real tokens only.
+        _padded(q, k, v, real, future=True)
+            A token sees the ones after it: hide padding *and* the future.
+        _padded(q, k, v, real, corner=True)
+            The queries are the last T of S places; your mask takes them for the first.
+        _padded(q, k, v, real, first=True)
+            One mask for all rows: each sequence has padding of its own.
+        _padded(q, k, v, real, zero=False)
+            The rows of real tokens are right. A query that is padding has nothing to say: give zeros. (One that may see
+            no key at all divides zero by zero.)
     """,
     tolerance=1e-4,
+    hint="Take one row, drop its padding, and run it alone: the outputs of its real tokens must be these.",
 )
-def attend_piece(q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor) -> Tensor:
-    """Causal attention of T new tokens behind S held ones, one head: (T, D) three times, (S, D) twice -> (T, D).
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    """Causal attention in a padded batch, one head: (B, T, D), (B, S, D) twice, (B, S) of bool -> (B, T, D).
 
     Args:
-        q, k, v: not rotated yet. held_k: rotated, each at its own position 0 … S - 1.
+        q: of the last T places. k, v: of all S. Not rotated yet.
+        real: False where padding stands, on any side or in between.
+
+    Returns:
+        For a real token what it would get without padding, zeros for padding.
     """
-    return _attend(q, k, v, held_k, held_v)
+    return _padded(q, k, v, real)
 
 
 def _ring(new: int, start: int, window: int, seed: int) -> dict:

@@ -16,6 +16,45 @@ from measured.exercises import exercise, named, normal
 _random = partial(normal, dtype=torch.float64)
 
 
+def _count(vocabulary, hidden, layers, heads, kv_heads, inner, tables, attention=2, products=3, block=2, last=1) -> int:
+    size = hidden // heads
+    each = attention * hidden * heads * size + 2 * hidden * kv_heads * size + products * hidden * inner + block * hidden
+    return tables * vocabulary * hidden + layers * each + last * hidden
+
+
+@exercise(
+    "decoder/parameters",
+    cases=named(
+        "vocabulary hidden layers heads kv_heads inner tied",
+        (49_152, 576, 30, 9, 3, 1536, True),
+        (32_256, 2048, 24, 16, 16, 5504, False),
+        (102_400, 8192, 95, 64, 8, 22_016, False),
+    ),
+    mistakes="""
+        _count(vocabulary, hidden, layers, heads, heads, inner, 2 - tied)
+            Keys and values have fewer heads than queries: their matrices have K D rows.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 1)
+            A head that is not tied is a second matrix as large as the embedding.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2)
+            A tied head is the embedding itself: it counts once.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2 - tied, products=2)
+            SwiGLU has three matrices: gate, up and down.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2 - tied, attention=1)
+            Attention has four matrices; W_o, which mixes the heads, is missing.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2 - tied, block=0, last=0)
+            Only the gains of the norms are missing: two of C numbers a block, one at the end.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2 - tied, last=0)
+            The last norm, before the head, has C gains too.
+        _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2 - tied, block=1)
+            Two norms a block: one before attention, one before SwiGLU.
+    """,
+    hint="Add up the rows of the page's table of matrices: a block's, times the blocks, and what stands outside.",
+)
+def parameters(vocabulary: int, hidden: int, layers: int, heads: int, kv_heads: int, inner: int, tied: bool) -> int:
+    """Parameters of a decoder; the size of a head is hidden / heads. ``tied``: the head is the embedding."""
+    return _count(vocabulary, hidden, layers, heads, kv_heads, inner, 2 - tied)
+
+
 @exercise(
     "decoder/rms-norm",
     cases=named(

@@ -115,7 +115,7 @@ def gpu_calls():
     pages = {
         "balance": {"lab": balance},
         "cache": {"lab": decoder_runs},
-        "decoder": {"lab": decoder_runs},
+        "decoder": {"lab": speed},
         "sampling": {"lab": sampling},
         "speed": {"lab": speed},
     }  # `lab` is the experiments of the page's chapter

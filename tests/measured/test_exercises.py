@@ -56,12 +56,12 @@ RIGHT = {
         "(torch.nn.functional.one_hot(indices.T.flatten(), num_experts),"
         "int(capacity_factor * indices.numel() / num_experts + 1e-9))",
     ),
-    "cache/piece": (
-        "torch.nn.functional.scaled_dot_product_attention(rope(q.double(), len(held_k) + torch.arange(len(q))),"
-        " torch.cat((held_k, rope(k, len(held_k) + torch.arange(len(q))))).double(), torch.cat((held_v, v)).double(),"
-        " attn_mask=torch.ones(len(q), len(held_k) + len(q)).tril(len(held_k)).bool())",
-        "[_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], torch.cat((held_k, rope(k[:i], torch.arange(i) +"
-        " len(held_k)))), torch.cat((held_v, v[:i])))[0].tolist() for i in range(len(q))]",
+    "cache/padded": (
+        "torch.where(real[:, -q.shape[1] :, None], torch.nn.functional.scaled_dot_product_attention(rope(q.double(),"
+        " 5 + (at := real.cumsum(1))[:, -q.shape[1] :]), rope(k.double(), 5 + at), v.double(), attn_mask=("
+        "real[:, None] & torch.ones(*at.shape[1:] * 2).tril().bool() | torch.eye(*at.shape[1:]).bool())"
+        "[:, -q.shape[1] :]), 0)",
+        "[alone(*row) for row in zip(q, k, v, real)]",
     ),
     "cache/ring-piece": (
         "_through_ring(*(x.double() for x in (q, k, v)), start, held_k.double(), held_v.double()).numpy()",
@@ -77,6 +77,12 @@ RIGHT = {
     ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
+    "decoder/parameters": (
+        "hidden * (vocabulary * (2 - tied) + 1) + layers * sum(rows * columns for rows, columns in ((hidden, hidden),"
+        " (hidden, hidden), (2 * hidden * kv_heads / heads, hidden), (3, hidden * inner), (2, hidden)))",
+        "np.dot([vocabulary * (1 if tied else 2) + 2 * layers + 1, layers * (2 * hidden + 3 * inner), 2 * layers"
+        " * kv_heads], [hidden, hidden, hidden * hidden // heads])",
+    ),
     "decoder/rms-norm": (
         "F.rms_norm(x.float(), x.shape[-1:], 1 + offset.float(), eps)",
         "(x.float() * x.float().pow(2).mean(-1, True).add(eps).rsqrt() * (1 + offset.float())).to(x.dtype)",
@@ -192,10 +198,11 @@ WRONG = {
         "served(indices, num_experts, 2 * capacity_factor)",
         "[indices.shape[1]] * len(indices)",
     ),
-    "cache/piece": (
-        "_attend(q, k, v, held_k, held_v).flip(0)",
-        "_attend(q * 0, k, v, held_k, held_v)",
-        "_attend(q, k, v, held_k, held_v, start=len(held_k) + 1)",
+    "cache/padded": (
+        "attend_padded(q, k, v, real) * 2",
+        "attend_padded(q, k, v, real.flip(0))",
+        "_padded(q, k, v, real, at=torch.zeros_like(real).long())",
+        "attend_padded(q, k, v, torch.ones_like(real)) * real[:, -q.shape[1] :, None]",
     ),
     "cache/ring-piece": (
         "_through_ring(q * 0, k, v, start, held_k, held_v)",
@@ -216,6 +223,11 @@ WRONG = {
     ),
     "cost/break-even": ("usd_per_request / usd_per_day", "break_even(usd_per_day, capacity, usd_per_request) or 0"),
     "cost/profit-ratio": ("profit_ratio(usd_per_day, tokens | {'output': 0}, prices, billed)",),
+    "decoder/parameters": (
+        "parameters(vocabulary, hidden, layers, kv_heads, heads, inner, tied)",
+        "parameters(vocabulary, hidden, layers + 1, heads, kv_heads, inner, tied)",
+        "parameters(vocabulary, hidden, layers, heads, kv_heads, inner, tied) / 1e9",
+    ),
     "decoder/rms-norm": ("rms_norm(x, offset, 10 * eps)", "rms_norm(x, -offset, eps)", "rms_norm(x, offset, eps)[0]"),
     "decoder/rope": (
         "rope(x, positions + 1, base)",
@@ -305,6 +317,28 @@ WRONG = {
 MISLEADING = {"cache/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
 TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction}
 TOOLS |= {"TopKLogitsWarper": TopKLogitsWarper, "TopPLogitsWarper": TopPLogitsWarper, "re": re}
+
+
+def alone(q, k, v, real):
+    """One padded row of the exercise on padding: its tokens without the padding, a query at a time, by hand."""
+    place = [n for n, there in enumerate(real.tolist()) if there]
+    theta = 1e5 ** (-np.arange(0, 8, 2) / 8)
+
+    def turned(x, n):  # a pair is one complex number
+        a, b = np.split(x.numpy(), 2)
+        return (a + 1j * b) * np.exp(1j * n * theta)
+
+    out = []
+    for i, one in enumerate(q, start=len(real) - len(q)):
+        before = [n for n in place if n <= i] if i in place else []
+        own = turned(one, len(before) - 1)
+        scores = [(own * turned(k[n], m).conj()).real.sum() / 8**0.5 for m, n in enumerate(before)]
+        weights = np.exp(scores) / np.exp(scores).sum()
+        out.append(sum((w * v[n].numpy() for w, n in zip(weights, before, strict=True)), np.zeros(8)).tolist())
+    return out
+
+
+TOOLS["alone"] = alone
 
 
 def library_block(x, w, head_dim, dtype):
