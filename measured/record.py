@@ -93,7 +93,7 @@ BALANCE_CALLS = tuple((f"{BALANCE}:balance_runs", {"seed": seed}) for seed in ra
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
 FOUR_BITS = "measured.experiments.int4_speed"
 QUALITY = "measured.experiments.int4"
-NGRAMS = "measured.experiments.ngram:ngram_baselines"
+NGRAMS, XZ = "measured.experiments.ngram:ngram_baselines", "measured.experiments.ngram:xz_rate"
 QUALITY_CALLS = (
     (f"{QUALITY}:smollm2_quality", {}),
     (f"{QUALITY}:smollm2_quality", {"symmetric": True, "shuffles": [0]}),
@@ -165,7 +165,7 @@ PARTS = {
     "int4-quality": QUALITY_CALLS,
     **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
     "probes": PROBES,
-    "ngrams": ((NGRAMS, {}),),
+    "ngrams": ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"})),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (
