@@ -127,8 +127,8 @@ def ngram_baselines(order: int = 6, every: int = 1) -> dict:
     """Orders 1 to ``order`` on validation and test, trained on train; ``every`` n-th document only.
 
     Returns a mapping for each held-out split: ``documents`` as ``source/id`` with their ``bytes``, ``bits`` (a list for
-    each order, one number a document, in that order), and ``bits_per_byte`` for each order, of all and by source, each with
-    its interval over documents.
+    each order, one number a document, in that order), and ``bits_per_byte`` for each order, of all and by source, each
+    with its interval over documents.
     """
     check.whole(1, order=order, every=every)
     train = corpus.load("train")[::every]
