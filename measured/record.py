@@ -101,6 +101,7 @@ QUALITY_CALLS = (
     (f"{QUALITY}:layer_quality", {}),
     (f"{QUALITY}:trained_quality", {}),
 )
+NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
     (DESIGNS, {**TINY, "designs": ["no cure", "bias", "63, top 7, 1 shared", "dense, active size"], "batch_size": 2}),
@@ -165,7 +166,8 @@ PARTS = {
     "int4-quality": QUALITY_CALLS,
     **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
     "probes": PROBES,
-    "ngrams": ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"})),
+    "ngrams": NGRAM_CALLS,
+    **{f"ngrams-{number}": (call,) for number, call in enumerate(NGRAM_CALLS)},
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (
