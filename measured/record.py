@@ -93,7 +93,7 @@ BALANCE_CALLS = tuple((f"{BALANCE}:balance_runs", {"seed": seed}) for seed in ra
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
 FOUR_BITS = "measured.experiments.int4_speed"
 QUALITY = "measured.experiments.int4"
-NGRAMS = "measured.experiments.ngram:ngram_baselines"
+NGRAMS, XZ = "measured.experiments.ngram:ngram_baselines", "measured.experiments.ngram:xz_rate"
 QUALITY_CALLS = (
     (f"{QUALITY}:smollm2_quality", {}),
     (f"{QUALITY}:smollm2_quality", {"symmetric": True, "shuffles": [0]}),
@@ -101,6 +101,7 @@ QUALITY_CALLS = (
     (f"{QUALITY}:layer_quality", {}),
     (f"{QUALITY}:trained_quality", {}),
 )
+NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
     (DESIGNS, {**TINY, "designs": ["no cure", "bias", "63, top 7, 1 shared", "dense, active size"], "batch_size": 2}),
@@ -165,7 +166,8 @@ PARTS = {
     "int4-quality": QUALITY_CALLS,
     **{f"int4-quality-{number}": (call,) for number, call in enumerate(QUALITY_CALLS)},
     "probes": PROBES,
-    "ngrams": ((NGRAMS, {}),),
+    "ngrams": NGRAM_CALLS,
+    **{f"ngrams-{number}": (call,) for number, call in enumerate(NGRAM_CALLS)},
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (

@@ -98,7 +98,9 @@ def test_the_recorded_function_at_a_small_size():
         row = made[split]
         assert len(row["documents"]) == len(row["bytes"]) == len(row["bits"]["1"]) == len(row["bits"]["2"])
         (one, *_), (two, low, high) = (row["bits_per_byte"][order]["all"] for order in "12")
-        assert 1 < low <= two <= high < one < 4 and 1 < row["xz"] < 4
+        assert 1 < low <= two <= high < one < 4
+    xz = ngram.xz_rate("test", every=150)
+    assert xz["bytes"] < xz["train_bytes"] and 1 < xz["bits_per_byte"] < 4
 
 
 @pytest.mark.parametrize(
