@@ -7,7 +7,7 @@ moves what the model learns. The *bias* of DeepSeek-V3 only changes who is chose
     f, P = load / tokens, scores.mean(0)                    # (E,) each: who was chosen, and how much they are liked
     loss = loss + alpha * E * (f * P).sum()                 # Switch: over the batch
     loss = loss + alpha * E / k * (f * P).sum()             # V3: the same within each sequence, then the mean
-    bias = bias + speed * (load.mean() - load).sign()       # V3: after the step; the gate chooses by scores + bias
+    bias = bias + speed * (load.mean() - load).sign()       # V3: after the step; the router chooses by scores + bias
 
 Shapes: N tokens, E experts, k experts a token, B sequences. A ``mask`` is bool with one entry a token, True where the
 token is real; padding then counts for nothing. The losses are for one layer and have no weight in front.

@@ -82,7 +82,7 @@ def places(indices: Tensor) -> Tensor:
 
 
 def _layer(tokens: int, experts: int, hidden: int, top_k: int, seed: int) -> dict:
-    shapes = {"x": (tokens, hidden), "gate": (experts, hidden), "experts": (experts, hidden, hidden)}
+    shapes = {"x": (tokens, hidden), "router": (experts, hidden), "experts": (experts, hidden, hidden)}
     made = {name: _random(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
     return made | {"top_k": top_k}
 
@@ -91,29 +91,29 @@ def _layer(tokens: int, experts: int, hidden: int, top_k: int, seed: int) -> dic
     "moe/repair",
     cases=[_layer(5, 4, 3, 2, seed=10), _layer(4, 6, 2, 3, seed=20), _layer(6, 8, 3, 2, seed=30)],
     mistakes="""
-        _apply(x, experts, _gate(x, gate) * _anybody(x, gate, top_k))
+        _apply(x, experts, _softmax(x, router) * _anybody(x, router, top_k))
             No mask: a token receives every expert that any token chose, each with its whole column of scores. Only the
             experts in a token's own row may reach it.
-        _apply(x, experts, _normed(_gate(x, gate) * _anybody(x, gate, top_k)))
+        _apply(x, experts, _normed(_softmax(x, router) * _anybody(x, router, top_k)))
             No mask: a token receives every expert that any token chose. Normalising hides it, and does not cure it.
-        repair(x, gate, experts, top_k) / top_k
+        repair(x, router, experts, top_k) / top_k
             The division is still there. The weights already say how much each expert counts.
-        _apply(x, experts, _own(x, gate, top_k))
-            Gate, loop and mask are right. The weights are the bare scores, which sum to less than 1: divide them by
+        _apply(x, experts, _own(x, router, top_k))
+            Router, loop and mask are right. The weights are the bare scores, which sum to less than 1: divide them by
             the sum of the chosen ones.
-        _apply(x, experts, _own(x, gate, top_k)) / top_k
-            Gate, loop and mask are right. The last line is as it was: bare scores, which sum to less than 1, and then
+        _apply(x, experts, _own(x, router, top_k)) / top_k
+            Router, loop and mask are right. The last line is as it was: bare scores, which sum to less than 1, and then
             halved.
-        _apply(x, experts, (_own(x, gate, top_k) > 0) / top_k)
-            A plain mean of the chosen experts: the scores of the gate no longer say how much each counts.
-        _apply(x, experts, _spread(_gate(x, gate), _ids(_gate(x, gate)[:1], top_k).expand(len(x), top_k)))
+        _apply(x, experts, (_own(x, router, top_k) > 0) / top_k)
+            A plain mean of the chosen experts: the scores no longer say how much each counts.
+        _apply(x, experts, _spread(_softmax(x, router), _ids(_softmax(x, router)[:1], top_k).expand(len(x), top_k)))
             All tokens go to the experts that the first token chose. Each row of ids is of one token.
     """,
     hint="For each token: the k best of its scores, divided by their sum, times what those experts make of this token.",
 )
-def repair(x: Tensor, gate: Tensor, experts: Tensor, top_k: int) -> Tensor:
+def repair(x: Tensor, router: Tensor, experts: Tensor, top_k: int) -> Tensor:
     """The article's router, repaired: (N, H), (E, H) and one matrix an expert, (E, H, H) -> (N, H)."""
-    weights, indices = (x @ gate.T).softmax(-1).topk(top_k, dim=-1)  # (N, k)
+    weights, indices = (x @ router.T).softmax(-1).topk(top_k, dim=-1)  # (N, k)
     weights = weights / weights.sum(-1, keepdim=True)
     y = torch.zeros_like(x)
     for e, expert in enumerate(experts):
@@ -224,17 +224,17 @@ def _in_slice(indices: Tensor) -> Tensor:
     return (flat[:, None] == flat).tril(-1).sum(1).view_as(indices)
 
 
-def _gate(x: Tensor, gate: Tensor) -> Tensor:
-    return (x @ gate.T).softmax(-1)
+def _softmax(x: Tensor, router: Tensor) -> Tensor:
+    return (x @ router.T).softmax(-1)
 
 
-def _own(x: Tensor, gate: Tensor, top_k: int) -> Tensor:
-    return _spread(_gate(x, gate), _ids(_gate(x, gate), top_k), False)
+def _own(x: Tensor, router: Tensor, top_k: int) -> Tensor:
+    return _spread(_softmax(x, router), _ids(_softmax(x, router), top_k), False)
 
 
-def _anybody(x: Tensor, gate: Tensor, top_k: int) -> Tensor:
+def _anybody(x: Tensor, router: Tensor, top_k: int) -> Tensor:
     """Which experts any token chose, as a row of ones and zeros."""
-    return (_own(x, gate, top_k) > 0).any(0)
+    return (_own(x, router, top_k) > 0).any(0)
 
 
 def _apply(x: Tensor, experts: Tensor, table: Tensor) -> Tensor:

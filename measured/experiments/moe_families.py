@@ -95,7 +95,7 @@ def words(name: str) -> dict[str, str]:
     if "routed_scaling_factor" in rule:
         weights += f", ×\u00a0{rule['routed_scaling_factor']:g}"
     shared = f"{parts['n_shared_experts']} shared" if "n_shared_experts" in parts else ""
-    shared += ", with a gate" if "shared_expert_gate" in parts else ""
+    shared += ", × a sigmoid" if "shared_expert_gate" in parts else ""
     shared += ", a limit inside" if "swiglu_limit" in parts else ""
     said = {"model": name, "scores": scores, "top k by": choice, "weights": weights}
     return said | {"shared experts and extras": shared}

@@ -128,9 +128,9 @@ RIGHT = {
         "indices.numel() * 1.0)).view_as(indices)",
     ),
     "moe/repair": (
-        "torch.stack([((x[n] @ gate.T)[ids].softmax(0)[:, None] * (x[n] @ experts[ids])).sum(0)"
-        " for n, ids in enumerate((x @ gate.T).topk(top_k).indices)]).float()",
-        "np.einsum('ne,nh,ehj->nj', _normed(_own(x, gate, top_k)), x, experts)",
+        "torch.stack([((x[n] @ router.T)[ids].softmax(0)[:, None] * (x[n] @ experts[ids])).sum(0)"
+        " for n, ids in enumerate((x @ router.T).topk(top_k).indices)]).float()",
+        "np.einsum('ne,nh,ehj->nj', _normed(_own(x, router, top_k)), x, experts)",
     ),
     "moe/configuration": (
         "configuration(config, logits.float(), bias.float()).numpy()",
@@ -267,10 +267,10 @@ WRONG = {
     ),
     "moe/places": ("places(indices) + 1", "places(indices.flip(1))", "torch.argsort(indices, 0)"),
     "moe/repair": (
-        "repair(x, gate, experts, top_k - 1)",
-        "repair(x, gate, experts.mT, top_k)",
-        "repair(gate, x, experts, top_k)",
-        "repair(x, gate, experts.mean(0).expand_as(experts), top_k)",
+        "repair(x, router, experts, top_k - 1)",
+        "repair(x, router, experts.mT, top_k)",
+        "repair(router, x, experts, top_k)",
+        "repair(x, router, experts.mean(0).expand_as(experts), top_k)",
     ),
     "moe/configuration": (
         "configuration(config, -logits, bias)",
