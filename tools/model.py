@@ -11,6 +11,7 @@ torch, transformers and numpy; with CUDA it trains there.
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -75,6 +76,8 @@ class Run:
         path = folder / HISTORY
         self.history = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         self.before = 0.0  # seconds of earlier pieces
+        self.start = self.last = time.perf_counter()
+        self.durations: list[float] = []  # of the last steps
 
     def prepare(self) -> None:
         self.precision = precision_here(self.device)
@@ -95,29 +98,36 @@ class Run:
             f"text; at 40 % of that rate about {seconds / 60:.0f} minutes"
         )
 
-    def tell(self, at: Progress) -> None:
-        """One line every 25 steps; every 100, the validation windows, and a text at a few of them."""
+    def tell(self, at: Progress) -> bool:
+        """One line every 25 steps; every 100, the validation windows, and a text at a few of them. True ends it."""
+        now = time.perf_counter()
+        self.durations = [*self.durations[-20:], now - self.last]
+        ends = self.minutes is not None and now - self.start >= 60 * self.minutes
+        if at.step % 25 == 0 or at.step == at.steps or ends:
+            self.write(at, now - self.start, self.plan.tokens / sorted(self.durations)[len(self.durations) // 2])
+        self.last = time.perf_counter()
+        return ends
+
+    def write(self, at: Progress, seconds: float, speed: float) -> None:
         if not self.before and self.history:
             self.history = [row for row in self.history if row["step"] < at.step]
             self.before = self.history[-1]["seconds"] if self.history else 0.0
-        if at.step % 25 and at.step != at.steps:
-            return
         row = {
-            "step": at.step, "tokens": at.step * self.plan.tokens, "seconds": round(self.before + at.seconds, 1),
+            "step": at.step, "tokens": at.step * self.plan.tokens, "seconds": round(self.before + seconds, 1),
             "bits": round(at.bits, 4), "after_next": round(at.after_next, 4), "busiest": round(at.busiest, 3),
-            "tokens_per_second": round(at.tokens_per_second),
+            "tokens_per_second": round(speed),
         }  # fmt: skip
         if at.step % 100 == 0 or at.step == at.steps:
             row["validation"] = round(bits_per_byte(self.model, self.windows.to(self.device), self.lengths), 4)
         if at.step in (100, 400) or at.step % 800 == 0 or at.step == at.steps:
             row["text"] = self.text(PROMPTS[0])
         self.history.append(row)
-        share = at.tokens_per_second * flops_a_token(self.model, self.plan) / self.rate
-        left = (at.steps - at.step) * self.plan.tokens / at.tokens_per_second / 60
+        share = speed * flops_a_token(self.model, self.plan) / self.rate
+        left = (at.steps - at.step) * self.plan.tokens / speed / 60
         seen = f", validation {row['validation']:.3f}" if "validation" in row else ""
         print(
             f"{at.step:5}/{at.steps}  {row['seconds'] / 60:5.1f} min  {at.bits:.3f} bits a byte{seen}  "
-            f"{at.tokens_per_second:,.0f} tokens/s ({share:.0%} of products' rate)  busiest expert {at.busiest:.2f} x "
+            f"{speed:,.0f} tokens/s ({share:.0%} of products' rate)  busiest expert {at.busiest:.2f} x "
             f"mean  {left:.0f} min left",
             flush=True,
         )
@@ -134,8 +144,8 @@ class Run:
         """Whether the plan is done."""
         self.prepare()
         losses = pretrain(
-            self.model, self.tokens, self.bytes_a_token, self.plan, self.folder / CHECKPOINT, minutes=self.minutes,
-            precision=self.precision, on_progress=self.tell,
+            self.model, self.tokens, self.bytes_a_token, self.plan, self.folder / CHECKPOINT, precision=self.precision,
+            on_progress=self.tell,
         )  # fmt: skip
         save(self.model.eval(), self.folder)
         (self.folder / HISTORY).write_text(json.dumps(self.history, indent=0) + "\n", encoding="utf-8")

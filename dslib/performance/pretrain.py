@@ -16,7 +16,6 @@ weights of the losses and the longer context at the end; :mod:`~dslib.performanc
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from dslib import check
 from dslib.architecture.balance import expert_load, moe_layers, update_bias
-from dslib.architecture.whole import Losses, Whole
+from dslib.architecture.whole import Whole
 from dslib.fast.training_step import QuickLosses
 from dslib.performance.muon import Muon, Optimizers, matrices_and_rest
 from dslib.performance.training import TrainingStep, fit
@@ -100,11 +99,10 @@ def rows_at(tokens: np.ndarray, step: int, plan: Plan) -> Tensor:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step; what is measured is of this piece of it.
+    """Where a run stands after ``step`` of ``steps``.
 
     Attributes:
         bits: next token's loss of this step, bits a byte. after_next: that of the token after it.
-        seconds: spent on steps in this piece. tokens_per_second: its median over the last steps.
         busiest: load of the busiest expert over the mean, averaged over layers.
     """
 
@@ -113,21 +111,18 @@ class Progress:
     bits: float
     after_next: float
     learning_rate: float
-    seconds: float
-    tokens_per_second: float
     busiest: float
 
 
 def pretrain(
     model: Whole, tokens: np.ndarray, bytes_a_token: float, plan: Plan, checkpoint: str | Path | None = None, *,
-    minutes: float | None = None, precision: str = "float32", compiled: bool | None = None, every: int = 50,
+    precision: str = "float32", compiled: bool | None = None, every: int = 50,
     on_progress: Callable[[Progress], Any] | None = None,
 ) -> list[float]:  # fmt: skip
     """Train ``model`` in place by ``plan``; with a checkpoint the run goes on where it was.
 
     Args:
         tokens: unsigned or signed whole numbers, 1-D. bytes_a_token: of the training text, to tell losses in.
-        minutes: stop after the step that passes them; the checkpoint keeps what was done.
         precision, every: as in :func:`~dslib.performance.training.fit`. compiled: as in
             :class:`~dslib.fast.training_step.QuickLosses`.
         on_progress: called after every step; the run is saved and ends if it gives True.
@@ -141,11 +136,11 @@ def pretrain(
     slow = [{"params": rest, "weight_decay": 0.0, "times": plan.other_rate / plan.matrix_rate}]
     muon = Muon(matrices, plan.matrix_rate, plan.weight_decay, dtype=dtype)
     adam = torch.optim.AdamW(slow, lr=plan.other_rate, betas=(0.9, 0.95), fused=True)
-    layers, last, clock = list(moe_layers(model)), {}, _Clock()
+    layers, last = list(moe_layers(model)), {}
 
     def loss(_: Whole, rows: Tensor) -> Tensor:
         found = quick(rows, max(1, len(rows) // plan.predicted))
-        last["losses"] = found
+        last["losses"] = found.detach()
         return found.next_token + plan.prediction_weight * found.after_next + plan.balance_weight * found.balance
 
     def after_step(_: Whole) -> None:
@@ -160,15 +155,10 @@ def pretrain(
         return (rows_at(tokens, step, plan).to(device),)
 
     def on_step(told: TrainingStep) -> bool:
-        clock.tick()
-        per_byte = 1 / math.log(2) / bytes_a_token
-        found: Losses = last["losses"].detach()
-        progress = Progress(
-            told.number + 1, plan.steps, float(found.next_token) * per_byte, float(found.after_next) * per_byte,
-            told.learning_rate, clock.seconds, plan.tokens / clock.median, last["busiest"],
-        )  # fmt: skip
-        ends = on_progress is not None and on_progress(progress) is True
-        return ends or (minutes is not None and clock.seconds >= 60 * minutes)
+        found, per_byte = last["losses"], 1 / math.log(2) / bytes_a_token
+        bits, after_next = float(found.next_token) * per_byte, float(found.after_next) * per_byte
+        at = Progress(told.number + 1, plan.steps, bits, after_next, told.learning_rate, last["busiest"])
+        return on_progress is not None and on_progress(at) is True
 
     settings = {f"plan.{name}": value for name, value in dataclasses.asdict(plan).items()}
     settings |= {"text": f"{len(tokens)} tokens, sum {int(tokens.sum(dtype=np.int64))}", "compiled": quick.compiled}
@@ -177,27 +167,6 @@ def pretrain(
         after_step=after_step, precision=precision, on_step=on_step, checkpoint=checkpoint, every=every,
         settings=settings, optimizer=Optimizers(muon, adam),
     )  # fmt: skip
-
-
-class _Clock:
-    """Seconds since it was made, and the median of the last steps', which a compilation does not move."""
-
-    def __init__(self):
-        self._start = self._before = time.perf_counter()
-        self._steps: list[float] = []
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        self._steps = [*self._steps[-20:], now - self._before]
-        self._before = now
-
-    @property
-    def seconds(self) -> float:
-        return self._before - self._start
-
-    @property
-    def median(self) -> float:
-        return sorted(self._steps)[len(self._steps) // 2]
 
 
 def byte_lengths(tokenizer: Any) -> Tensor:

@@ -54,7 +54,7 @@ def test_it_learns_and_the_bias_evens_out_the_load():
     assert told[-1].after_next < told[0].after_next
     assert told[0].bits == pytest.approx(math.log2(60) / 3.6, rel=0.05)
     assert all(layer.router.e_score_correction_bias.abs().max() > 0.01 for layer in moe_layers(made))
-    assert told[-1].busiest >= 1 and told[-1].tokens_per_second > 0
+    assert told[-1].busiest >= 1
 
 
 @pytest.mark.parametrize("stops", [(3,), (1, 6)])
@@ -67,11 +67,6 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path, stops):
     made = model()
     assert run(made, tmp_path / "c.pt") == losses
     assert all(map(torch.equal, made.state_dict().values(), whole.state_dict().values()))
-
-
-def test_minutes_end_a_piece(tmp_path):
-    assert len(run(model(), tmp_path / "c.pt", minutes=1e-9)) == 1
-    assert len(run(model(), tmp_path / "c.pt")) == PLAN.steps
 
 
 def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_state(tmp_path):
@@ -101,7 +96,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name):
-    run(model(), tmp_path / "c.pt", minutes=1e-9)
+    run(model(), tmp_path / "c.pt", on_progress=lambda at: True)
     changes, words = BAD[name]
     with pytest.raises(ValueError) as error:
         run(model(), tmp_path / "c.pt", **changes)
