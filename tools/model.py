@@ -9,6 +9,7 @@ torch, transformers and numpy; with CUDA it trains there.
 """
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -152,12 +153,25 @@ class Run:
         return len(losses) == self.plan.steps
 
 
+def keep_freed_memory() -> None:
+    """Tell the C library to keep what is freed. It would give large blocks back, and their pages would have to be made
+    anew in every step: a fifth of the time on two cores."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return  # not glibc
+    trim_threshold, mmap_max = -1, -4
+    library.mallopt(mmap_max, 0)
+    library.mallopt(trim_threshold, 2**31 - 1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on later")
     parser.add_argument("--steps", type=int, default=Plan().steps)
     parser.add_argument("--out", type=Path, default=ROOT / "trained" / "tiny-deepseek")
     asked = parser.parse_args()
+    keep_freed_memory()
     done = Run(asked.out, Plan(steps=asked.steps), asked.minutes).go()
     print(f"{'done' if done else 'stopped; the same command goes on'}: {asked.out}")
     return 0
