@@ -89,14 +89,15 @@ def _lines(folder: Path) -> list[str]:
     """The lines of the packed file, one a document, if it is the one that the manifest names."""
     try:
         wanted = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        packed = (folder / wanted["file"]).read_bytes()
+        path, expected = folder / wanted["file"], wanted["sha256"]
+        packed = path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename}: missing. Restore it, or rebuild it: {REBUILD}") from None
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder / 'manifest.json'}: not a manifest ({error}). Rebuild it: {REBUILD}") from None
-    if (found := hashlib.sha256(packed).hexdigest()) != wanted["sha256"]:
+    if (found := hashlib.sha256(packed).hexdigest()) != expected:
         raise ValueError(
-            f"{folder / wanted['file']}: altered: its sha256 is {found[:12]}…, expected {wanted['sha256'][:12]}…. "
+            f"{path}: altered: its sha256 is {found[:12]}…, expected {expected[:12]}…. "
             f"Restore it, or rebuild it: {REBUILD}"
         )
     return lzma.decompress(packed).decode().split("\n")[:-1]  # splitlines() would also cut at other separators

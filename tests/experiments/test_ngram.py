@@ -38,8 +38,11 @@ def by_dictionaries(documents, order):
         spread = {gram: len(before[n][gram]) or count for gram, count in counts[n].items()}
         for kind, table in (("raw", counts[n]), ("spread", spread)):
             n1, n2, n3, n4 = (sum(count == c for count in table.values()) for c in (1, 2, 3, 4))
-            y = n1 / (n1 + 2 * n2)
-            cuts = [1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+            cuts = [0.5, 1, 1.5]  # where there are too few n-grams, as of single bytes, to estimate it from
+            if n1 and n2 and n3 and n4:
+                y = n1 / (n1 + 2 * n2)
+                estimate = [1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+                cuts = estimate if all(0 <= cut <= i for i, cut in enumerate(estimate, 1)) else cuts
             followers = defaultdict(list)
             for gram, count in table.items():
                 followers[gram[:-1]].append(count)
