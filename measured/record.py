@@ -158,6 +158,7 @@ PARTS = {
     "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {"rounds": 5})),
     "llama-cpp": (("measured.experiments.speed_llama_cpp:beside_llama_cpp", {}),),
+    "sampling": (("measured.experiments.sampling:rule_texts", {}), ("measured.experiments.sampling:loop_heads", {})),
     "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
     "int4-quality": QUALITY_CALLS,

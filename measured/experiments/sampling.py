@@ -1,11 +1,23 @@
-"""What it costs to choose a token from its logits, by rule.
+"""What it costs to choose a token from its logits, what text each rule writes, and what induction heads do in a loop.
 
-Book: ``chapters/architecture/sampling.ipynb``.
+Book: ``chapters/architecture/sampling.ipynb``. Heads are found and silenced as in Olsson et al. (arXiv 2209.11895).
 """
 
-import torch
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from statistics import fmean
+from typing import Any
 
-from dslib.architecture.generation import Sampling
+import torch
+from torch import Tensor
+
+from dslib.architecture.decoder import Decoder
+from dslib.architecture.generation import Sampling, generate
+from dslib.architecture.layers import apply_rope
+from dslib.architecture.weights.pretrained import load_smollm2
+from dslib.check import whole
+from dslib.data import text
 from measured.machine import as_device
 from measured.timing import Timing, compare
 
@@ -16,6 +28,15 @@ RULES = {
     "top-p 0.95": Sampling(temperature=1.0, top_p=0.95),
     "min-p 0.1": Sampling(temperature=1.0, min_p=0.1),
 }
+TEXTS = {
+    "greedy": Sampling(),
+    "greedy, penalty 1.2": Sampling(repetition_penalty=1.2),
+    "T 0.6, top-p 0.95": Sampling(temperature=0.6, top_p=0.95),
+    "T 0.6": Sampling(temperature=0.6),
+    "T 1, top-p 0.95": Sampling(temperature=1.0, top_p=0.95),
+    "T 1": Sampling(temperature=1.0),
+}
+Heads = Iterable[tuple[int, int]]
 
 
 def sampling_times(vocab_size: int = 49_152, batch: int = 1, rounds: int = 5, seed: int = 0) -> dict[str, Timing]:
@@ -31,3 +52,138 @@ def sampling_times(vocab_size: int = 49_152, batch: int = 1, rounds: int = 5, se
     ways["one sort"] = lambda: logits.sort(dim=-1)  # what top-p cannot do without
     with torch.inference_mode():
         return compare(ways, rounds=rounds, device=device)
+
+
+def repeats(ids: Sequence[int], length: int = 4) -> list[bool]:
+    """For each run of ``length`` tokens, in order: did the text have it before?"""
+    runs = [tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)]
+    return [run in runs[:start] for start, run in enumerate(runs)]
+
+
+def rule_texts(passages: int = 30, prompt_tokens: int = 24, new_tokens: int = 80) -> dict[str, dict[str, list]]:
+    """SmolLM2 goes on with passages of *Moby-Dick* by every rule of ``TEXTS``; the last entry is the novel itself.
+
+    Returns:
+        By rule, one entry a passage: ``repeats``, the share of runs of four that the continuation already had;
+        ``tens``, the same of the runs that end in its first ten tokens, the next ten, and so on; ``log_p``, the mean
+        logarithm of the probability that the model, without any rule, gives to what was written. The seed is the
+        passage's number.
+    """
+    model, rows = _novel(passages, prompt_tokens + new_tokens)
+    prompts, seeds = rows[:, :prompt_tokens].tolist(), list(range(passages))
+    written = {
+        name: [one.tokens for one in generate(model, prompts, new_tokens, sampling=rule, seed=seeds)]
+        for name, rule in TEXTS.items()
+    }
+    written["the novel"] = rows[:, prompt_tokens:].tolist()
+    found = {}
+    for name, texts in written.items():
+        seen = [[False] * 3 + repeats(new) for new in texts]  # by the place where a run ends
+        found[name] = {
+            "repeats": [fmean(row[3:]) for row in seen],
+            "tens": [[round(fmean(row[i : i + 10]), 2) for i in range(0, new_tokens, 10)] for row in seen],
+            "log_p": [fmean(_log_p(model, old, new)) for old, new in zip(prompts, texts, strict=True)],
+        }
+    return found
+
+
+def induction_scores(model: Decoder, length: int = 48, lists: int = 6, seed: int = 1) -> Tensor:
+    """(layers, heads): in lists of random tokens, written twice, the weight on what followed a token the first time."""
+    generator, scores = torch.Generator().manual_seed(seed), []
+    vocab = model.config.vocab_size
+    ids = torch.randint(min(1000, vocab // 2), min(20_000, vocab), (lists, length), generator=generator).repeat(1, 2)
+    later = torch.ones(2 * length, 2 * length).triu(1).bool()
+
+    def look(attention, args):
+        x, rope, heads = args[0], args[1], attention.query_heads
+        qkv = attention.qkv_proj(x).unflatten(-1, (-1, attention.head_dim))  # (B, 2N, H + 2 K, D)
+        qk = apply_rope(qkv[:, :, : heads + attention.kv_heads], *rope).transpose(1, 2)
+        q, k = qk[:, :heads], qk[:, heads:].repeat_interleave(heads // attention.kv_heads, dim=1)
+        weights = (q @ k.mT / math.sqrt(attention.head_dim)).masked_fill(later, -torch.inf).softmax(-1)
+        scores.append(weights[:, :, length:].diagonal(1, -2, -1).mean((0, -1)))  # query N + i, key 1 + i
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in model.layers:
+            hooks.callback(layer.self_attn.register_forward_pre_hook(look).remove)
+        model(ids)
+    return torch.stack(scores)
+
+
+@contextmanager
+def without(model: Decoder, heads: Heads) -> Iterator[None]:
+    """Inside, these heads, ``(layer, head)``, add nothing to the residual stream."""
+    with ExitStack() as hooks:
+        for layer, head in heads:
+            attention = model.layers[layer].self_attn
+            start = head * attention.head_dim
+
+            def silence(_, args, start=start, end=start + attention.head_dim):
+                y = args[0].clone()  # (B, T, H D): what the heads have found, side by side
+                y[..., start:end] = 0
+                return (y,)
+
+            hooks.callback(attention.o_proj.register_forward_pre_hook(silence).remove)
+        yield
+
+
+def loop_heads(
+    passages: int = 30, prompt_tokens: int = 24, new_tokens: int = 40, least: float = 0.25, controls: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Greedy text of SmolLM2 without its induction heads, and without as many others of the same layers.
+
+    Returns:
+        ``heads`` that score ``least`` or more, ``[layer, head, score]``; ``arms`` by name, each with one entry a
+        passage of *Moby-Dick*: ``repeats`` as in :func:`rule_texts`; ``copied``, of a piece of 16 tokens written five
+        times, the share of tokens of rounds 2 to 5 that the model found most likely; ``loss`` on the novel itself, in
+        nats a token.
+    """
+    whole(1, controls=controls)
+    model, rows = _novel(passages, 80)
+    scores, generator = induction_scores(model), torch.Generator().manual_seed(seed)
+    best = sorted((scores >= least).nonzero().tolist(), key=lambda place: -scores[tuple(place)])
+    arms: dict[str, Heads] = {"all heads": [], "without induction heads": best}
+    for number in range(controls):
+        arms[f"without others, {number}"] = _others(best, scores.shape[1], generator)
+    found = {}
+    for name, heads in arms.items():
+        with without(model, heads):
+            texts = generate(model, rows[:, :prompt_tokens].tolist(), new_tokens)
+            found[name] = {
+                "repeats": [fmean(repeats(one.tokens)) for one in texts],
+                "copied": [_copied(model, row[:16]) for row in rows],
+                "loss": [-fmean(_log_p(model, row[:1], row[1:])) for row in rows.tolist()],
+            }
+    return {"heads": [[*place, round(scores[tuple(place)].item(), 2)] for place in best], "arms": found}
+
+
+def _others(heads: list[list[int]], per_layer: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    """As many heads of the same layers, drawn from those that are not among ``heads``."""
+    chosen = []
+    for layer in sorted({layer for layer, _ in heads}):
+        taken = [head for where, head in heads if where == layer]
+        free = torch.tensor([head for head in range(per_layer) if head not in taken])
+        chosen += [(layer, int(i)) for i in free[torch.randperm(len(free), generator=generator)][: len(taken)]]
+    return chosen
+
+
+def _novel(passages: int, length: int) -> tuple[Decoder, Tensor]:
+    """SmolLM2, and so many passages of the novel (passages, length)."""
+    model, tokenizer = load_smollm2()
+    novel = torch.tensor(tokenizer(text.moby_dick(), verbose=False).input_ids)
+    return model, text.slices(novel, length, passages)
+
+
+def _log_p(model: Decoder, before: list[int], new: list[int]) -> list[float]:
+    """The logarithm of the probability of each new token."""
+    ids = torch.tensor([[*before, *new]])  # (1, T)
+    with torch.inference_mode():
+        log_p = model(ids)[0, len(before) - 1 : -1].log_softmax(-1)  # (new, V)
+    return log_p.gather(-1, torch.tensor(new)[:, None]).flatten().tolist()
+
+
+def _copied(model: Decoder, piece: Tensor) -> float:
+    row = piece.repeat(5)
+    with torch.inference_mode():
+        best = model(row[None])[0].argmax(-1)
+    return (best[len(piece) - 1 : -1] == row[len(piece) :]).float().mean().item()
