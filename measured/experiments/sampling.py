@@ -3,11 +3,11 @@
 Book: ``chapters/architecture/sampling.ipynb``. Heads are found and silenced as in Olsson et al. (arXiv 2209.11895).
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from dslib.architecture.decoder import Decoder
 from dslib.architecture.generation import Sampling, generate
 from dslib.architecture.layers import apply_rope
 from dslib.architecture.weights.pretrained import load_smollm2
-from dslib.check import whole
+from dslib.check import one_of
 from dslib.data import text
 from measured.machine import as_device
 from measured.timing import Timing, compare
@@ -35,8 +35,9 @@ TEXTS = {
     "T 0.6": Sampling(temperature=0.6),
     "T 1, top-p 0.95": Sampling(temperature=1.0, top_p=0.95),
     "T 1": Sampling(temperature=1.0),
+    "the novel": None,  # what its author wrote
 }
-Heads = Iterable[tuple[int, int]]
+Heads = Iterable[Sequence[int]]
 
 
 def sampling_times(vocab_size: int = 49_152, batch: int = 1, rounds: int = 5, seed: int = 0) -> dict[str, Timing]:
@@ -60,31 +61,27 @@ def repeats(ids: Sequence[int], length: int = 4) -> list[bool]:
     return [run in runs[:start] for start, run in enumerate(runs)]
 
 
-def rule_texts(passages: int = 30, prompt_tokens: int = 24, new_tokens: int = 80) -> dict[str, dict[str, list]]:
-    """SmolLM2 goes on with passages of *Moby-Dick* by every rule of ``TEXTS``; the last entry is the novel itself.
+def rule_text(rule: str, passages: int = 20, prompt_tokens: int = 24, new_tokens: int = 60) -> dict[str, list]:
+    """SmolLM2 goes on with passages of *Moby-Dick* by a rule of ``TEXTS``; the seed is the passage's number.
 
     Returns:
-        By rule, one entry a passage: ``repeats``, the share of runs of four that the continuation already had;
-        ``tens``, the same of the runs that end in its first ten tokens, the next ten, and so on; ``log_p``, the mean
-        logarithm of the probability that the model, without any rule, gives to what was written. The seed is the
-        passage's number.
+        One entry a passage: ``repeats``, the share of runs of four tokens that the continuation already had; ``tens``,
+        the same of the runs that end in its first ten tokens, the next ten, and so on; ``log_p``, the mean logarithm of
+        the probability that the model, without any rule, gives to what was written.
     """
+    one_of(TEXTS, rule=rule)
     model, rows = _novel(passages, prompt_tokens + new_tokens)
-    prompts, seeds = rows[:, :prompt_tokens].tolist(), list(range(passages))
-    written = {
-        name: [one.tokens for one in generate(model, prompts, new_tokens, sampling=rule, seed=seeds)]
-        for name, rule in TEXTS.items()
+    prompts, sampling = rows[:, :prompt_tokens].tolist(), TEXTS[rule]
+    texts = rows[:, prompt_tokens:].tolist()
+    if sampling is not None:
+        written = generate(model, prompts, new_tokens, sampling=sampling, seed=list(range(passages)))
+        texts = [one.tokens for one in written]
+    seen = [[False] * 3 + repeats(new) for new in texts]  # by the place where a run ends
+    return {
+        "repeats": [fmean(row[3:]) for row in seen],
+        "tens": [[fmean(row[max(i, 3) : i + 10]) for i in range(0, new_tokens, 10)] for row in seen],
+        "log_p": [fmean(_log_p(model, old, new)) for old, new in zip(prompts, texts, strict=True)],
     }
-    written["the novel"] = rows[:, prompt_tokens:].tolist()
-    found = {}
-    for name, texts in written.items():
-        seen = [[False] * 3 + repeats(new) for new in texts]  # by the place where a run ends
-        found[name] = {
-            "repeats": [fmean(row[3:]) for row in seen],
-            "tens": [[round(fmean(row[i : i + 10]), 2) for i in range(0, new_tokens, 10)] for row in seen],
-            "log_p": [fmean(_log_p(model, old, new)) for old, new in zip(prompts, texts, strict=True)],
-        }
-    return found
 
 
 def induction_scores(model: Decoder, length: int = 48, lists: int = 6, seed: int = 1) -> Tensor:
@@ -127,37 +124,37 @@ def without(model: Decoder, heads: Heads) -> Iterator[None]:
 
 
 def loop_heads(
-    passages: int = 30, prompt_tokens: int = 24, new_tokens: int = 40, least: float = 0.25, controls: int = 5,
-    seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Greedy text of SmolLM2 without its induction heads, and without as many others of the same layers.
+    silent: str, seed: int = 0, passages: int = 20, prompt_tokens: int = 24, new_tokens: int = 40, least: float = 0.25
+) -> dict[str, list]:
+    """Greedy text of SmolLM2 without some heads.
+
+    Args:
+        silent: ``"none"``, ``"induction"`` (heads that score ``least`` or more) or ``"others"``: as many of the same
+            layers, drawn with ``seed``.
 
     Returns:
-        ``heads`` that score ``least`` or more, ``[layer, head, score]``; ``arms`` by name, each with one entry a
-        passage of *Moby-Dick*: ``repeats`` as in :func:`rule_texts`; ``copied``, of a piece of 16 tokens written five
-        times, the share of tokens of rounds 2 to 5 that the model found most likely; ``loss`` on the novel itself, in
-        nats a token.
+        ``heads``, ``[layer, head, score]``, and by passage of *Moby-Dick*: ``repeats`` as in :func:`rule_text`;
+        ``copied``, of a piece of 16 tokens written five times, the share of tokens of rounds 2 to 5 that the model
+        found most likely; ``loss`` on the novel itself, in nats a token.
     """
-    whole(1, controls=controls)
+    one_of(("none", "induction", "others"), silent=silent)
     model, rows = _novel(passages, 80)
-    scores, generator = induction_scores(model), torch.Generator().manual_seed(seed)
-    best = sorted((scores >= least).nonzero().tolist(), key=lambda place: -scores[tuple(place)])
-    arms: dict[str, Heads] = {"all heads": [], "without induction heads": best}
-    for number in range(controls):
-        arms[f"without others, {number}"] = _others(best, scores.shape[1], generator)
-    found = {}
-    for name, heads in arms.items():
-        with without(model, heads):
-            texts = generate(model, rows[:, :prompt_tokens].tolist(), new_tokens)
-            found[name] = {
-                "repeats": [fmean(repeats(one.tokens)) for one in texts],
-                "copied": [_copied(model, row[:16]) for row in rows],
-                "loss": [-fmean(_log_p(model, row[:1], row[1:])) for row in rows.tolist()],
-            }
-    return {"heads": [[*place, round(scores[tuple(place)].item(), 2)] for place in best], "arms": found}
+    scores, heads = induction_scores(model), []
+    if silent != "none":
+        heads = [(layer, head) for layer, head in (scores >= least).nonzero().tolist()]
+    if silent == "others":
+        heads = _others(heads, scores.shape[1], torch.Generator().manual_seed(seed))
+    with without(model, heads):
+        texts = generate(model, rows[:, :prompt_tokens].tolist(), new_tokens)
+        return {
+            "heads": [[*place, scores[place].item()] for place in heads],
+            "repeats": [fmean(repeats(one.tokens)) for one in texts],
+            "copied": [_copied(model, row[:16]) for row in rows],
+            "loss": [-fmean(_log_p(model, row[:1], row[1:])) for row in rows.tolist()],
+        }
 
 
-def _others(heads: list[list[int]], per_layer: int, generator: torch.Generator) -> list[tuple[int, int]]:
+def _others(heads: Heads, per_layer: int, generator: torch.Generator) -> list[tuple[int, int]]:
     """As many heads of the same layers, drawn from those that are not among ``heads``."""
     chosen = []
     for layer in sorted({layer for layer, _ in heads}):
@@ -169,9 +166,14 @@ def _others(heads: list[list[int]], per_layer: int, generator: torch.Generator) 
 
 def _novel(passages: int, length: int) -> tuple[Decoder, Tensor]:
     """SmolLM2, and so many passages of the novel (passages, length)."""
-    model, tokenizer = load_smollm2()
-    novel = torch.tensor(tokenizer(text.moby_dick(), verbose=False).input_ids)
+    model, novel = _loaded()
     return model, text.slices(novel, length, passages)
+
+
+@functools.cache
+def _loaded() -> tuple[Decoder, Tensor]:
+    model, tokenizer = load_smollm2()
+    return model, torch.tensor(tokenizer(text.moby_dick(), verbose=False).input_ids)
 
 
 def _log_p(model: Decoder, before: list[int], new: list[int]) -> list[float]:

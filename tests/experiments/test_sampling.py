@@ -16,7 +16,9 @@ class Characters:
 def small(monkeypatch):
     model = build(SHAPE, seed=0)
     monkeypatch.setattr(sampling, "load_smollm2", lambda: (model, Characters()))
-    return model
+    sampling._loaded.cache_clear()
+    yield model
+    sampling._loaded.cache_clear()
 
 
 def test_times_name_every_rule_and_the_sort():
@@ -33,10 +35,10 @@ def test_repeats_are_runs_that_were_there_before():
 
 
 def test_texts_by_rule(small):
-    found = sampling.rule_texts(passages=2, prompt_tokens=4, new_tokens=20)
-    assert list(found) == [*sampling.TEXTS, "the novel"]
+    found = {rule: sampling.rule_text(rule, passages=2, prompt_tokens=4, new_tokens=20) for rule in sampling.TEXTS}
     for one in found.values():
         assert [len(one[key]) for key in ("repeats", "tens", "log_p")] == [2, 2, 2] and len(one["tens"][0]) == 2
+        assert one["repeats"][0] == pytest.approx((7 * one["tens"][0][0] + 10 * one["tens"][0][1]) / 17)
     assert max(found["greedy"]["log_p"]) > max(found["T 1"]["log_p"])
 
 
@@ -71,19 +73,22 @@ def test_scores_are_the_weights_that_attention_gives(small, monkeypatch):
 def test_heads_and_as_many_others(small, monkeypatch):
     scores = torch.tensor([[0.9, 0.1, 0.3, 0.0], [0.0, 0.0, 0.4, 0.0]])
     monkeypatch.setattr(sampling, "induction_scores", lambda model: scores)
-    found = sampling.loop_heads(passages=2, prompt_tokens=4, new_tokens=8, controls=2)
-    assert found["heads"] == [[0, 0, 0.9], [1, 2, 0.4], [0, 2, 0.3]]
-    assert [len(arm["repeats"]) for arm in found["arms"].values()] == [2] * 4
-    others = sampling._others([[0, 0], [1, 2], [0, 2]], 4, torch.Generator().manual_seed(0))
-    assert {(0, 1), (0, 3)} < set(others) and len(others) == 3 and others[2][0] == 1 and others[2][1] != 2
+    sizes = {"passages": 2, "prompt_tokens": 4, "new_tokens": 8}
+    found = {silent: sampling.loop_heads(silent, **sizes) for silent in ("none", "induction", "others")}
+    places = {silent: [tuple(head[:2]) for head in one["heads"]] for silent, one in found.items()}
+    assert places["none"] == [] and places["induction"] == [(0, 0), (0, 2), (1, 2)]
+    assert sorted(places["others"])[:2] == [(0, 1), (0, 3)] and places["others"][2] in [(1, 0), (1, 1), (1, 3)]
+    assert found["none"]["loss"] != found["induction"]["loss"] != found["others"]["loss"]
+    assert all(len(one[key]) == 2 for one in found.values() for key in ("repeats", "copied", "loss"))
 
 
 @pytest.mark.parametrize(
     ("call", "word"),
     [
         (lambda: sampling.sampling_times(rounds=0), "rounds"),
-        (lambda: sampling.loop_heads(controls=0), "controls"),
-        (lambda: sampling.rule_texts(passages=0), "count"),
+        (lambda: sampling.loop_heads("all"), "silent"),
+        (lambda: sampling.rule_text("T 0.6", passages=0), "count"),
+        (lambda: sampling.rule_text("T 7"), "rule"),
     ],
 )
 def test_bad_input(call, word, small):
