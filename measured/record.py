@@ -166,7 +166,7 @@ PARTS = {
         ),
         *((f"{WORDS}:loop_heads", {"silent": silent}) for silent in ("none", "induction")),
         *((f"{WORDS}:loop_heads", {"silent": "others", "seed": seed}) for seed in range(3)),
-        *((f"{WORDS}:rule_text", {"rule": rule}) for rule in ("T 1", "the novel", "greedy, penalty 1.2")),
+        *((f"{WORDS}:rule_text", {"rule": rule}) for rule in ("T 1", "the novel")),
     ),
     "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),

@@ -30,7 +30,6 @@ RULES = {
 }
 TEXTS = {
     "greedy": Sampling(),
-    "greedy, penalty 1.2": Sampling(repetition_penalty=1.2),
     "T 0.6, top-p 0.95": Sampling(temperature=0.6, top_p=0.95),
     "T 0.6": Sampling(temperature=0.6),
     "T 1, top-p 0.95": Sampling(temperature=1.0, top_p=0.95),
@@ -61,7 +60,7 @@ def repeats(ids: Sequence[int], length: int = 4) -> list[bool]:
     return [run in runs[:start] for start, run in enumerate(runs)]
 
 
-def rule_text(rule: str, passages: int = 20, prompt_tokens: int = 24, new_tokens: int = 60) -> dict[str, list]:
+def rule_text(rule: str, passages: int = 20, prompt_tokens: int = 24, new_tokens: int = 40) -> dict[str, list]:
     """SmolLM2 goes on with passages of *Moby-Dick* by a rule of ``TEXTS``; the seed is the passage's number.
 
     Returns:
