@@ -91,6 +91,7 @@ LM_EVAL = "measured.experiments.accuracy:against_lm_eval"
 RUN, SPEED = "measured.experiments.fusion_evaluation:vision_run", "measured.experiments.fusion_speed"
 BALANCE_CALLS = tuple((f"{BALANCE}:balance_runs", {"seed": seed}) for seed in range(7))
 VISION_CALLS = tuple((RUN, {"seed": seed}) for seed in range(3))
+WORDS = "measured.experiments.sampling"
 FOUR_BITS = "measured.experiments.int4_speed"
 QUALITY = "measured.experiments.int4"
 NGRAMS, XZ = "measured.experiments.ngram:ngram_baselines", "measured.experiments.ngram:xz_rate"
@@ -161,6 +162,15 @@ PARTS = {
     "vision-answer": ((f"{SPEED}:stream_cost", {"rounds": 9}),),
     "int4-speed": ((f"{FOUR_BITS}:int4_grid", {}), (f"{FOUR_BITS}:decode_int4", {"rounds": 5})),
     "llama-cpp": (("measured.experiments.speed_llama_cpp:beside_llama_cpp", {}),),
+    "sampling": (
+        *(
+            (f"{WORDS}:rule_text", {"rule": rule})
+            for rule in ("greedy", "T 0.6", "T 1, top-p 0.95", "T 0.6, top-p 0.95")
+        ),
+        *((f"{WORDS}:loop_heads", {"silent": silent}) for silent in ("none", "induction")),
+        *((f"{WORDS}:loop_heads", {"silent": "others", "seed": seed}) for seed in range(3)),
+        *((f"{WORDS}:rule_text", {"rule": rule}) for rule in ("T 1", "the novel")),
+    ),
     "speculative": (("measured.experiments.speed_speculative:speculative_speed", {}),),
     "precision": ((PRECISION, {"seeds": 5, "learning_rate": 1e-3}), (PRECISION, {"seeds": 5})),
     "int4-quality": QUALITY_CALLS,

@@ -1,5 +1,7 @@
 """Exercises of ``chapters/architecture/sampling.ipynb``. Shapes: B rows, V tokens of the vocabulary."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,26 @@ def _both(
 def _in_sorted_places(logits: Tensor, k: int, p: Tensor) -> Tensor:
     ordered = _both(logits.sort(descending=True).values, k, p)
     return logits.masked_fill(ordered == -torch.inf, -torch.inf)
+
+
+@exercise(
+    "sampling/temperature",
+    cases=named("ratio wanted", (100.0, 10.0), (8.0, 2.0), (3.0, 27.0), (5.0, 5.0), (1.5, 40.0)),
+    mistakes="""
+        math.log(wanted) / math.log(ratio)
+            That is 1/T. At a temperature of 2, a ratio of 100 becomes its square root, 10.
+        ratio / wanted
+            A temperature does not divide the ratio: it takes a power of it. Logits are divided, ratios become powers.
+        math.log(ratio / wanted)
+            A quotient of logarithms is needed, and not the logarithm of a quotient.
+        ratio ** (1 / wanted)
+            Here T is what is asked for: solve wanted = ratio ** (1 / T) for it.
+    """,
+    hint="ratio ** (1 / T) = wanted. Take logarithms on both sides, and solve for T.",
+)
+def temperature_for(ratio: float, wanted: float) -> float:
+    """The temperature that makes a token ``wanted`` times as likely as another that it beats ``ratio`` times at 1."""
+    return math.log(ratio) / math.log(wanted)
 
 
 @exercise(

@@ -146,6 +146,7 @@ RIGHT = {
     "multimodal/resized": "[side * shorter // min(width, height) for side in (width, height)]",
     "multimodal/recall": "np.mean([i in row.argsort(descending=True)[:k] for i, row in enumerate(scores)])",
     "published/tokens-a-pass": "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)",
+    "sampling/temperature": ("math.log(ratio, wanted)", "np.log2(ratio) / np.float64(math.log2(wanted))"),
     "sampling/top-k-top-p": (
         "torch.stack([TopPLogitsWarper(float(q))(None, TopKLogitsWarper(k)(None, row[None].clone()))[0]"
         " for row, q in zip(logits, p)])",
@@ -285,6 +286,7 @@ WRONG = {
     "multimodal/recall": ("recall(scores, k - 1)", "1 - recall(scores, k)"),
     "published/latent-elements": ("layers * (kv_lora_rank + 2 * qk_rope_head_dim)",),
     "published/tokens-a-pass": ("tokens_a_pass(acceptance, drafts - 1)", "acceptance**drafts", "1 / (1 - acceptance)"),
+    "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/gumbel": (
         "gumbel(logits, temperature, 1 - u)",
