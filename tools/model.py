@@ -1,7 +1,7 @@
 """Train the course's own model: ``make model``, in one go or in pieces.
 
     python -m tools.model [--minutes 10] [--steps 2400] [--out trained/tiny-deepseek]
-    python -m tools.model --ship        copy what was trained into data/tiny-deepseek, with its hashes
+    python -m tools.model --ship        copy what was trained into data/tiny-deepseek, hashes and history with it
 
 It first measures what this machine does, and prints the plan. A run that was stopped (by ``--minutes``, Ctrl-C, a power
 cut) goes on from its checkpoint by the same command, and ends in the same weights. Needs nothing but this checkout,
@@ -11,6 +11,7 @@ torch, transformers and numpy; with CUDA it trains there.
 import argparse
 import ctypes
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from dslib.architecture.decoder import count_parameters
 from dslib.architecture.generation import Sampling, generate
-from dslib.architecture.whole import Whole, save
+from dslib.architecture.whole import HASHES, PREDICTION, WEIGHTS, Whole, save
 from dslib.data.corpus import token_stream, tokenizer
 from dslib.data.text import slices
 from dslib.fast.training_step import compiler
@@ -123,6 +124,7 @@ class Run:
         if at.step in (100, 400) or at.step % 800 == 0 or at.step == at.steps:
             row["text"] = self.text(PROMPTS[0])
         self.history.append(row)
+        (self.folder / HISTORY).write_text(json.dumps(self.history, indent=0) + "\n", encoding="utf-8")
         share = speed * flops_a_token(self.model, self.plan) / self.rate
         left = (at.steps - at.step) * self.plan.tokens / speed / 60
         seen = f", validation {row['validation']:.3f}" if "validation" in row else ""
@@ -149,7 +151,6 @@ class Run:
             on_progress=self.tell,
         )  # fmt: skip
         save(self.model.eval(), self.folder)
-        (self.folder / HISTORY).write_text(json.dumps(self.history, indent=0) + "\n", encoding="utf-8")
         return len(losses) == self.plan.steps
 
 
@@ -170,7 +171,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on later")
     parser.add_argument("--steps", type=int, default=Plan().steps)
     parser.add_argument("--out", type=Path, default=ROOT / "trained" / "tiny-deepseek")
+    parser.add_argument("--ship", action="store_true", help="copy what --out holds into data/tiny-deepseek")
     asked = parser.parse_args()
+    if asked.ship:
+        for name in ("config.json", WEIGHTS, PREDICTION, HASHES, HISTORY):
+            shutil.copy(asked.out / name, SHIPPED / name)
+        return 0
     keep_freed_memory()
     done = Run(asked.out, Plan(steps=asked.steps), asked.minutes).go()
     print(f"{'done' if done else 'stopped; the same command goes on'}: {asked.out}")

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
@@ -65,6 +66,61 @@ def test_transformers_reads_the_files_without_a_word_and_gives_the_same_logits(m
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(reloaded(folder, model.config)(ids), model(ids), atol=0, rtol=0)
+
+
+def in_plain_lines(folder, ids):
+    """The whole decoder from its files, one text, token by token and expert by expert: (T,) -> (T, vocabulary)."""
+    c = json.loads((folder / "config.json").read_text())
+    W = {name.removeprefix("model."): value.float() for name, value in load_file(folder / WEIGHTS).items()}
+    H, N, R, V = (c[name] for name in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+
+    def norm(x, name):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * W[name]
+
+    def rotate(x):  # (T, heads, R): neighbours turn together, as a complex number
+        turn = torch.arange(len(x))[:, None] * c["rope_theta"] ** (-torch.arange(0, R, 2) / R)  # (T, R / 2)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(turn), turn)[:, None]).flatten(-2)
+
+    def attention(x, at):  # (T, C) -> (T, C)
+        q = (x @ W[at + "q_proj.weight"].T).unflatten(-1, (H, -1))  # (T, H, N + R)
+        latent, key = (x @ W[at + "kv_a_proj_with_mqa.weight"].T).split([c["kv_lora_rank"], R], -1)
+        both = norm(latent, at + "kv_a_layernorm.weight") @ W[at + "kv_b_proj.weight"].T
+        k, v = both.unflatten(-1, (H, -1)).split([N, V], -1)
+        scores = torch.einsum("thn,shn->hts", q[..., :N], k)
+        scores = scores + torch.einsum("thr,sr->hts", rotate(q[..., N:]), rotate(key[:, None])[:, 0])
+        scores = scores / (N + R) ** 0.5 + torch.full((len(x), len(x)), -torch.inf).triu(1)
+        return torch.einsum("hts,shv->thv", scores.softmax(-1), v).flatten(1) @ W[at + "o_proj.weight"].T
+
+    def swiglu(x, at):
+        return (F.silu(x @ W[at + "gate_proj.weight"].T) * (x @ W[at + "up_proj.weight"].T)) @ W[
+            at + "down_proj.weight"
+        ].T
+
+    def mixture(x, at):
+        scores = (x @ W[at + "gate.weight"].T).sigmoid()  # (T, E)
+        chosen = (scores + W[at + "gate.e_score_correction_bias"]).topk(c["num_experts_per_tok"]).indices
+        weights = scores.gather(1, chosen)
+        weights = weights / weights.sum(-1, keepdim=True)
+        y = swiglu(x, at + "shared_experts.")
+        for t in range(len(x)):
+            for expert, weight in zip(chosen[t].tolist(), weights[t], strict=True):
+                y[t] += weight * swiglu(x[t], f"{at}experts.{expert}.")
+        return y
+
+    x = W["embed_tokens.weight"][ids]  # (T, C)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"layers.{layer}."
+        x = x + attention(norm(x, at + "input_layernorm.weight"), at + "self_attn.")
+        feed_forward = swiglu if layer < c["first_k_dense_replace"] else mixture
+        x = x + feed_forward(norm(x, at + "post_attention_layernorm.weight"), at + "mlp.")
+    return norm(x, "norm.weight") @ W["embed_tokens.weight"].T
+
+
+def test_forty_plain_lines_read_the_files_and_give_the_same_logits(model, folder):
+    ids = some_ids(20)
+    with torch.no_grad():
+        torch.testing.assert_close(in_plain_lines(folder, ids), model(ids[None])[0], atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture
