@@ -37,7 +37,7 @@ TAGS = frozenset(
 ) | {IGNORE}
 MAX_LINES = 15  # of a cell that teaches
 MAX_WHOLE = 40  # of the one tagged "whole", the whole thing on one screen; and of those that are folded away
-MAX_SECONDS, MAX_GIB = 60, 3
+MAX_SECONDS, MAX_GIB = 80, 3  # on two slow cores without AVX-512; half of that on newer ones
 COMPARED = 2 / 3
 CORES = 2  # what the run line speaks of, and what a small hosted machine has
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -387,7 +387,7 @@ def check_frame(notebook):
 
 
 def check_budget(notebook):
-    """Within 60 s and 3 GiB, as measured when the notebook was last refreshed."""
+    """Within 80 s and 3 GiB, as measured when the notebook was last refreshed."""
     found = opening.run_of(notebook)
     if found and (found[0] > MAX_SECONDS or found[1] > MAX_GIB):
         yield f"is too heavy: {found[0]} s and {found[1]} GiB; at most {MAX_SECONDS} s and {MAX_GIB} GiB"
