@@ -22,9 +22,11 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "Whole", lambda: Whole(tiny_deepseek(**SMALL)))
     monkeypatch.setattr(command, "token_stream", lambda split: (TOKENS, 14_000))
     monkeypatch.setattr(command, "WINDOWS", 2)
+    monkeypatch.setattr(command, "precision_here", lambda device: "float32")
+    monkeypatch.setattr(command.probes, "product_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(command, "compiler", lambda: None)
     monkeypatch.setattr("dslib.fast.training_step.compiler", lambda: None)
-    plan = Plan(steps=100, tokens=64, length=16, late_length=32)
+    plan = Plan(steps=75, tokens=64, length=16, late_length=32)
     return lambda minutes=None, name="a": command.Run(tmp_path / name, plan, minutes)
 
 
@@ -33,10 +35,10 @@ def test_a_run_in_pieces_keeps_its_history_and_ends_in_the_same_weights(run, tmp
     assert json.loads((tmp_path / "a" / "history.json").read_text())[0]["step"] == 1
     assert run().go()
     printed = capsys.readouterr().out
-    assert re.search(r"100/100 +[\d.]+ min +\d\.\d{3} bits a byte, validation \d\.\d{3}", printed)
+    assert re.search(r"75/75 +[\d.]+ min +\d\.\d{3} bits a byte, validation \d\.\d{3}", printed)
     history = json.loads((tmp_path / "a" / "history.json").read_text())
-    assert [row["step"] for row in history] == [1, 25, 50, 75, 100]
-    assert history[-1]["validation"] < 0.7 * history[0]["bits"]
+    assert [row["step"] for row in history] == [1, 25, 50, 75]
+    assert history[-1]["validation"] < 0.9 * history[0]["bits"]
     assert history[-1]["text"].startswith("The people of the United States")
     assert history[-1]["seconds"] > history[0]["seconds"] > 0
     assert run(name="b").go()

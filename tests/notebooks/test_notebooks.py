@@ -136,7 +136,7 @@ FAULTS = {
     "no run line": ("frame", lambda n: edit(n, "title", source="# A title\n\nA question?")),
     "setup by hand": ("frame", lambda n: edit(n, "setup", source=n.cells[1].source + "\nimport torch")),
     "setup missing": ("frame", lambda n: n.cells.pop(1)),
-    "too slow": ("budget", lambda n: opening.fill(n, (61, 1.0, 2, "2026-01-31"))),
+    "too slow": ("budget", lambda n: opening.fill(n, (81, 1.0, 2, "2026-01-31"))),
     "too large": ("budget", lambda n: opening.fill(n, (5, 3.2, 2, "2026-01-31"))),
     "timing in metadata": ("normal", timing_metadata),
     "kernel version": ("normal", later_kernel),
