@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from dslib.architecture.decoder import count_parameters
+from dslib.architecture.experts import Experts
 from dslib.architecture.generation import Sampling, generate
 from dslib.architecture.whole import HASHES, PREDICTION, WEIGHTS, Whole, save
 from dslib.data.corpus import token_stream, tokenizer
@@ -31,7 +32,7 @@ from measured.timing import measure
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "data" / "tiny-deepseek"
 WINDOWS, WINDOW = 96, 257  # of the validation text, looked at as the run goes
-PROMPTS = ("The people of the United States", "In the beginning", "The function returns")
+PROMPT = "The people of the United States"
 CHECKPOINT, HISTORY = "checkpoint.pt", "history.json"
 
 
@@ -52,7 +53,7 @@ def flops_a_token(model: Whole, plan: Plan) -> float:
     unused = (config.num_experts - config.num_experts_per_tok) / config.num_experts
 
     def active(module: torch.nn.Module) -> float:
-        experts = [part for part in module.modules() if type(part).__name__ == "Experts"]
+        experts = [part for part in module.modules() if isinstance(part, Experts)]
         return count_parameters(module) - unused * sum(map(count_parameters, experts))
 
     pairs = plan.length / 2 * config.multiplications_per_pair  # a token looks at half of a row on average
@@ -122,7 +123,7 @@ class Run:
         if at.step % 100 == 0 or at.step == at.steps:
             row["validation"] = round(bits_per_byte(self.model, self.windows.to(self.device), self.lengths), 4)
         if at.step in (100, 400) or at.step % 800 == 0 or at.step == at.steps:
-            row["text"] = self.text(PROMPTS[0])
+            row["text"] = self.text()
         self.history.append(row)
         (self.folder / HISTORY).write_text(json.dumps(self.history, indent=0) + "\n", encoding="utf-8")
         share = speed * flops_a_token(self.model, self.plan) / self.rate
@@ -137,11 +138,11 @@ class Run:
         if "text" in row:
             print(f"       {row['text']!r}", flush=True)
 
-    def text(self, prompt: str) -> str:
-        """A text at temperature 0.8, seed 0."""
-        ids = [tokenizer().eos_token_id, *tokenizer().encode(prompt, add_special_tokens=False)]
+    def text(self) -> str:
+        """How the model goes on with PROMPT at temperature 0.8, seed 0."""
+        ids = [tokenizer().eos_token_id, *tokenizer().encode(PROMPT, add_special_tokens=False)]
         made = generate(self.model.decoder, [ids], 48, sampling=Sampling(temperature=0.8), seed=0)
-        return prompt + tokenizer().decode(made[0].tokens)
+        return PROMPT + tokenizer().decode(made[0].tokens)
 
     def go(self) -> bool:
         """Whether the plan is done."""
