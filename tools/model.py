@@ -116,7 +116,7 @@ class Run:
             self.history = [row for row in self.history if row["step"] < at.step]
             self.before = self.history[-1]["seconds"] if self.history else 0.0
         row = {
-            "step": at.step, "tokens": at.step * self.plan.tokens, "seconds": round(self.before + seconds, 1),
+            "step": at.step, "tokens": at.step * self.plan.tokens, "seconds": round(self.before + seconds, 3),
             "bits": round(at.bits, 4), "after_next": round(at.after_next, 4), "busiest": round(at.busiest, 3),
             "tokens_per_second": round(speed),
         }  # fmt: skip
