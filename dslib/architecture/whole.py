@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dslib.architecture.balance import total_balance_loss
 from dslib.architecture.cache import KVCache
 from dslib.architecture.decoder import build, initialise, with_blocks
-from dslib.architecture.layers import RMSNorm
+from dslib.architecture.layers import Block, RMSNorm
 from dslib.architecture.sparse_decoder import SparseConfig, SparseDecoder
 from dslib.architecture.weights.checkpoint import load_hf_state_dict, to_hf_state_dict
 from dslib.architecture.weights.config import config_from_hf, config_to_hf
@@ -53,15 +53,13 @@ class PredictionModule(nn.Module):
         self.norm = RMSNorm(size, eps)
         self.apply(initialise)
 
-    def forward(self, decoder: SparseDecoder, states: Tensor, next_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, decoder: SparseDecoder, states: Tensor, next_ids: Tensor, cache: KVCache | None = None, run=Block.__call__
+    ) -> Tensor:
         """(B, T, C) states behind the decoder's last norm, (B, T) ids of the tokens after -> (B, T, C)."""
-        x, step, rope = decoder.place(self.joined(decoder, states, next_ids), cache)
-        return self.norm(self.block(x, rope, step, cache, 0))
-
-    def joined(self, decoder: SparseDecoder, states: Tensor, next_ids: Tensor) -> Tensor:
-        """What the block works on, (B, T, C)."""
         both = torch.cat((self.enorm(decoder.embed_tokens(next_ids)), self.hnorm(states)), dim=-1)  # (B, T, 2 C)
-        return self.eh_proj(both)
+        x, step, rope = decoder.place(self.eh_proj(both), cache)
+        return self.norm(run(self.block, x, rope, step, cache, 0))
 
 
 @dataclass(frozen=True)
@@ -96,30 +94,35 @@ class Whole(nn.Module):
         """An empty cache for the prediction module, which looks at its own block's tokens only; one sequence."""
         return _carrier(self)[0].make_cache(max_length=max_length)
 
-    def states(self, input_ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, C), what the head makes logits of. The loop is :meth:`Decoder.forward`'s."""
+    def states(self, input_ids: Tensor, run=Block.__call__) -> Tensor:
+        """(B, T) ids -> (B, T, C), what the head makes logits of. The loop is :meth:`Decoder.forward`'s.
+
+        ``run`` calls a block with its arguments: another one may do so sooner (:mod:`dslib.fast.training_step`).
+        """
         decoder = self.decoder
         x, step, rope = decoder.place(decoder.embed_tokens(input_ids))
         for layer, block in enumerate(decoder.layers):
-            x = block(x, rope, step, None, layer, input_ids)
+            x = run(block, x, rope, step, None, layer, input_ids)
         return decoder.norm(x)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, V) logits of the next token."""
         return self.decoder.lm_head(self.states(input_ids))
 
-    def losses(self, rows: Tensor, predicted: int | None = None) -> Losses:
+    def losses(self, rows: Tensor, predicted: int | None = None, run=Block.__call__, head_loss=None) -> Losses:
         """Losses of (B, T + 2) token ids: T are read, T are predicted once and T twice.
 
         ``predicted`` is how many of the B rows the prediction module sees; None for all. It costs half of what the
-        decoder does, and a share of the rows gives the same gradient on average.
+        decoder does, and a share of the rows gives the same gradient on average. ``run`` is as in :meth:`states`,
+        ``head_loss`` what stands for :meth:`cross_entropy`.
         """
-        states = self.states(rows[:, :-2])  # (B, T, C)
+        head_loss = head_loss or self.cross_entropy
+        states = self.states(rows[:, :-2], run)  # (B, T, C)
         some = rows[:predicted]
-        further = self.prediction(self.decoder, states[: len(some)], some[:, 1:-1])
+        further = self.prediction(self.decoder, states[: len(some)], some[:, 1:-1], run=run)
         balance = total_balance_loss(self.decoder, sequence=1.0, batch_size=len(rows))
         balance = balance + total_balance_loss(self.prediction, sequence=1.0, batch_size=len(some))
-        return Losses(self.cross_entropy(states, rows[:, 1:-1]), self.cross_entropy(further, some[:, 2:]), balance)
+        return Losses(head_loss(states, rows[:, 1:-1]), head_loss(further, some[:, 2:]), balance)
 
     def cross_entropy(self, states: Tensor, targets: Tensor) -> Tensor:
         """Mean over (B, T) targets, in nats, of the head's logits of (B, T, C) states."""

@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dslib.architecture.balance import total_balance_loss
-from dslib.architecture.decoder import Decoder
 from dslib.architecture.experts import Pairs, autocast_dtype
 from dslib.architecture.layers import Block
 from dslib.architecture.moe import MoE
@@ -124,18 +122,9 @@ class QuickLosses:
         self._front = torch.compile(_front, dynamic=False) if self.compiled else _front
 
     def __call__(self, rows: Tensor, predicted: int | None = None) -> Losses:
-        decoder, module = self.model.decoder, self.model.prediction
-        x, step, rope = decoder.place(decoder.embed_tokens(rows[:, :-2]))
-        for block in decoder.layers:
-            x = self._block(block, x, rope, step)
-        states, some = decoder.norm(x), rows[:predicted]
-        x, step, rope = decoder.place(module.joined(decoder, states[: len(some)], some[:, 1:-1]))
-        further = module.norm(self._block(module.block, x, rope, step))
-        balance = total_balance_loss(decoder, sequence=1.0, batch_size=len(rows))
-        balance = balance + total_balance_loss(module, sequence=1.0, batch_size=len(some))
-        return Losses(_loss(decoder, states, rows[:, 1:-1]), _loss(decoder, further, some[:, 2:]), balance)
+        return self.model.losses(rows, predicted, self._block, self._loss)
 
-    def _block(self, block: Block, x: Tensor, rope, step) -> Tensor:
+    def _block(self, block: Block, x: Tensor, rope, step, *_) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH) if self.compiled else nullcontext():
             x, normed = self._front(block, x, rope, step)
         if not isinstance(mixture := block.mlp, MoE):
@@ -147,6 +136,10 @@ class QuickLosses:
         pairs = Pairs(routing.indices, experts.num_experts)
         return x + Mixture.apply(flat.to(dtype), routing.weights, *weights, pairs).view_as(x)
 
+    def _loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        dtype, head = autocast_dtype(states) or states.dtype, self.model.decoder.lm_head.weight
+        return HeadLoss.apply(states.flatten(0, 1).to(dtype), head.to(dtype), targets.flatten())
+
 
 def _front(block: Block, x: Tensor, rope, step) -> tuple[Tensor, Tensor]:
     """A block but for its routed experts, and what those are to work on: (B, T, C) each."""
@@ -154,11 +147,6 @@ def _front(block: Block, x: Tensor, rope, step) -> tuple[Tensor, Tensor]:
     normed, mlp = block.post_attention_layernorm(x), block.mlp
     always = getattr(mlp, "shared_experts", None) if isinstance(mlp, MoE) else mlp
     return (x if always is None else x + always(normed)), normed
-
-
-def _loss(decoder: Decoder, states: Tensor, targets: Tensor) -> Tensor:
-    dtype = autocast_dtype(states) or states.dtype
-    return HeadLoss.apply(states.flatten(0, 1).to(dtype), decoder.lm_head.weight.to(dtype), targets.flatten())
 
 
 def compiler() -> str | None:
