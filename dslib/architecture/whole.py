@@ -18,9 +18,8 @@ prediction of more than one token, 4.2 for its sizes.
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,16 +61,12 @@ class PredictionModule(nn.Module):
         return self.norm(run(self.block, x, rope, step, cache, 0))
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Scalars of one batch: cross-entropy in nats a token of the next token, of the one after it, and of the load."""
 
     next_token: Tensor
     after_next: Tensor
     balance: Tensor
-
-    def detach(self) -> "Losses":
-        return Losses(self.next_token.detach(), self.after_next.detach(), self.balance.detach())
 
 
 class Whole(nn.Module):
@@ -84,21 +79,10 @@ class Whole(nn.Module):
     def __init__(self, config: SparseConfig | None = None):
         super().__init__()
         self.decoder: SparseDecoder = build(config or tiny_deepseek())
-        self.prediction = PredictionModule(self.decoder)
-
-    @property
-    def config(self) -> SparseConfig:
-        return self.decoder.config
-
-    def prediction_cache(self, max_length: int | None = None) -> KVCache:
-        """An empty cache for the prediction module, which looks at its own block's tokens only; one sequence."""
-        return _carrier(self)[0].make_cache(max_length=max_length)
+        self.config, self.prediction = self.decoder.config, PredictionModule(self.decoder)
 
     def states(self, input_ids: Tensor, run=Block.__call__) -> Tensor:
-        """(B, T) ids -> (B, T, C), what the head makes logits of. The loop is :meth:`Decoder.forward`'s.
-
-        ``run`` calls a block with its arguments: another one may do so sooner (:mod:`dslib.fast.training_step`).
-        """
+        """(B, T) ids -> (B, T, C), what the head makes logits of. ``run`` calls a block; another may do so sooner."""
         decoder = self.decoder
         x, step, rope = decoder.place(decoder.embed_tokens(input_ids))
         for layer, block in enumerate(decoder.layers):
@@ -154,20 +138,21 @@ def save(model: Whole, folder: str | Path, *, joined: bool = False) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, module = _files(model)
-    files = {WEIGHTS: weights | module} if joined else {WEIGHTS: weights, PREDICTION: module}
+    longer, own, here = _longer(model)
+    tensors = to_hf_state_dict(longer, "apart") | own
+    module = {name: tensors.pop(name) for name in list(tensors) if name.startswith(here)}
+    files = {WEIGHTS: tensors | module} if joined else {WEIGHTS: tensors, PREDICTION: module}
     for name, tensors in files.items():
         save_file({key: _stored(key, value) for key, value in tensors.items()}, folder / name, {"format": "pt"})
-    _write(folder / "config.json", config_to_hf(model.config))
-    _write(folder / HASHES, {name: _sha256(folder / name) for name in files})
+    hashes = {name: _sha256(folder / name) for name in files}
+    for name, value in (("config.json", config_to_hf(model.config)), (HASHES, hashes)):
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> tuple[Whole, Any]:
     """The model in ``folder`` and its tokenizer (of transformers); by default the one that ships with the book.
 
-    Raises:
-        WeightsNotFound: a file is missing, naming it.
-        ValueError: a file is not the one that was saved, or not of this configuration.
+    Raises WeightsNotFound naming a missing file, ValueError for one that is not what was saved or of another shape.
     """
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
@@ -185,41 +170,22 @@ def load(folder: str | Path | None = None, *, dtype: torch.dtype = torch.float32
 
 def read(model: Whole, folder: Path) -> None:
     """Copy the weights in ``folder`` into ``model``. Raises ValueError where they are not of its configuration."""
-    load_hf_state_dict(model.decoder, load_file(folder / WEIGHTS))
-    tensors, own, (carrier, old, new) = load_file(folder / PREDICTION), _own(model), _carrier(model)
+    tensors, (longer, own, _) = load_file(folder / WEIGHTS) | load_file(folder / PREDICTION), _longer(model)
     if missing := sorted(set(own) - set(tensors)):
         raise ValueError(f"{PREDICTION}: has no {missing[0]}, expected the prediction module of this configuration")
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(tensors[name])
-    block = {name.replace(new, old): value for name, value in tensors.items() if name not in own}
-    shared = {name: value for name, value in to_hf_state_dict(carrier, "apart").items() if not name.startswith(old)}
-    load_hf_state_dict(carrier, shared | block)
+            weight.copy_(tensors.pop(name))
+    load_hf_state_dict(longer, tensors)
 
 
-def _carrier(model: Whole) -> tuple[SparseDecoder, str, str]:
-    """The prediction module's block as the only layer of a decoder that shares all else, and its old and new names."""
-    last = model.config.num_hidden_layers
-    carrier = with_blocks(model.decoder, [model.prediction.block], [last])
-    return carrier, "model.layers.0.", f"model.layers.{last}."
-
-
-def _own(model: Whole) -> dict[str, Tensor]:
-    """What the prediction module has besides its block, by the names that files have."""
-    module, here = model.prediction, f"model.layers.{model.config.num_hidden_layers}."
+def _longer(model: Whole) -> tuple[SparseDecoder, dict[str, Tensor], str]:
+    """A decoder with the module's block as one layer more; what else the module has, by the names in files; its prefix."""
+    last, module = model.config.num_hidden_layers, model.prediction
+    longer = with_blocks(model.decoder, [*model.decoder.layers, module.block], range(last + 1))
     own = {"enorm": module.enorm, "hnorm": module.hnorm, "eh_proj": module.eh_proj, "shared_head.norm": module.norm}
-    return {f"{here}{name}.weight": part.weight for name, part in own.items()}
-
-
-def _files(model: Whole) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    carrier, old, new = _carrier(model)
-    block = {name: value for name, value in to_hf_state_dict(carrier, "apart").items() if name.startswith(old)}
-    module = {name.replace(old, new): value for name, value in block.items()} | _own(model)
-    return to_hf_state_dict(model.decoder, "apart"), module
-
-
-def _write(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    here = f"model.layers.{last}."
+    return longer, {f"{here}{name}.weight": part.weight for name, part in own.items()}, here
 
 
 def _sha256(file: Path) -> str:

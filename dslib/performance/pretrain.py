@@ -27,10 +27,12 @@ from torch import Tensor
 
 from dslib import check
 from dslib.architecture.balance import expert_load, moe_layers, update_bias
-from dslib.architecture.whole import Whole
+from dslib.architecture.whole import Losses, Whole
 from dslib.fast.training_step import QuickLosses
 from dslib.performance.muon import Muon, Optimizers, matrices_and_rest
 from dslib.performance.training import TrainingStep, fit
+
+WINDOWS, WINDOW = 96, 257  # of held-out text: what is looked at as a run goes
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Plan:
         bias_speed: of the selection bias, until the share ``bias_until``.
     """
 
-    steps: int = 2400
+    steps: int = 2000
     tokens: int = 8192
     length: int = 256
     late_length: int = 512
@@ -140,7 +142,7 @@ def pretrain(
 
     def loss(_: Whole, rows: Tensor) -> Tensor:
         found = quick(rows, max(1, len(rows) // plan.predicted))
-        last["losses"] = found.detach()
+        last["losses"] = Losses(*(one.detach() for one in found))
         return found.next_token + plan.prediction_weight * found.after_next + plan.balance_weight * found.balance
 
     def after_step(_: Whole) -> None:

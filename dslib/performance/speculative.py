@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dslib import check
 from dslib.architecture.cache import KVCache
-from dslib.architecture.decoder import Decoder
+from dslib.architecture.decoder import Decoder, with_blocks
 from dslib.architecture.generation import Sampling, inference
 from dslib.architecture.whole import Whole
 from dslib.data.prompts import checked_prompts, end_tokens
@@ -218,7 +218,8 @@ class PredictionDraft:
     """
 
     def __init__(self, model: Whole, max_length: int):
-        self.model, self.cache = model, model.prediction_cache(max_length)
+        alone = with_blocks(model.decoder, [model.prediction.block], [model.config.num_hidden_layers])
+        self.model, self.cache = model, alone.make_cache(max_length=max_length)  # of the module's own block
         self._listener = model.decoder.norm.register_forward_hook(self._listen)
 
     def _listen(self, norm: nn.Module, inputs: tuple[Tensor], states: Tensor) -> None:

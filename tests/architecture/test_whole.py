@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from dslib.architecture import whole
-from dslib.architecture.decoder import build, count_parameters
+from dslib.architecture.decoder import build, count_parameters, with_blocks
 from dslib.architecture.generation import generate
 from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.weights.config import config_to_hf
@@ -155,7 +155,8 @@ def test_a_cached_module_answers_as_a_whole_pass(model):
     with torch.no_grad():
         states = model.states(ids[:, :-1])
         at_once = model.prediction(model.decoder, states, ids[:, 1:])
-        cache = model.prediction_cache(max_length=16)
+        alone = with_blocks(model.decoder, [model.prediction.block], [model.config.num_hidden_layers])
+        cache = alone.make_cache(max_length=16)
         parts = [
             model.prediction(model.decoder, states[:, a:b], ids[:, a + 1 : b + 1], cache)
             for a, b in ((0, 5), (5, 6), (6, 11))
