@@ -27,9 +27,12 @@ from torch import Tensor
 
 from dslib import check
 from dslib.architecture.balance import expert_load, moe_layers, update_bias
+from dslib.architecture.decoder import count_parameters
+from dslib.architecture.sparse_decoder import SparseConfig
 from dslib.architecture.whole import Losses, Whole
 from dslib.fast.training_step import QuickLosses
 from dslib.performance.muon import Muon, Optimizers, matrices_and_rest
+from dslib.performance.speed import attention_flops, matrix_flops
 from dslib.performance.training import TrainingStep, fit
 
 WINDOWS, WINDOW = 96, 257  # of held-out text: what is looked at as a run goes
@@ -138,7 +141,7 @@ def pretrain(
     slow = [{"params": rest, "weight_decay": 0.0, "times": plan.other_rate / plan.matrix_rate}]
     muon = Muon(matrices, plan.matrix_rate, plan.weight_decay, dtype=dtype)
     adam = torch.optim.AdamW(slow, lr=plan.other_rate, betas=(0.9, 0.95), fused=True)
-    layers, last = list(moe_layers(model)), {}
+    layers, last, own = list(moe_layers(model)), {}, len(list(moe_layers(model.decoder)))
 
     def loss(_: Whole, rows: Tensor) -> Tensor:
         found = quick(rows, max(1, len(rows) // plan.predicted))
@@ -147,7 +150,7 @@ def pretrain(
 
     def after_step(_: Whole) -> None:
         loads = [expert_load(layer.last_routing.indices, layer.router.num_experts) for layer in layers]
-        last["busiest"] = sum(float(load.max() / load.float().mean()) for load in loads[:-1]) / max(1, len(loads) - 1)
+        last["busiest"] = sum(float(load.max() / load.float().mean()) for load in loads[:own]) / max(1, own)
         if last["step"] < plan.bias_until * plan.steps:
             for layer, load in zip(layers, loads, strict=True):
                 update_bias(layer.router, load, plan.bias_speed)
@@ -169,6 +172,19 @@ def pretrain(
         after_step=after_step, precision=precision, on_step=on_step, checkpoint=checkpoint, every=every,
         settings=settings, optimizer=Optimizers(muon, adam),
     )  # fmt: skip
+
+
+def training_flops(model: Whole, plan: Plan) -> float:
+    """Operations of a training step a token: three times those forward, as backward takes twice as many."""
+
+    def forward(config: SparseConfig) -> float:
+        return (matrix_flops(config, plan.length) + attention_flops(config, plan.length)) / plan.length
+
+    total = forward(model.config)
+    if model.prediction is not None:  # a projection, a mixture, and the head again
+        module = dataclasses.replace(model.config, num_hidden_layers=1, first_k_dense_replace=0)
+        total += (2 * count_parameters(model.prediction.eh_proj) + forward(module)) / plan.predicted
+    return 3 * total
 
 
 def byte_lengths(tokenizer: Any) -> Tensor:

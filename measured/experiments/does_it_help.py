@@ -1,0 +1,185 @@
+"""Does an idea help? The course's model against the same model with one thing changed: paired runs, three cuts.
+
+An *arm* is a configuration and a line of why. Runs of one seed read the same rows in the same order, and start from the
+same weights wherever a parameter's name and shape are the same. The learning rate stays level after its rise, so that a
+run may be cut anywhere: at equal tokens, at equal counted FLOPs, at equal seconds on this machine. These are three cuts
+through the same runs::
+
+    arms = {arm: [run(arm, seed) for seed in range(5)] for arm in ARMS}
+    difference(arms["frozen router"], arms[BASE], "flops")         # bits a byte; above 0: worse than the base
+
+Every arm is tuned alike, by three rates on a seed of its own. Recorded by
+``make record PART=help-rates-0`` and so on.
+"""
+
+import copy
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dslib.architecture.balance import moe_layers, total_balance_loss
+from dslib.architecture.decoder import build, count_parameters
+from dslib.architecture.sparse_decoder import SparseConfig
+from dslib.architecture.whole import Losses, Whole, tiny_deepseek
+from dslib.check import above, one_of, whole
+from dslib.data import corpus
+from dslib.data.text import slices
+from dslib.performance.pretrain import (
+    WINDOW,
+    WINDOWS,
+    Plan,
+    Progress,
+    bits_per_byte,
+    byte_lengths,
+    pretrain,
+    training_flops,
+)  # fmt: skip
+from dslib.performance.statistics import Mean, mean_interval
+from measured.timing import stopwatch
+
+BASE = "fine-grained, shared"
+LEVEL = 10**6  # steps of a schedule of which no run sees more than the rise and the level
+CUTS = ("tokens", "flops", "seconds")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is changed of :func:`tiny_deepseek` and of its training, and ``why``."""
+
+    why: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    frozen_router: bool = False
+    switch: float = 0.0  # weight of a Switch loss; the bias then stands still
+    prediction: bool = False
+
+
+def dense_inner(active: bool) -> int:
+    """Inner size of five dense MLPs with as many weights as the base's MLPs have, or as a token uses of them."""
+    config = tiny_deepseek()
+    experts = (config.num_experts_per_tok if active else config.num_experts) + config.n_shared_experts
+    expert, mixtures = 3 * config.hidden_size * config.moe_intermediate_size, config.num_hidden_layers - 1
+    router = config.hidden_size * config.num_experts
+    total = 3 * config.hidden_size * config.intermediate_size + mixtures * (experts * expert + router)
+    return round(total / (3 * config.hidden_size * config.num_hidden_layers))
+
+
+def _dense(active: bool) -> dict[str, Any]:
+    return {"first_k_dense_replace": tiny_deepseek().num_hidden_layers, "intermediate_size": dense_inner(active)}
+
+
+ARMS = {
+    BASE: Arm("tiny-deepseek: 16 experts of inner size 48, 4 chosen, one shared; the bias balances"),
+    "dense, active size": Arm("no experts; as many weights as a token of the base uses", _dense(True)),
+    "dense, total size": Arm("no experts; as many weights as the base has, all of them used", _dense(False)),
+    "16 experts, top 2": Arm(
+        "the article's: two large ones chosen, none shared; as many weights used as in the base",
+        {"num_experts_per_tok": 2, "n_shared_experts": 0, "moe_intermediate_size": 120},
+    ),
+    "frozen router": Arm("the router keeps its first, random weights; only the bias moves", frozen_router=True),
+    "auxiliary loss": Arm("a Switch loss of weight 0.01 balances, and no bias", switch=0.01),
+    "two tokens": Arm("the base and a module that predicts one token more, for one row in four", prediction=True),
+}
+
+
+class Alone(Whole):
+    """A decoder without a prediction module, ``switch``: that loss, not the sequence-wise."""
+
+    def __init__(self, config: SparseConfig, switch: float = 0.0):
+        nn.Module.__init__(self)
+        self.decoder, self.config, self.prediction, self.switch = build(config), config, None, switch
+
+    def losses(self, rows, predicted=None, run=None, head_loss=None) -> Losses:
+        states = self.states(rows[:, :-2], run) if run else self.states(rows[:, :-2])
+        loss = (head_loss or self.cross_entropy)(states, rows[:, 1:-1])
+        nothing = torch.zeros((), device=loss.device)
+        if not any(True for _ in moe_layers(self)):
+            return Losses(loss, nothing, nothing)
+        kind = {"switch": self.switch} if self.switch else {"sequence": 1.0}
+        return Losses(loss, nothing, total_balance_loss(self.decoder, batch_size=len(rows), **kind))
+
+
+def make(arm: str, seed: int, **changes: Any) -> Whole:
+    """The arm's model. Weights are drawn by name and shape, so that arms share what they have in common."""
+    one_of(ARMS, arm=arm)
+    kind = ARMS[arm]
+    config = tiny_deepseek(**kind.changes | changes)
+    model = Whole(config) if kind.prediction else Alone(config, kind.switch)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            drawn = zlib.crc32(f"{seed} {name} {tuple(weight.shape)}".encode())
+            nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(drawn))
+    if kind.frozen_router:
+        for layer in moe_layers(model):
+            layer.router.weight.requires_grad_(False)
+    return model
+
+
+def run(
+    arm: str = BASE, seed: int = 0, rate: float = 8e-3, steps: int = 240, tokens: int = 4096, length: int = 256,
+    seconds: float = 30.0, windows: int = WINDOWS, compiled: bool | None = None, changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One run of an arm. ``rate`` is Muon's; that of AdamW, for the rest, is 3/8 of it, as in :class:`Plan`.
+
+    Returns ``rows``, one every so many ``seconds`` of training and one at the end: ``tokens``, ``flops`` (counted),
+    ``seconds`` (of training alone: neither compiling nor looking at the validation text) and ``bits`` a byte on the
+    windows of validation text; ``parameters``; ``busiest``, of the last step.
+    """
+    one_of(ARMS, arm=arm)
+    whole(1, steps=steps, windows=windows)
+    above(0, rate=rate, seconds=seconds)
+    kind, (text, size) = ARMS[arm], corpus.token_stream("train")
+    model = make(arm, seed, **changes or {})
+    plan = Plan(
+        steps=LEVEL, tokens=tokens, length=length, late_length=length, seed=seed, matrix_rate=rate,
+        other_rate=rate * Plan.other_rate / Plan.matrix_rate, bias_speed=0.0 if kind.switch else Plan.bias_speed,
+        balance_weight=1.0 if kind.switch else Plan.balance_weight,
+    )  # fmt: skip
+    held = torch.from_numpy(corpus.token_stream("validation")[0].astype("int64"))
+    held, sizes = slices(held, min(WINDOW, length + 1), windows), byte_lengths(corpus.tokenizer())
+    work, rows, looked = training_flops(model, plan) * tokens, [], 0.0
+
+    def train(model: Whole, told) -> None:
+        pretrain(model, text, size / len(text), plan, compiled=compiled, on_progress=told)
+
+    train(copy.deepcopy(model), lambda at: at.step == 2)  # compiles
+    watch = stopwatch()
+
+    def told(at: Progress) -> bool:
+        nonlocal looked
+        spent, done = watch.lap() - looked, at.step == steps
+        if done or spent - (rows[-1]["seconds"] if rows else 0) >= seconds:
+            bits = bits_per_byte(model, held, sizes)
+            looked = watch.lap() - spent
+            row = {"tokens": at.step * tokens, "flops": at.step * work, "seconds": spent, "bits": bits}
+            rows.append(row | {"busiest": at.busiest})
+        return done
+
+    train(model, told)
+    return {"rows": rows, "parameters": count_parameters(model), "busiest": rows[-1]["busiest"]}
+
+
+def bits_at(made: dict[str, Any], cut: str, value: float) -> float:
+    """Bits a byte of a run when it had used so many tokens, FLOPs or seconds, between two rows along a line.
+
+    Raises ValueError for another cut, or a value that the run does not reach, or reached before its first row.
+    """
+    one_of(CUTS, cut=cut)
+    at = [row[cut] for row in made["rows"]]
+    if not at[0] <= value <= at[-1] * (1 + 1e-9):
+        raise ValueError(f"value: got {value:g} {cut}, expected {at[0]:g} to {at[-1]:g}, which the run covers")
+    return float(np.interp(value, at, [row["bits"] for row in made["rows"]]))
+
+
+def difference(arm: Sequence[dict], base: Sequence[dict], cut: str) -> Mean:
+    """Bits a byte of ``arm`` less those of ``base``, paired run by run, at what both of a pair have used at the end.
+
+    Mean and 95 % interval over the pairs (Student's t). Above 0: the arm is worse.
+    """
+    pairs = list(zip(arm, base, strict=True))
+    ends = [min(one["rows"][-1][cut] for one in pair) for pair in pairs]
+    return mean_interval([bits_at(a, cut, end) - bits_at(b, cut, end) for (a, b), end in zip(pairs, ends, strict=True)])
