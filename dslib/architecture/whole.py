@@ -180,7 +180,7 @@ def read(model: Whole, folder: Path) -> None:
 
 
 def _longer(model: Whole) -> tuple[SparseDecoder, dict[str, Tensor], str]:
-    """A decoder with the module's block as one more layer; what else it has, by names in files; their prefix."""
+    """A decoder with the module's block as one more layer; its other weights by names in files; their prefix."""
     last, module = model.config.num_hidden_layers, model.prediction
     longer = with_blocks(model.decoder, [*model.decoder.layers, module.block], range(last + 1))
     own = {"enorm": module.enorm, "hnorm": module.hnorm, "eh_proj": module.eh_proj, "shared_head.norm": module.norm}
