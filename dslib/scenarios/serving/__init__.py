@@ -1,0 +1,1 @@
+"""A serving engine in three files, in reading order: blocks, scheduler, engine. See :mod:`dslib.scenarios.realtime`."""
