@@ -62,6 +62,7 @@ GPU_CALLS = (
     (MACHINE, {"name": "V1", "dtype": "float16", "ways": CALLS}),
     (f"{BALANCE}:load_cost", {**LITE, "tokens": 8192, "dtype": "bfloat16", "loads": [0.0, 1.0, 3.0, 9.0]}),
     ("measured.experiments.sampling:sampling_times", {"vocab_size": 129_280, "batch": 64}),
+    ("measured.experiments.whole:training_speed", {}),
 )
 SMALL = {
     "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,
@@ -102,6 +103,26 @@ QUALITY_CALLS = (
     (f"{QUALITY}:layer_quality", {}),
     (f"{QUALITY}:trained_quality", {}),
 )
+WHOLE = "measured.experiments.whole"
+WHOLE_CALLS = (
+    (f"{WHOLE}:window_lines", {}),
+    (f"{WHOLE}:texts", {}),
+    *((f"{WHOLE}:model_bits", {"split": split}) for split in ("validation", "test")),
+    (f"{WHOLE}:module_drafts", {}),
+    (f"{WHOLE}:step_parts", {}),
+    (f"{WHOLE}:step_speed", {}),
+    (f"{WHOLE}:step_speed", {"compiled": False, "rows": [16], "rounds": 5}),
+)
+HELP, RATES = "measured.experiments.does_it_help", (4e-3, 8e-3, 16e-3)
+HELP_ARMS = (
+    "fine-grained, shared", "dense, active size", "dense, total size", "16 experts, top 2", "frozen router",
+    "auxiliary loss",
+)  # fmt: skip
+ADAPTERS, REALTIME = "measured.experiments.adapters", "measured.experiments.realtime"
+ADAPTER_RATES = {
+    "all weights": (1e-4, 3e-4, 1e-3), "LoRA": (1e-3, 3e-3, 1e-2), "bottleneck": (1e-3, 3e-3, 1e-2),
+    "the article's": (1e-4, 3e-4, 1e-3),
+}  # fmt: skip
 NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
@@ -114,7 +135,7 @@ PROBES = (
     (ISOLATION, {**TINY, "seed_steps": 2, "mix_steps": 2, "batch_size": 3}),
     (PRECISION, {**TINY, "arms": ["float32", "bfloat16"], "batch_size": 2}),
     (RUN, {"steps": 2, "text_steps": 1, "label_steps": 2, "batch_size": 4, "variants": ["token gate"]}),
-    (f"{QUALITY}:trained_quality", {"steps": 3, "seeds": 1, "hidden_size": 64, "layers": 1, "group_sizes": [32]}),
+    (f"{QUALITY}:trained_quality", {"passages": 4, "length": 64, "group_sizes": [32]}),
     ("measured.experiments.multimodal:legibility_runs", {"heights": [20], "pages": 1}),
     (NGRAMS, {"order": 3, "every": 60}),
 )
@@ -178,6 +199,20 @@ PARTS = {
     "probes": PROBES,
     "ngrams": NGRAM_CALLS,
     **{f"ngrams-{number}": (call,) for number, call in enumerate(NGRAM_CALLS)},
+    "whole": WHOLE_CALLS,
+    **{f"whole-{number}": (call,) for number, call in enumerate(WHOLE_CALLS)},
+    **{
+        f"help-rates-{number}": tuple((f"{HELP}:run", {"arm": arm, "seed": 100, "rate": rate}) for rate in RATES)
+        for number, arm in enumerate(HELP_ARMS)
+    },
+    **{
+        f"adapters-rates-{number}": tuple(
+            (f"{ADAPTERS}:forgetting", {"arm": arm, "seed": 100, "rate": rate}) for rate in rates
+        )
+        for number, (arm, rates) in enumerate(ADAPTER_RATES.items())
+    },
+    "adapters-step": ((f"{ADAPTERS}:beside_peft", {}),),
+    "realtime": tuple((f"{REALTIME}:{name}", {}) for name in ("throughput", "prefix", "long_prompt", "overhead")),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (

@@ -1,6 +1,6 @@
 """Train the course's own model: ``make model``, in one go or in pieces.
 
-    python -m tools.model [--minutes 10] [--steps 2400] [--out trained/tiny-deepseek]
+    python -m tools.model [--minutes 10] [--steps 2000] [--out trained/tiny-deepseek]
     python -m tools.model --ship        copy what was trained into data/tiny-deepseek, hashes and history with it
 
 It first measures what this machine does, and prints the plan. A run that was stopped (by ``--minutes``, Ctrl-C, a power
@@ -19,19 +19,27 @@ from pathlib import Path
 import torch
 
 from dslib.architecture.decoder import count_parameters
-from dslib.architecture.experts import Experts
 from dslib.architecture.generation import Sampling, generate
 from dslib.architecture.whole import HASHES, PREDICTION, WEIGHTS, Whole, save
 from dslib.data.corpus import token_stream, tokenizer
 from dslib.data.text import slices
 from dslib.fast.training_step import compiler
-from dslib.performance.pretrain import Plan, Progress, bits_per_byte, byte_lengths, pretrain
-from measured import machine, probes
+from dslib.performance.pretrain import (
+    WINDOW,
+    WINDOWS,
+    Plan,
+    Progress,
+    bits_per_byte,
+    byte_lengths,
+    pretrain,
+    training_flops,
+)  # fmt: skip
+from measured import machine, probes, recordings
+from measured.experiments.whole import window_lines
 from measured.timing import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "data" / "tiny-deepseek"
-WINDOWS, WINDOW = 96, 257  # of the validation text, looked at as the run goes
 PROMPT = "The people of the United States"
 CHECKPOINT, HISTORY = "checkpoint.pt", "history.json"
 
@@ -45,22 +53,6 @@ def precision_here(device: torch.device) -> str:
         a, b = torch.randn(2048, 256, dtype=dtype), torch.randn(256, 1024, dtype=dtype)
         rates[dtype] = 1 / measure(lambda a=a, b=b: a @ b, max_seconds=0.5).median
     return "bfloat16" if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else "float32"
-
-
-def flops_a_token(model: Whole, plan: Plan) -> float:
-    """Operations of a training step a token: six for each weight it meets, and for each multiplication in attention."""
-    config, decoder = model.config, model.decoder
-    unused = (config.num_experts - config.num_experts_per_tok) / config.num_experts
-
-    def active(module: torch.nn.Module) -> float:
-        experts = [part for part in module.modules() if isinstance(part, Experts)]
-        return count_parameters(module) - unused * sum(map(count_parameters, experts))
-
-    pairs = plan.length / 2 * config.multiplications_per_pair  # a token looks at half of a row on average
-    head = count_parameters(decoder.lm_head)
-    once = active(decoder) + config.num_hidden_layers * pairs  # the tied embedding is multiplied by once, as the head
-    again = (active(model.prediction) + head + pairs) / plan.predicted
-    return 6 * (once + again)
 
 
 class Run:
@@ -86,7 +78,7 @@ class Run:
         self.precision = precision_here(self.device)
         dtype = getattr(torch, self.precision)
         self.rate = probes.product_rate(dtype, self.device)
-        work = flops_a_token(self.model, self.plan)
+        work = training_flops(self.model, self.plan)
         parameters = count_parameters(self.model)
         seconds = self.plan.steps * self.plan.tokens * work / (0.4 * self.rate)
         print(f"{machine.describe(self.device)}")
@@ -95,6 +87,11 @@ class Run:
             f"{parameters / 1e6:.2f}M parameters, {work / 6e6:.2f}M multiplied by for a token; {self.precision} at "
             f"{self.rate / 1e9:.0f} GFLOP/s, {fused}"
         )
+        counted = recordings.recorded(window_lines)
+        self.lines = counted.result if counted else {}
+        if self.lines:
+            lines = ", ".join(f"{order}-gram {bits:.3f}" for order, bits in self.lines.items() if order != "1")
+            print(f"what counting reaches on the windows that are looked at, in bits a byte: {lines}")
         total = self.plan.steps * self.plan.tokens
         print(
             f"plan: {self.plan.steps} steps of {self.plan.tokens:,} tokens, {total / len(self.tokens):.1f} times the "
@@ -126,9 +123,11 @@ class Run:
             row["text"] = self.text()
         self.history.append(row)
         (self.folder / HISTORY).write_text(json.dumps(self.history, indent=0) + "\n", encoding="utf-8")
-        share = speed * flops_a_token(self.model, self.plan) / self.rate
+        share = speed * training_flops(self.model, self.plan) / self.rate
         left = (at.steps - at.step) * self.plan.tokens / speed / 60
         seen = f", validation {row['validation']:.3f}" if "validation" in row else ""
+        if passed := [order for order, bits in self.lines.items() if row.get("validation", 9) < bits]:
+            seen += f" (below the {passed[-1]}-gram)"
         print(
             f"{at.step:5}/{at.steps}  {row['seconds'] / 60:5.1f} min  {at.bits:.3f} bits a byte{seen}  "
             f"{speed:,.0f} tokens/s ({share:.0%} of products' rate)  busiest expert {at.busiest:.2f} x "

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from measured import exercises
-from tools import notebooks, opening
+from tools import draw_curve, notebooks, opening
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,8 @@ def written():
     for name in opening.settings()["plans"]:
         text = opening.between(text, name, plan(name)[0])
     text = opening.between(text, "mistakes", mistakes())
-    return {index: opening.between(index.read_text(encoding="utf-8"), "parts", cards()), teach: text}
+    front = opening.between(index.read_text(encoding="utf-8"), "parts", cards())
+    return {index: opening.between(front, "model", draw_curve.said()), teach: text}
 
 
 def main():

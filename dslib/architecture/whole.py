@@ -1,4 +1,4 @@
-"""The whole model: DeepSeek-V3 in every part, at a size that two CPU cores train in an afternoon.
+"""The whole model: DeepSeek-V3's architecture, at a size that two CPU cores train in an afternoon.
 
 Nothing in it is new. :class:`Whole` puts together what the chapters built: a decoder whose first layer is dense and
 whose others are mixtures of fine-grained experts beside a shared one, with latent attention and a selection bias; and

@@ -1,6 +1,6 @@
 """The course's own model, measured: bits a byte beside counting, its module as a draft, its steps beside transformers'.
 
-Recorded by ``make record PART=whole-bits``, ``whole-draft`` and ``whole-step``.
+Recorded by ``make record PART=whole``.
 
 Book: ``chapters/architecture/whole.ipynb``.
 """
@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 
 from dslib import fast
-from dslib.architecture.generation import generate
-from dslib.architecture.whole import Whole, load, save
-from dslib.check import whole
+from dslib.architecture.generation import Sampling, generate
+from dslib.architecture.whole import Whole, load, save, tiny_deepseek
+from dslib.check import one_of, whole
 from dslib.data import corpus
-from dslib.fast.training_step import QuickLosses
-from dslib.performance.pretrain import Plan, rows_at
+from dslib.data.text import slices
+from dslib.fast.training_step import QuickLosses, compiler
+from dslib.performance.pretrain import WINDOW, WINDOWS, Plan, byte_lengths, pretrain, rows_at
 from dslib.performance.speculative import PredictionDraft, speculate
-from measured.timing import compare, ratio
+from measured.experiments.ngram import KneserNey
+from measured.machine import best_device
+from measured.timing import Timing, compare, measure, ratio
 
 
 @torch.inference_mode()
@@ -122,32 +125,133 @@ def transformers_twin(model: Whole, experts: str = "grouped_mm", dtype: torch.dt
     return twin
 
 
-def step_speed(length: int = 256, rows: int = 32, rounds: int = 7, compiled: bool | None = None) -> dict[str, Any]:
-    """A training step of the decoder, forward and backward, without the prediction module: ours beside transformers'.
+def step_speed(
+    length: int = 256, rows: tuple[int, ...] = (16, 32), rounds: int = 7, compiled: bool | None = None
+) -> dict[str, Any]:
+    """A training step of the decoder in float32: forward, backward and AdamW, ours beside transformers' class.
 
-    Batches are new ones of the corpus at every step, so that loads change, as in training. float32.
+    Every step reads a new batch of the corpus, so that loads change as in training; "quick, one batch" reads one batch
+    again and again. Ours runs the prediction module on one row besides.
 
-    Returns ``tokens_per_second`` of each way (median), and ``ratios`` of the quick step's speed to each other way's
-    (median, low, high).
+    Returns ``tokens_per_second`` of each way by number of rows (median), and ``ratios``: the quick step's speed over
+    each other way's, both at the number of rows that is best for it (median, low, high).
     """
-    model, _ = load()
     tokens, _ = corpus.token_stream("validation")
-    plan = Plan(steps=10**6, tokens=length * rows, length=length)
-    quick = QuickLosses(model, compiled)
-    ways, number = {"quick": lambda batch: quick(batch, 1).next_token}, [0]
-    ways["plain"] = lambda batch: model.losses(batch, 1).next_token
-    for name in ("eager", "grouped_mm"):
-        theirs = transformers_twin(model, name).train()
-        ways[f"transformers, {name}"] = lambda batch, theirs=theirs: theirs(batch[:, :-1], labels=batch[:, :-1]).loss
+    ways, seconds = _steps(compiled), {}
+    for count in rows:
+        plan, number = Plan(steps=10**6, tokens=length * count, length=length), iter(range(10**6))
 
-    def step(way) -> None:
-        number[0] += 1
-        way(rows_at(tokens, number[0] % 30, plan)).backward()
+        def step(name: str, plan: Plan = plan, number=number) -> None:
+            loss, optimizer = ways[name.partition(",")[0]]
+            loss(rows_at(tokens, 0 if name.endswith("one batch") else next(number) % 8, plan)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    seconds = compare({name: lambda way=way: step(way) for name, way in ways.items()}, rounds=rounds, warmup=2)
-    ratios = {name: ratio(seconds[name], seconds["quick"]) for name in ways if name != "quick"}
+        calls = {name: lambda name=name, step=step: step(name) for name in (*ways, "quick, one batch")}
+        for name, timing in compare(calls, rounds=rounds, warmup=2).items():
+            seconds.setdefault(name, {})[count] = Timing(tuple(t / (length * count) for t in timing.seconds))
+    best = {name: min(by_rows.values(), key=lambda timing: timing.median) for name, by_rows in seconds.items()}
+    ratios = {name: ratio(timing, best["quick"]) for name, timing in best.items() if name != "quick"}
     return {
-        "compiled": quick.compiled,
-        "tokens_per_second": {name: round(length * rows / one.median) for name, one in seconds.items()},
+        "compiled": compiler() is not None if compiled is None else compiled,
+        "tokens_per_second": {
+            name: {str(count): round(1 / timing.median) for count, timing in by_rows.items()}
+            for name, by_rows in seconds.items()
+        },
         "ratios": {name: [one.median, one.low, one.high] for name, one in ratios.items()},
     }
+
+
+def _steps(compiled: bool | None) -> dict[str, tuple[Any, torch.optim.Optimizer]]:
+    """A loss of (B, T + 2) rows and an optimiser, for each way to train the same decoder."""
+
+    def ours(quick: bool):
+        model = load()[0].train()
+        losses = QuickLosses(model, compiled) if quick else model.losses
+        return lambda batch: losses(batch, 1).next_token, torch.optim.AdamW(model.decoder.parameters(), fused=True)
+
+    def theirs(experts: str):
+        model = transformers_twin(load()[0], experts).train()
+
+        def loss(batch):
+            return model(batch[:, :-2], labels=batch[:, :-2], shift_labels=batch[:, 1:-1].contiguous()).loss
+
+        return loss, torch.optim.AdamW(model.parameters(), fused=True)
+
+    made = {"quick": ours(True), "plain": ours(False)}
+    return made | {f"transformers {experts}": theirs(experts) for experts in ("eager", "grouped_mm")}
+
+
+def step_parts(length: int = 256, rows: int = 32, rounds: int = 5, compiled: bool | None = None) -> dict[str, float]:
+    """Where the time of a training step goes on a CPU, forward and backward, both losses: shares of the profiler's.
+
+    ``products`` of matrices, what is ``fused`` between them, and the ``rest``.
+    """
+    whole(1, length=length, rows=rows, rounds=rounds)
+    tokens, _ = corpus.token_stream("validation")
+    quick, plan = QuickLosses(load()[0].train(), compiled), Plan(steps=10**6, tokens=length * rows, length=length)
+
+    def step(number: int) -> None:
+        losses = quick(rows_at(tokens, number, plan), max(1, rows // plan.predicted))
+        (losses.next_token + plan.prediction_weight * losses.after_next).backward()
+
+    for number in range(2):  # compiles
+        step(number)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for number in range(rounds):
+            step(number)
+    parts = {"products": 0.0, "fused": 0.0, "rest": 0.0}
+    for event in profile.key_averages():
+        product = event.key in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm")
+        fused = "Compiled" in event.key
+        parts["products" if product else "fused" if fused else "rest"] += event.self_cpu_time_total
+    return {name: time / sum(parts.values()) for name, time in parts.items()}
+
+
+def training_speed(
+    size: str = "full", steps: int = 20, tokens: int = 8192, precision: str = "bfloat16"
+) -> dict[str, Any]:
+    """Tokens a second of ``make model``'s steps, optimisers included, from fresh weights on the best device here."""
+    one_of(("full", "tiny"), size=size)
+    device = best_device()
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "moe_intermediate_size": 16}
+    torch.manual_seed(0)
+    model = Whole(tiny_deepseek(**(small if size == "tiny" else {}))).to(device)
+    text, _ = corpus.token_stream("validation")
+    length = min(256, tokens // 8)
+    plan = Plan(steps=steps, tokens=tokens, length=length, late_length=length)
+    compiled = None if size == "full" else False
+    timing = measure(
+        lambda: pretrain(model, text, 3.6, plan, precision=precision, compiled=compiled), min_runs=5, max_runs=5,
+        warmup=1,
+    )  # fmt: skip
+    rate = [steps * tokens / seconds for seconds in (timing.median, timing.high, timing.low)]
+    minutes = Plan.steps * Plan.tokens / rate[0] / 60
+    return {"tokens_per_second": rate, "full_size": size == "full", "minutes_for_the_plan": minutes}
+
+
+PROMPTS = ("The people of the United States", "It is a truth universally acknowledged, that", "The SELECT statement")
+
+
+def texts(temperature: float = 0.8, seed: int = 0, new_tokens: int = 80) -> dict[str, str]:
+    """How the shipped model goes on with three fixed prompts; the first draw of each, whatever it is."""
+    model, tokenizer = load()
+    ends = tokenizer.eos_token_id
+    ids = [[ends, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in PROMPTS]
+    sampling = Sampling(temperature=temperature)
+    made = [generate(model.decoder, [one], new_tokens, sampling=sampling, seed=seed)[0].tokens for one in ids]
+    return dict(zip(PROMPTS, map(tokenizer.decode, made), strict=True))
+
+
+def window_lines(order: int = 6) -> dict[str, float]:
+    """N-gram models of orders 1 to ``order`` on the windows that ``make model`` looks at as it runs: bits a byte.
+
+    The same tokens are predicted. In a window's first places an n-gram sees the tokens before it, the model does not.
+    """
+    counted = KneserNey(corpus.encode(one.text for one in corpus.load("train")), order, corpus.VOCABULARY)
+    validation = corpus.encode(one.text for one in corpus.load("validation"))
+    bits = torch.from_numpy(counted.bits(validation))  # (order, tokens)
+    places = slices(torch.arange(bits.shape[1]), WINDOW, WINDOWS)[:, 1:]  # (windows, predicted)
+    ids = torch.from_numpy(np.concatenate(validation).astype(np.int64))[places]
+    size = byte_lengths(corpus.tokenizer())[ids].sum().item()
+    return {str(k + 1): round(bits[k][places].sum().item() / size, 4) for k in range(order)}

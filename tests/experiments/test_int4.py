@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from dslib.architecture import whole
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import Int4Linear, quantize_
 from measured.experiments import int4
@@ -115,6 +116,17 @@ def test_figures_of_single_parts_and_of_a_model_trained_here(small):
     by_name = {"+".join(row["parts"]): row["weights"] for row in rows}
     assert by_name["+".join(BLOCKS)] == sum(by_name[part] for part in BLOCKS)
     assert all("run" not in row for row in rows)
-    result = int4.trained_quality(steps=2, seeds=2, hidden_size=32, layers=1, group_sizes=(32, "row"))
-    assert len(result["perplexity"]) == 2 and len(result["rows"]) == 3 * 2
-    assert all(row["ratio"]["n"] == 2 for row in result["rows"])
+
+
+def test_four_bits_on_the_courses_own_model_experts_included():
+    result = int4.trained_quality(passages=3, length=48, group_sizes=(32, "row"))
+    assert len(result["rows"]) == 3 * 2 and all(row["ratio"]["n"] == 3 for row in result["rows"])
+    assert 0.8 < result["bits_per_byte"] < 2
+    for fine, coarse in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        assert 0.05 < fine["error"] < coarse["error"] < 0.2
+    model, before = whole.load()[0].decoder, whole.load()[0].decoder
+    int4._round_blocks_(model, 32)
+    experts = model.layers[1].mlp.experts
+    torch.testing.assert_close(experts.gate_up_proj[3], int4.rounded(before.layers[1].mlp.experts.gate_up_proj[3], 32))
+    torch.testing.assert_close(experts.down_proj[3], int4.rounded(before.layers[1].mlp.experts.down_proj[3], "row"))
+    torch.testing.assert_close(model.layers[1].mlp.router.weight, before.layers[1].mlp.router.weight)

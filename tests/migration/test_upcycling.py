@@ -40,7 +40,7 @@ RULES = [
     ({}, 1, True),
     ({"scoring_func": "sigmoid", "selection_bias": True}, 1, True),
     ({"top_k": 1}, 1, True),
-    ({"top_k": 4, "norm_topk_prob": False, "scoring_func": "softmax"}, 1, True),  # all experts: softmax weights sum to one by themselves
+    ({"top_k": 4, "norm_topk_prob": False, "scoring_func": "softmax"}, 1, True),  # all of them
     ({"split": 4}, 4, True),
     ({"split": 2, "scoring_func": "sigmoid"}, 2, True),
     ({"norm_topk_prob": False}, 1, False),  # the article's, and Switch's

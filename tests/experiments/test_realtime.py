@@ -1,0 +1,48 @@
+"""Serving's experiments, at a size of seconds: every way writes the same requests."""
+
+import pytest
+
+from dslib.architecture.weights.pretrained import load_smollm2
+from measured.experiments import realtime as lab
+
+
+def test_requests_are_the_same_every_time_and_of_mixed_lengths():
+    _, tokenizer = load_smollm2()
+    made = lab.requests_of(12, tokenizer)
+    assert made == lab.requests_of(12, tokenizer)
+    assert len({len(one.prompt) for one in made}) > 6 and len({one.max_new_tokens for one in made}) > 6
+    assert all(16 <= len(one.prompt) <= 160 and 8 <= one.max_new_tokens <= 96 for one in made)
+
+
+def test_all_ways_serve_and_the_engine_writes_what_generate_writes(monkeypatch):
+    monkeypatch.setattr(lab, "SLOTS", 2)
+    monkeypatch.setattr(lab.requests_of, "__defaults__", ((4, 8), (2, 5)))
+    made = lab.throughput(count=3, rounds=1)
+    assert set(made["tokens_per_second"]) == {
+        "engine", "static, ours", "static, transformers", "continuous, transformers",
+    }  # fmt: skip
+    assert made["same"] == 3 and min(made["tokens_per_second"].values()) > 0
+
+
+def test_a_prompt_that_was_served_comes_sooner_and_chunks_shorten_the_longest_gap():
+    made = lab.prefix(length=96, rounds=2)
+    assert made["again"][1] < made["first"][1]
+    gaps = lab.long_prompt(length=300, chunk=16, rounds=1)
+    assert all(one["median"] <= one["p99"] <= one["most"] for one in gaps.values())
+    assert gaps["chunks"]["most"] < gaps["at once"]["most"]
+
+
+def test_overhead_is_a_ratio_of_a_step_to_its_pass():
+    low, high = lab.overhead(rounds=3)["ratio"][1:]
+    assert 0.5 < low <= high
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: lab.throughput(count=0), "count"),
+    (lambda: lab.prefix(length=0), "length"),
+    (lambda: lab.long_prompt(chunk=0), "chunk"),
+    (lambda: lab.overhead(rounds=0), "rounds"),
+])  # fmt: skip
+def test_bad_calls_are_refused_by_name(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,95 @@
+"""The whole model's experiments, at a size of seconds: against plain lines, and that what they compare is the same."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dslib.architecture.whole import load
+from dslib.data import corpus
+from dslib.performance.pretrain import Plan
+from measured.experiments import whole as lab
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load()[0]
+
+
+def test_bits_of_a_document_are_those_of_one_pass_and_beyond_a_window_of_halves(shipped):
+    document = corpus.encode(["The people of the United States elect a President. " * 12])[0]
+    ids = torch.from_numpy(np.concatenate([document[-1:], document]).astype(np.int64))
+    with torch.no_grad():
+        nats = F.cross_entropy(shipped(ids[None, :-1])[0], ids[1:], reduction="none")
+    assert lab.document_bits(shipped, document) == pytest.approx(nats.sum().item() / math.log(2), rel=1e-5)
+    # With windows of 16, token 16 and the next seven are predicted from what begins at token 8.
+    with torch.no_grad():
+        late = F.cross_entropy(shipped(ids[None, 8:23])[0, 7:], ids[16:24], reduction="sum")
+    cut = lab.document_bits(shipped, document[:23], 16)
+    assert cut == pytest.approx((nats[:15].sum() + late).item() / math.log(2), rel=1e-5)
+
+
+def test_every_document_is_judged_and_counted_in_bytes(shipped):
+    made = lab.model_bits("validation", every=40)
+    documents = corpus.load("validation")[::40]
+    assert made["documents"] == [f"{one.source}/{one.id}" for one in documents]
+    assert made["bytes"] == [len(one.text.encode()) for one in documents]
+    rate = sum(made["bits"]) / sum(made["bytes"])
+    assert 0.8 < rate < 1.46  # below what any n-gram reaches on all of it
+
+
+def test_drafts_write_the_same_text_and_some_guesses_stay():
+    made = lab.module_drafts(prompts=2, new_tokens=16, rounds=1)
+    assert [(row["count"], len(row["prompt"])) for row in made["rows"]] == [(1, 32), (1, 32), (2, 32), (2, 32)]
+    assert all(row["same_tokens"] for row in made["rows"])
+    assert 0.1 < np.mean([row["acceptance"] for row in made["rows"]]) < 1
+    assert set(made["times"]) == {"1", "2"} and made["tokens_per_second"] > 0
+
+
+def test_the_ways_to_train_compute_one_loss(shipped):
+    rows = torch.from_numpy(corpus.token_stream("validation")[0][:132].astype(np.int64)).view(4, 33)
+    losses = {name: loss(rows) for name, (loss, _) in lab._steps(False).items()}
+    assert set(losses) == {"quick", "plain", "transformers eager", "transformers grouped_mm"}
+    for loss in losses.values():
+        torch.testing.assert_close(loss, losses["plain"], rtol=1e-4, atol=1e-4)
+
+
+def test_steps_are_compared_at_the_rows_that_are_best_for_each():
+    made = lab.step_speed(length=16, rows=(2, 4), rounds=2, compiled=False)
+    assert made["compiled"] is False
+    assert set(made["ratios"]) == set(made["tokens_per_second"]) - {"quick"}
+    assert all(set(rates) == {"2", "4"} for rates in made["tokens_per_second"].values())
+    assert all(low <= median <= high for median, low, high in made["ratios"].values())
+
+
+def test_parts_of_a_step_are_shares():
+    made = lab.step_parts(length=16, rows=4, rounds=1, compiled=False)
+    assert sum(made.values()) == pytest.approx(1) and made["fused"] == 0 and 0 < made["products"] < 1
+
+
+def test_training_speed_counts_every_token():
+    made = lab.training_speed("tiny", steps=2, tokens=128, precision="float32")
+    median, low, high = made["tokens_per_second"]
+    assert 0 < low <= median <= high and not made["full_size"]
+    assert made["minutes_for_the_plan"] == pytest.approx(Plan.steps * Plan.tokens / median / 60)
+
+
+def test_texts_begin_after_their_prompts_and_are_the_same_again(shipped):
+    once = lab.texts(new_tokens=6)
+    assert list(once) == list(lab.PROMPTS) and once == lab.texts(new_tokens=6)
+
+
+BAD_CALLS = [
+    (lambda: lab.model_bits("validation", every=0), "every"),
+    (lambda: lab.model_bits("dev"), "split"),
+    (lambda: lab.training_speed("large"), "size"),
+    (lambda: lab.step_parts(rounds=0), "rounds"),
+]
+
+
+@pytest.mark.parametrize("call, name", BAD_CALLS)
+def test_what_cannot_be_measured_is_refused_by_name(call, name):
+    with pytest.raises(ValueError, match=name):
+        call()
