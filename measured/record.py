@@ -109,6 +109,7 @@ WHOLE_CALLS = (
     (f"{WHOLE}:texts", {}),
     *((f"{WHOLE}:model_bits", {"split": split}) for split in ("validation", "test")),
     (f"{WHOLE}:module_drafts", {}),
+    (f"{WHOLE}:sampled_drafts", {}),
     (f"{WHOLE}:step_parts", {}),
     (f"{WHOLE}:step_speed", {}),
     (f"{WHOLE}:step_speed", {"compiled": False, "rows": [16], "rounds": 5}),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dslib import fast
 from dslib.architecture.generation import Sampling, generate
 from dslib.architecture.whole import Whole, load, save, tiny_deepseek
-from dslib.check import one_of, whole
+from dslib.check import above, one_of, whole
 from dslib.data import corpus
 from dslib.data.text import slices
 from dslib.fast.training_step import QuickLosses, compiler
@@ -111,6 +111,40 @@ def module_drafts(prompts: int = 24, new_tokens: int = 96, rounds: int = 5) -> d
         "transformers": [against.median, against.low, against.high],
         "tokens_per_second": prompts * new_tokens / seconds["plain"].median,
     }
+
+
+def sampled_drafts(
+    temperature: float = 0.8, prompts: int = 24, new_tokens: int = 96, rounds: int = 3
+) -> dict[str, Any]:
+    """As :func:`module_drafts`, with drawn tokens: greedy text of a small model goes round in circles, which are easy to
+    guess. ``rows`` without ``same_tokens``: another way of drawing gives other texts, of the same distribution.
+    """
+    above(0, temperature=temperature)
+    model, _ = load()
+    texts, sampling = prompts_of("validation", prompts), Sampling(temperature=temperature)
+    fast.prepare(model.decoder)
+
+    def drafted(count: int) -> list:
+        made = []
+        for seed, text in enumerate(texts):
+            draft = PredictionDraft(model, len(text) + new_tokens + count)
+            made.append(speculate(model.decoder, text, new_tokens, draft, count, sampling=sampling, seed=seed))
+            draft.close()
+        return made
+
+    rows = [
+        {"count": count, "acceptance": run.acceptance, "tokens_per_pass": run.tokens_per_pass}
+        for count in (1, 2)
+        for run in drafted(count)
+    ]
+    ways = {
+        "plain": lambda: [generate(model.decoder, [one], new_tokens, sampling=sampling, seed=0) for one in texts],
+        "1": lambda: drafted(1),
+        "2": lambda: drafted(2),
+    }
+    seconds = compare(ways, rounds=rounds, warmup=0)
+    times = {name: ratio(seconds["plain"], seconds[name]) for name in ("1", "2")}
+    return {"rows": rows, "times": {name: [one.median, one.low, one.high] for name, one in times.items()}}
 
 
 def transformers_twin(model: Whole, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> Any:

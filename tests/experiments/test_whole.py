@@ -48,6 +48,12 @@ def test_drafts_write_the_same_text_and_some_guesses_stay():
     assert set(made["times"]) == {"1", "2"} and made["tokens_per_second"] > 0
 
 
+def test_drawn_text_is_drafted_as_well():
+    made = lab.sampled_drafts(prompts=2, new_tokens=16, rounds=1)
+    assert [row["count"] for row in made["rows"]] == [1, 1, 2, 2] and set(made["times"]) == {"1", "2"}
+    assert 0.05 < np.mean([row["acceptance"] for row in made["rows"]]) < 1
+
+
 def test_the_ways_to_train_compute_one_loss(shipped):
     rows = torch.from_numpy(corpus.token_stream("validation")[0][:132].astype(np.int64)).view(4, 33)
     losses = {name: loss(rows) for name, (loss, _) in lab._steps(False).items()}
@@ -86,6 +92,7 @@ BAD_CALLS = [
     (lambda: lab.model_bits("dev"), "split"),
     (lambda: lab.training_speed("large"), "size"),
     (lambda: lab.step_parts(rounds=0), "rounds"),
+    (lambda: lab.sampled_drafts(temperature=0.0), "temperature"),
 ]
 
 
