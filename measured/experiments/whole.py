@@ -116,8 +116,9 @@ def module_drafts(prompts: int = 24, new_tokens: int = 96, rounds: int = 5) -> d
 def sampled_drafts(
     temperature: float = 0.8, prompts: int = 24, new_tokens: int = 96, rounds: int = 3
 ) -> dict[str, Any]:
-    """As :func:`module_drafts`, with drawn tokens: greedy text of a small model goes round in circles, which are easy to
-    guess. ``rows`` without ``same_tokens``: another way of drawing gives other texts, of the same distribution.
+    """As :func:`module_drafts`, with drawn tokens: greedy text of a small model goes round in circles, easy to guess.
+
+    ``rows`` without ``same_tokens``: another way of drawing gives other texts, of the same distribution.
     """
     above(0, temperature=temperature)
     model, _ = load()
