@@ -16,7 +16,7 @@ from measured.experiments import ngram, whole
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "chapters" / "architecture" / "whole_curve.svg"
 LEFT, RIGHT, TOP, BOTTOM = 70, 560, 70, 330  # of the axes, in pixels
-NAMES = {2: "pairs of tokens", 3: "three tokens", 6: "six tokens"}
+NAMES = {2: "pairs", 3: "three tokens", 6: "six tokens"}
 
 
 def figures() -> dict:
@@ -46,7 +46,7 @@ def draw() -> str:
         'font-family="DejaVu Sans, Verdana, Arial, sans-serif" font-size="15" fill="#222222">',
         "<title>A DeepSeek in miniature learns on two cores, and passes what counting reaches</title>",
         '<rect width="720" height="400" rx="6" fill="#ffffff"/>',
-        '<text x="24" y="34" font-size="17" font-weight="bold">A DeepSeek learns on two processor cores</text>',
+        '<text x="24" y="34" font-size="17" font-weight="bold">A DeepSeek in miniature learns on two cores</text>',
         '<text x="24" y="56" font-size="13">bits a byte on text held out: lower is better</text>',
         f'<path d="M{LEFT} {TOP} V{BOTTOM} H{RIGHT}" fill="none" stroke="#222222"/>',
     ]

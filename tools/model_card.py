@@ -6,6 +6,7 @@ Every number in it is read from what ``make model`` and ``make record PART=whole
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dslib.data import corpus
 from measured import recordings
 from measured.experiments import ngram, whole
 
+SPACE = re.compile(r"\s+")
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "tiny-deepseek"
 TEXT = """---
 language: en
@@ -101,7 +103,7 @@ def card() -> str:
         minutes=f"{last['seconds'] / 60:.0f}",
         sources="\n".join(f"| {one['package']} {one['version']} | {one['licence']} |" for _, one in sources),
         evaluation="\n".join(map(evaluation, ("validation", "test"))),
-        texts="\n\n".join(f"> **{prompt}**{' '.join(text.split())}" for prompt, text in texts.items()),
+        texts="\n\n".join(f"> **{prompt}**{re.sub(SPACE, ' ', text)}" for prompt, text in texts.items()),
         hashes="\n".join(f"- `{name}`: sha256 `{value}`" for name, value in hashes.items()),
     )
 

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import draw_front, heights, notebooks, opening, plans
+from tools import draw_curve, draw_front, heights, model_card, notebooks, opening, plans
 
 RUN = (12, 1.5, 2, "2026-01-31")
 
@@ -95,3 +95,8 @@ def test_a_plan_that_names_no_section_and_a_page_without_markers_are_refused(mon
         plans.plan("x")
     with pytest.raises(ValueError, match="parts:begin"):
         opening.between("no markers", "parts", "text")
+
+
+def test_the_curve_and_the_model_card_are_up_to_date():
+    assert draw_curve.PATH.read_text(encoding="utf-8") == draw_curve.draw()
+    assert (model_card.FOLDER / "README.md").read_text(encoding="utf-8") == model_card.card()
