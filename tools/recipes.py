@@ -43,6 +43,8 @@ SHORTER = {
     "make record PART=…": "make record PART=probes",
     "make record PART=training": "make record PART=training STALE=1",
     "make record STALE=1": "make record STALE=1 PART=probes",
+    "make model": "python -m tools.model --steps 2 --out trained/recipe",
+    "make model MINUTES=10": "python -m tools.model --minutes 0.1 --out trained/recipe-minutes",
 }
 
 

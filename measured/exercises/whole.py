@@ -1,6 +1,5 @@
 """Exercises of ``chapters/architecture/whole.ipynb``. Shapes: B rows, T tokens, V tokens of the vocabulary."""
 
-import itertools
 import math
 
 import torch
@@ -31,7 +30,7 @@ _SIZES = torch.tensor([0, 1, 1, 2, 4, 5, 9])  # bytes of each token; token 0 end
             torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool(),
             _SIZES,
         ),
-        (normal(1, 3, 7, seed=2), torch.tensor([[1, 4, 6]]), torch.ones(1, 3).bool(), _SIZES),
+        (normal(1, 3, 7, seed=2), torch.tensor([[1, 4, 6]]), torch.ones(1, 3).bool(), 3 * _SIZES.flip(0)),
         (
             3 * normal(3, 40, 7, seed=3),
             _ids(3, 40, seed=4, below=7),
@@ -65,9 +64,15 @@ def bits_per_byte(logits: Tensor, targets: Tensor, real: Tensor, sizes: Tensor) 
     return (_bits(logits, targets, real).sum() / sizes[targets[real]].sum()).item()
 
 
-def _chain(rows: Tensor, depth: int) -> list[Tensor]:
+def _parts(rows: Tensor, depth: int) -> list[Tensor]:
     length = rows.shape[1] - depth - 1
     return [rows[:, k : k + length] for k in range(depth + 2)]
+
+
+def _chain(rows: Tensor, depth: int, reads: int = 1, wanted: int = 1) -> Tensor:
+    """Number k reads from place ``reads`` k on, and its targets lie ``wanted`` places behind k."""
+    parts = _parts(rows, depth)
+    return torch.stack([torch.stack((parts[reads * k], parts[k + wanted])) for k in range(depth + 1)])
 
 
 @exercise(
@@ -80,26 +85,24 @@ def _chain(rows: Tensor, depth: int) -> list[Tensor]:
         (torch.arange(6)[None], 0),
     ),
     mistakes="""
-        [(rows[:, k : k + rows.shape[1] - depth - 1], rows[:, k + 2 : k + 1 + rows.shape[1] - depth])
-        for k in range(depth + 1)]
-            Your targets are one place too far: what is read at place t predicts the token at t + 1 in the decoder.
-        [(_chain(rows, depth)[0], wanted) for wanted in _chain(rows, depth)[1:]]
+        _chain(rows, depth, reads=0)
             Every module gets the same ids here. Module k reads the token that the one before it predicted: the ids move
             along by one with every module.
-        [(rows[:, k : -1], rows[:, k + 1 :]) for k in range(depth + 1)]
-            The modules have fewer and fewer places. All need the same number, so that states can be handed on.
-        [(ids, wanted) for ids, wanted in zip(_chain(rows, depth)[:-1], _chain(rows, depth)[1:])][1:]
-            The decoder itself is missing: it comes first, as number 0.
-        [(ids, ids) for ids in _chain(rows, depth)[:-1]]
+        _chain(rows, depth, wanted=0)
             Your targets are what is read. They have to lie one place further.
+        _chain(rows, depth + 1)[:-1]
+            That is a place fewer than there could be: the last target may be the last token of the row.
+        _chain(rows, depth)[1:]
+            The decoder itself is missing: it comes first, as number 0.
+        _chain(rows, depth).flip(1)
+            Ids and targets have changed places.
     """,
     hint="With D modules, B rows of L ids leave T = L - D - 1 places. Number k reads ids from place k on, and its "
     "targets are those from place k + 1 on.",
 )
-def chain(rows: Tensor, depth: int) -> list[tuple[Tensor, Tensor]]:
-    """(ids, targets), (B, T) each, of the decoder and of ``depth`` prediction modules behind it."""
-    parts = _chain(rows, depth)
-    return list(itertools.pairwise(parts))
+def chain(rows: Tensor, depth: int) -> Tensor:
+    """(depth + 1, 2, B, T): ids and targets of the decoder and of ``depth`` prediction modules behind it."""
+    return _chain(rows, depth)
 
 
 def _gated(hidden_size: int, inner: int) -> int:

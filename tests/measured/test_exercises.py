@@ -309,6 +309,13 @@ WRONG = {
         "learning_rate(step + 1, steps, rise, peak)",
         "peak * (step + 1) / rise if step < rise else peak * (1 - 0.9 * (step - rise) / (steps - 1 - rise))",
     ),
+    "whole/bits-per-byte": (
+        "-math.log2(logits.softmax(-1).gather(-1, targets[..., None])[..., 0][real].prod().item())",
+        "bits_per_byte(logits, targets, real, sizes + 1)",
+    ),
+    "whole/chain": ("chain(rows, depth).transpose(0, 1)", "chain(rows, depth).flip(0) + 1"),
+    "whole/active": ("hidden_size * vocab_size", "2 * active(**locals())"),
+    "whole/break-even": ("guess * check", "max(0.0, 1 - guess)"),
     "your_machine/decode-floor": ("parameters * bytes_per_weight / bandwidth * 1e6",),
     "your_machine/which-bound": (
         "'compute' if 2 * m * k * n / flops >= bytes_per_number * (k * n + m * n) / bandwidth else 'bandwidth'",
