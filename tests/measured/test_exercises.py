@@ -310,7 +310,7 @@ WRONG = {
         "peak * (step + 1) / rise if step < rise else peak * (1 - 0.9 * (step - rise) / (steps - 1 - rise))",
     ),
     "whole/bits-per-byte": (
-        "-math.log2(logits.softmax(-1).gather(-1, targets[..., None])[..., 0][real].prod().item())",
+        "2 * bits_per_byte(logits, targets, real, sizes)",
         "bits_per_byte(logits, targets, real, sizes + 1)",
     ),
     "whole/chain": ("chain(rows, depth).transpose(0, 1)", "chain(rows, depth).flip(0) + 1"),
