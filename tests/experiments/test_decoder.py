@@ -15,7 +15,7 @@ from dslib.architecture import decoder
 from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
 from measured import probes, provenance, record, recordings
-from measured.experiments import balance, moe_speed, sampling, speed, training_precision
+from measured.experiments import balance, moe_speed, sampling, speed, training_precision, whole
 from measured.experiments import decoder as decoder_runs
 
 
@@ -118,6 +118,7 @@ def gpu_calls():
         "decoder": {"lab": speed},
         "sampling": {"lab": sampling},
         "speed": {"lab": speed},
+        "whole": {"lab": whole},
     }  # `lab` is the experiments of the page's chapter
     for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
