@@ -91,7 +91,7 @@ def run(
                 weight.requires_grad_(flags[name])
         accepted = math.isfinite(after) and after <= before + stage.limit
         outcomes.append(Outcome(stage.name, before, after, accepted, file, kept))
-        (folder / MANIFEST).write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n", encoding="utf-8")
+        _list(folder, outcomes)
         if not accepted:
             _read(model, folder / file, kept)
             break
@@ -115,8 +115,11 @@ def rollback(model: nn.Module, folder: str | Path, name: str) -> None:
     check.one_of([one.name for one in outcomes], name=name)
     at = next(number for number, one in enumerate(outcomes) if one.name == name)
     _read(model, Path(folder) / outcomes[at].file, outcomes[at].sha256)
-    rest = [asdict(one) for one in outcomes[:at]]
-    (Path(folder) / MANIFEST).write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
+    _list(Path(folder), outcomes[:at])
+
+
+def _list(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    (folder / MANIFEST).write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n", encoding="utf-8")
 
 
 def _write(model: nn.Module, path: Path) -> str:

@@ -24,7 +24,7 @@ from dslib.architecture.whole import load
 from dslib.check import above, one_of, whole
 from dslib.data import corpus
 from dslib.data.text import slices
-from dslib.migration.adapters import Adapter, Bottleneck, bottleneck, lora
+from dslib.migration.adapters import Adapter, bottleneck, lora
 from dslib.performance.pretrain import bits_per_byte, byte_lengths
 from dslib.performance.training import fit, next_token_loss
 from measured.timing import compare, ratio
@@ -32,11 +32,11 @@ from measured.timing import compare, ratio
 LENGTH = 256
 
 
-class ArticleAdapter(Bottleneck):
+class ArticleAdapter(nn.Module):
     """The article's: as torch makes its layers, so that it changes what the model computes at once."""
 
     def __init__(self, size: int, inner: int):
-        nn.Module.__init__(self)
+        super().__init__()
         self.proj = nn.Sequential(nn.Linear(size, inner), nn.ReLU(), nn.Linear(inner, size))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +65,6 @@ ARMS = {
 
 def numpy_documents() -> list[str]:
     """What numpy's public functions and classes say, each once, in order of their names."""
-
     spaces = (np, np.linalg, np.fft, np.random, np.ma, np.ndarray, np.ma.MaskedArray, np.random.Generator)
     found = {}
     for space in spaces:

@@ -95,14 +95,16 @@ class BlockPool:
         assert {known: block for block, known in self._hash.items()} == self._by_hash, "a hash without its block"
 
 
-def chain(tokens: Sequence[int], size: int, salt: object = None) -> list[bytes]:
+def chain(tokens: Sequence[int], size: int, salt: object = None, known: Sequence[bytes] = ()) -> list[bytes]:
     """The hash of every full block of a text, each over its tokens and the hash before it: (n // size) of 16 bytes.
 
-    ``salt`` is whatever else decides keys and values: an adapter, a picture. A hash that does not resist collisions
-    would one day give a reader another one's text.
+    ``salt`` is whatever else decides keys and values: an adapter, a picture. ``known`` are the first of them, which
+    need not be computed again when a text has grown. A hash that does not resist collisions would one day give a reader
+    another one's text.
     """
-    found, last = [], repr(salt).encode()
-    for start in range(0, len(tokens) - size + 1, size):
+    found = list(known)
+    last = found[-1] if found else repr(salt).encode()
+    for start in range(len(found) * size, len(tokens) - size + 1, size):
         piece = array("q", tokens[start : start + size]).tobytes()
         last = blake2b(last + piece, digest_size=16).digest()
         found.append(last)

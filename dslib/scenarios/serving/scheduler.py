@@ -31,6 +31,7 @@ class Text:
     salt: object = None
     done: int = 0
     table: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of its full blocks; tokens are only ever appended
     published: int = 0  # full blocks that others may find
     request: Any = None  # the engine's
 
@@ -76,9 +77,9 @@ class Scheduler:
         text.done += count
         full = text.done // self.pool.size
         if full > text.published:
-            hashes = chain(text.tokens[: full * self.pool.size], self.pool.size, text.salt)
+            self._hash(text)
             for number in range(text.published, full):
-                self.pool.publish(text.table[number], hashes[number])
+                self.pool.publish(text.table[number], text.hashes[number])
             text.published = full
 
     def drop(self, text: Text) -> None:
@@ -88,6 +89,9 @@ class Scheduler:
             self._release(text)
         else:
             self.waiting.remove(text)
+
+    def _hash(self, text: Text) -> None:
+        text.hashes = chain(text.tokens, self.pool.size, text.salt, text.hashes)
 
     def _needed(self, text: Text, count: int) -> int:
         return -(-(text.done + count) // self.pool.size) - len(text.table)
@@ -111,7 +115,8 @@ class Scheduler:
         """Share what is known of its beginning, if the rest fits as well. One token at least is left to compute: the
         next one comes from its logits."""
         size = self.pool.size
-        for chained in chain(text.tokens[:-1], size, text.salt):
+        self._hash(text)
+        for chained in text.hashes[: (len(text.tokens) - 1) // size]:
             block = self.pool.share(chained)
             if block is None:
                 break
