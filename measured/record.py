@@ -113,8 +113,9 @@ WHOLE_CALLS = (
     (f"{WHOLE}:step_parts", {}),
     (f"{WHOLE}:step_speed", {}),
     (f"{WHOLE}:step_speed", {"compiled": False, "rows": [16], "rounds": 5}),
+    (f"{WHOLE}:step_speed", {"precision": "bfloat16"}),
 )
-HELP, RATES = "measured.experiments.does_it_help", (4e-3, 8e-3, 16e-3)
+HELP, RATES = "measured.experiments.does_it_help", (8e-3, 16e-3, 32e-3)
 HELP_ARMS = (
     "fine-grained, shared", "dense, active size", "dense, total size", "16 experts, top 2", "frozen router",
     "auxiliary loss",
@@ -203,9 +204,12 @@ PARTS = {
     "whole": WHOLE_CALLS,
     **{f"whole-{number}": (call,) for number, call in enumerate(WHOLE_CALLS)},
     **{
-        f"help-rates-{number}": tuple((f"{HELP}:run", {"arm": arm, "seed": 100, "rate": rate}) for rate in RATES)
+        f"help-rates-{number}": tuple(
+            (f"{HELP}:run", {"arm": arm, "seed": 100, "rate": rate, "steps": 160}) for rate in RATES
+        )
         for number, arm in enumerate(HELP_ARMS)
     },
+    "help-seconds": ((f"{HELP}:token_seconds", {}),),
     **{
         f"adapters-rates-{number}": tuple(
             (f"{ADAPTERS}:forgetting", {"arm": arm, "seed": 100, "rate": rate}) for rate in rates

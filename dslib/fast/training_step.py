@@ -4,7 +4,8 @@ At this size the products of matrices take half of a plain step on a CPU; the re
 changes, each by itself the same function of the same weights:
 
 * **experts** (:class:`Mixture`): one product after another on slices of the sorted rows, written where they belong,
-  with a backward pass of its own: nothing is padded, and the order of rows is inverted by looking up, not by adding;
+  with a backward pass of its own, which inverts the order of rows by looking up, not by adding; slices are
+  :class:`Filled` up, so that few shapes occur;
 * **head and loss** (:class:`HeadLoss`): 1,024 tokens at a time, gradient included, so that the (tokens x vocabulary)
   logits stay in the processor's cache and are never read again;
 * **everything between products** (norms, rotations, softmax, SwiGLU) is fused by ``torch.compile``, where a C++
@@ -17,6 +18,7 @@ gradients to the plain way's.
 
 import shutil
 from contextlib import nullcontext
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +31,43 @@ from dslib.architecture.moe import MoE
 from dslib.architecture.whole import Losses, Whole
 
 
+class Filled:
+    """Sorted :class:`Pairs`, each expert's filled up to a multiple of ``UNIT`` rows with pairs of weight 0.
+
+    oneDNN, which multiplies bfloat16 on CPUs, builds a kernel for every new number of rows: 2 to 6 ms, for products of
+    0.15 ms. Loads change with every step; rounded up they soon repeat.
+
+    Attributes:
+        tokens: int64, (S',): whose state each row holds; token 0's where it only fills.
+        rows: int64, (S,): where each sorted pair is. places: int64, (N, k): where each token's pairs are.
+        slices: (expert, its rows), for experts that have any.
+    """
+
+    UNIT = 64
+
+    def __init__(self, pairs: Pairs):
+        filling = -pairs.load % self.UNIT  # (E,)
+        before = filling.cumsum(0) - filling
+        self.rows = torch.arange(len(pairs.order), device=before.device) + before[pairs.experts]
+        self.places, self.order = self.rows[pairs.places], pairs.order
+        ends = list(accumulate(-(-count // self.UNIT) * self.UNIT for count in pairs.counts))
+        starts = [0, *ends[:-1]]
+        self.tokens = pairs.tokens.new_zeros(ends[-1]).index_copy(0, self.rows, pairs.tokens)
+        self.slices = [(e, slice(*at)) for e, at in enumerate(zip(starts, ends, strict=True)) if at[0] < at[1]]
+
+
 class Mixture(torch.autograd.Function):
-    """``sum over k of weight * expert(x)``: (N, H), sorted :class:`Pairs`, (N, k), (E, 2 I, H), (E, H, I) -> (N, H)."""
+    """``sum over k of weight * expert(x)``: (N, H), (N, k), (E, 2 I, H), (E, H, I), pairs -> (N, H)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:
-        rows = x[pairs.tokens]  # (S, H), sorted by expert
-        inside = rows.new_empty(len(rows), gate_up.shape[1])  # (S, 2 I)
-        for expert, at in _slices(pairs):
+    def forward(ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, pairs: Filled) -> Tensor:
+        rows = x[pairs.tokens]  # (S', H), sorted by expert
+        inside = rows.new_empty(len(rows), gate_up.shape[1])  # (S', 2 I)
+        for expert, at in pairs.slices:
             torch.mm(rows[at], gate_up[expert].T, out=inside[at])
         gate, up = inside.chunk(2, dim=-1)
-        inner, out = F.silu(gate) * up, torch.empty_like(rows)  # (S, I), (S, H)
-        for expert, at in _slices(pairs):
+        inner, out = F.silu(gate) * up, torch.empty_like(rows)  # (S', I), (S', H)
+        for expert, at in pairs.slices:
             torch.mm(inner[at], down[expert].T, out=out[at])
         ctx.save_for_backward(rows, weights, gate_up, down, inside, out)
         ctx.pairs = pairs
@@ -49,33 +76,25 @@ class Mixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         rows, weights, gate_up, down, inside, out = ctx.saved_tensors
-        pairs, gradient = ctx.pairs, gradient[ctx.pairs.tokens]  # (S, H): every pair gets its token's gradient
+        pairs, gradient = ctx.pairs, gradient[ctx.pairs.tokens]  # (S', H): every pair gets its token's gradient
         by_weight = (gradient * out).sum(-1)[pairs.places]  # (N, k)
-        by_out = gradient * weights.flatten()[pairs.order].unsqueeze(1).to(gradient.dtype)  # (S, H)
+        sorted_weights = weights.flatten()[pairs.order].to(gradient.dtype)
+        by_out = gradient * gradient.new_zeros(len(rows)).index_copy(0, pairs.rows, sorted_weights).unsqueeze(1)
         gate, up = inside.chunk(2, dim=-1)
         slope = gate.sigmoid()
         silu = gate * slope
         inner, by_inner, by_down = silu * up, torch.empty_like(gate), torch.zeros_like(down)
-        for expert, at in _slices(pairs):
+        for expert, at in pairs.slices:
             torch.mm(by_out[at], down[expert], out=by_inner[at])
             torch.mm(by_out[at].T, inner[at], out=by_down[expert])
         # silu'(g) = s(g) (1 + g (1 - s(g)))
         by_inside = torch.cat((by_inner * up * torch.addcmul(slope, silu, 1 - slope), by_inner * silu), dim=-1)
         by_rows, by_gate_up = torch.empty_like(rows), torch.zeros_like(gate_up)
-        for expert, at in _slices(pairs):
+        for expert, at in pairs.slices:
             torch.mm(by_inside[at], gate_up[expert], out=by_rows[at])
             torch.mm(by_inside[at].T, rows[at], out=by_gate_up[expert])
         by_x = F.embedding_bag(pairs.places, by_rows, mode="sum")  # each token's k rows, added up
         return by_x, by_weight.to(weights.dtype), by_gate_up, by_down, None
-
-
-def _slices(pairs: Pairs):
-    """(expert, its slice of the sorted rows), for experts that have any."""
-    start = 0
-    for expert, count in enumerate(pairs.counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
 
 
 class HeadLoss(torch.autograd.Function):
@@ -133,7 +152,7 @@ class QuickLosses:
         flat, experts = normed.flatten(0, -2), mixture.experts
         dtype = autocast_dtype(flat) or flat.dtype
         weights = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
-        pairs = Pairs(routing.indices, experts.num_experts)
+        pairs = Filled(Pairs(routing.indices, experts.num_experts))
         return x + Mixture.apply(flat.to(dtype), routing.weights, *weights, pairs).view_as(x)
 
     def _loss(self, states: Tensor, targets: Tensor) -> Tensor:

@@ -2,17 +2,17 @@
 
 An *arm* is a configuration and a line of why. Runs of one seed read the same rows in the same order, and start from the
 same weights wherever a parameter's name and shape are the same. The learning rate stays level after its rise, so that a
-run may be cut anywhere: at equal tokens, at equal counted FLOPs, at equal seconds on this machine. These are three cuts
-through the same runs::
+run may be cut anywhere: at equal tokens, at equal counted FLOPs, at equal seconds of a machine. These are three cuts
+through the same runs. Seconds are tokens times what a token takes in :func:`token_seconds`, where all arms are timed
+in turn on a quiet machine: so the runs themselves may be made anywhere, beside anything::
 
     arms = {arm: [run(arm, seed) for seed in range(5)] for arm in ARMS}
     difference(arms["frozen router"], arms[BASE], "flops")         # bits a byte; above 0: worse than the base
 
-Every arm is tuned alike, by three rates on a seed of its own. Recorded by
-``make record PART=help-rates-0`` and so on.
+Every arm is tuned alike, by three rates on a seed of its own. Recorded by ``make record PART=help-rates-0``,
+``PART=help-0`` and so on, and ``PART=help-seconds``.
 """
 
-import copy
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -119,48 +119,72 @@ def make(arm: str, seed: int, **changes: Any) -> Whole:
     return model
 
 
-def run(
-    arm: str = BASE, seed: int = 0, rate: float = 8e-3, steps: int = 240, tokens: int = 4096, length: int = 256,
-    seconds: float = 30.0, windows: int = WINDOWS, compiled: bool | None = None, changes: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """One run of an arm. ``rate`` is Muon's; that of AdamW, for the rest, is 3/8 of it, as in :class:`Plan`.
-
-    Returns ``rows``, one every so many ``seconds`` of training and one at the end: ``tokens``, ``flops`` (counted),
-    ``seconds`` (of training alone: neither compiling nor looking at the validation text) and ``bits`` a byte on the
-    windows of validation text; ``parameters``; ``busiest``, of the last step.
-    """
-    one_of(ARMS, arm=arm)
-    whole(1, steps=steps, windows=windows)
-    above(0, rate=rate, seconds=seconds)
-    kind, (text, size) = ARMS[arm], corpus.token_stream("train")
-    model = make(arm, seed, **changes or {})
-    plan = Plan(
+def _plan(kind: Arm, seed: int, rate: float, tokens: int, length: int) -> Plan:
+    """``rate`` is Muon's; that of AdamW, for the rest, is 3/8 of it, as in :class:`Plan`."""
+    return Plan(
         steps=LEVEL, tokens=tokens, length=length, late_length=length, seed=seed, matrix_rate=rate,
         other_rate=rate * Plan.other_rate / Plan.matrix_rate, bias_speed=0.0 if kind.switch else Plan.bias_speed,
         balance_weight=1.0 if kind.switch else Plan.balance_weight,
     )  # fmt: skip
+
+
+def run(
+    arm: str = BASE, seed: int = 0, rate: float = 8e-3, steps: int = 240, tokens: int = 4096, length: int = 256,
+    every: int = 20, windows: int = WINDOWS, precision: str = "bfloat16", compiled: bool | None = None,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One run of an arm; ``rate`` as in :func:`_plan`.
+
+    Returns ``rows``, one every so many steps and one at the end: ``tokens``, ``flops`` (counted), ``bits`` a byte on
+    the windows of validation text, and ``busiest``, the load of the busiest expert over the mean; ``parameters``.
+    """
+    one_of(ARMS, arm=arm)
+    whole(1, steps=steps, every=every, windows=windows)
+    above(0, rate=rate)
+    text, size = corpus.token_stream("train")
+    model, plan = make(arm, seed, **changes or {}), _plan(ARMS[arm], seed, rate, tokens, length)
     held = torch.from_numpy(corpus.token_stream("validation")[0].astype("int64"))
     held, sizes = slices(held, min(WINDOW, length + 1), windows), byte_lengths(corpus.tokenizer())
-    work, rows, looked = training_flops(model, plan) * tokens, [], 0.0
-
-    def train(model: Whole, told) -> None:
-        pretrain(model, text, size / len(text), plan, compiled=compiled, on_progress=told)
-
-    train(copy.deepcopy(model), lambda at: at.step == 2)  # compiles
-    watch = stopwatch()
+    work, rows = training_flops(model, plan) * tokens, []
 
     def told(at: Progress) -> bool:
-        nonlocal looked
-        spent, done = watch.lap() - looked, at.step == steps
-        if done or spent - (rows[-1]["seconds"] if rows else 0) >= seconds:
+        if at.step % every == 0 or at.step == steps:
             bits = bits_per_byte(model, held, sizes)
-            looked = watch.lap() - spent
-            row = {"tokens": at.step * tokens, "flops": at.step * work, "seconds": spent, "bits": bits}
-            rows.append(row | {"busiest": at.busiest})
-        return done
+            rows.append({"tokens": at.step * tokens, "flops": at.step * work, "bits": bits, "busiest": at.busiest})
+        return at.step == steps
 
-    train(model, told)
-    return {"rows": rows, "parameters": count_parameters(model), "busiest": rows[-1]["busiest"]}
+    pretrain(model, text, size / len(text), plan, precision=precision, compiled=compiled, on_progress=told)
+    return {"rows": rows, "parameters": count_parameters(model)}
+
+
+def token_seconds(
+    arms: Sequence[str] = tuple(ARMS), rounds: int = 5, steps: int = 4, tokens: int = 4096, length: int = 256,
+    precision: str = "bfloat16", compiled: bool | None = None, changes: dict[str, Any] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of training a token, optimisers included, for each arm: one a round, in which each arm has its turn."""
+    whole(1, rounds=rounds, steps=steps)
+    models = {arm: make(arm, 0, **changes or {}) for arm in arms}
+    text, size = corpus.token_stream("train")
+
+    def timed(arm: str, model: Whole) -> float:
+        watch, laps = stopwatch(), []
+
+        def told(at: Progress) -> bool:
+            laps.append(watch.lap())
+            return at.step > steps  # the first step is not counted
+
+        plan = _plan(ARMS[arm], 0, 8e-3, tokens, length)
+        pretrain(model, text, size / len(text), plan, precision=precision, compiled=compiled, on_progress=told)
+        return (laps[-1] - laps[0]) / (steps * tokens)
+
+    with torch._dynamo.config.patch(recompile_limit=64):  # to the compiler every arm is another function
+        turns = [{arm: timed(arm, model) for arm, model in models.items()} for _ in range(rounds + 1)]
+    return {arm: [turn[arm] for turn in turns[1:]] for arm in models}  # the first compiles
+
+
+def with_seconds(made: dict[str, Any], a_token: float) -> dict[str, Any]:
+    """A run whose rows also have ``seconds``, at so many a token."""
+    return made | {"rows": [row | {"seconds": row["tokens"] * a_token} for row in made["rows"]]}
 
 
 def bits_at(made: dict[str, Any], cut: str, value: float) -> float:

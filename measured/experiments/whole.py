@@ -161,9 +161,12 @@ def transformers_twin(model: Whole, experts: str = "grouped_mm", dtype: torch.dt
 
 
 def step_speed(
-    length: int = 256, rows: tuple[int, ...] = (16, 32), rounds: int = 7, compiled: bool | None = None
-) -> dict[str, Any]:
-    """A training step of the decoder in float32: forward, backward and AdamW, ours beside transformers' class.
+    length: int = 256, rows: tuple[int, ...] = (16, 32), rounds: int = 7, compiled: bool | None = None,
+    precision: str = "float32",
+) -> dict[str, Any]:  # fmt: skip
+    """A training step of the decoder: forward, backward and AdamW, ours beside transformers' class.
+
+    Weights are float32; with ``precision`` bfloat16 all ways run under autocast.
 
     Every step reads a new batch of the corpus, so that loads change as in training; "quick, one batch" reads one batch
     again and again. Ours runs the prediction module on one row besides.
@@ -171,14 +174,17 @@ def step_speed(
     Returns ``tokens_per_second`` of each way by number of rows (median), and ``ratios``: the quick step's speed over
     each other way's, both at the number of rows that is best for it (median, low, high).
     """
+    one_of(("float32", "bfloat16"), precision=precision)
     tokens, _ = corpus.token_stream("validation")
-    ways, seconds = _steps(compiled), {}
+    ways, seconds, brief = _steps(compiled), {}, precision == "bfloat16"
     for count in rows:
         plan, number = Plan(steps=10**6, tokens=length * count, length=length), iter(range(10**6))
 
         def step(name: str, plan: Plan = plan, number=number) -> None:
             loss, optimizer = ways[name.partition(",")[0]]
-            loss(rows_at(tokens, 0 if name.endswith("one batch") else next(number) % 8, plan)).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=brief):
+                found = loss(rows_at(tokens, 0 if name.endswith("one batch") else next(number) % 8, plan))
+            found.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -9,7 +9,7 @@ from dslib.performance.speed import matrix_parameters
 from measured.experiments import does_it_help as lab
 
 SMALL = {"hidden_size": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 16}
-SHORT = {"steps": 3, "tokens": 128, "length": 32, "windows": 2, "compiled": False, "changes": SMALL}
+SHORT = {"tokens": 128, "length": 32, "precision": "float32", "compiled": False, "changes": SMALL}
 
 
 def test_dense_arms_are_as_large_as_they_say():
@@ -30,18 +30,17 @@ def test_arms_of_a_seed_share_the_weights_that_they_have_in_common():
 
 @pytest.mark.parametrize("arm", lab.ARMS)
 def test_every_arm_trains_and_tells_what_it_used(arm):
-    made = lab.run(arm, **SHORT, seconds=1e-9)
+    made = lab.run(arm, **SHORT, steps=3, windows=2, every=1)
     assert [row["tokens"] for row in made["rows"]] == [128, 256, 384]
     steps = [row["flops"] / row["tokens"] for row in made["rows"]]
     assert steps[0] == pytest.approx(steps[-1]) and steps[0] > 0
-    assert made["rows"][0]["seconds"] < made["rows"][-1]["seconds"]
     assert made["rows"][-1]["bits"] < made["rows"][0]["bits"]
 
 
 def test_a_frozen_router_keeps_its_weights_and_moves_its_bias(monkeypatch):
     kept = {}
     monkeypatch.setattr(lab, "make", lambda *a, make=lab.make, **k: kept.setdefault("model", make(*a, **k)))
-    lab.run("frozen router", **SHORT)
+    lab.run("frozen router", **SHORT, steps=3, windows=2)
     monkeypatch.undo()
     again = [layer.router for layer in moe_layers(lab.make("frozen router", 0, **SMALL))]
     now = [layer.router for layer in moe_layers(kept["model"])]
@@ -60,6 +59,12 @@ def test_the_auxiliary_loss_leaves_the_bias_alone_and_enters_the_loss():
     assert torch.equal(base.losses(rows).next_token, model.losses(rows).next_token)
 
 
+def test_all_arms_are_timed_in_every_round():
+    found = lab.token_seconds(("dense, active size", lab.BASE), rounds=2, steps=1, **SHORT)
+    assert list(found) == ["dense, active size", lab.BASE]
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())
+
+
 def made_up(*bits, each=(100, 10.0, 1.0)):
     tokens, flops, seconds = each
     return {"rows": [
@@ -75,6 +80,8 @@ def test_three_cuts_through_the_same_runs_give_three_answers():
     assert twice("tokens").value == pytest.approx(-0.1)
     assert twice("flops").value == pytest.approx(lab.bits_at(arm, "flops", 30) - 1.0) == pytest.approx(1.4)
     assert twice("seconds").value == pytest.approx(2.9 - 1.0)
+    slower = lab.with_seconds(arm, 0.06)
+    assert [row["seconds"] for row in slower["rows"]] == pytest.approx([6.0, 12.0, 18.0])
     assert twice("tokens").low == pytest.approx(-0.1) and twice("tokens").n == 2
 
 
@@ -82,6 +89,9 @@ BAD_CALLS = [
     (lambda: lab.run("sparse"), "arm"),
     (lambda: lab.run(steps=0), "steps"),
     (lambda: lab.run(rate=0.0), "rate"),
+    (lambda: lab.run(every=0), "every"),
+    (lambda: lab.token_seconds(("sparse",)), "arm"),
+    (lambda: lab.token_seconds(rounds=0), "rounds"),
     (lambda: lab.bits_at(made_up(2.0, 1.0), "joules", 1), "cut"),
     (lambda: lab.bits_at(made_up(2.0, 1.0), "tokens", 50), "100 to 200"),
     (lambda: lab.bits_at(made_up(2.0, 1.0), "tokens", 500), "100 to 200"),

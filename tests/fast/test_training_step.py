@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dslib.architecture.balance import moe_layers
+from dslib.architecture.experts import Pairs
 from dslib.architecture.whole import Whole, tiny_deepseek
-from dslib.fast.training_step import HeadLoss, QuickLosses, compiler
+from dslib.fast.training_step import Filled, HeadLoss, QuickLosses, compiler
 
 SMALL = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "kv_lora_rank": 12,
@@ -44,6 +45,14 @@ def test_losses_gradients_and_choices_are_the_plain_ones(changes, predicted, mon
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert all(map(torch.equal, loads, others_loads))
+
+
+def test_rows_are_filled_up_so_that_few_shapes_occur():
+    pairs = Pairs(torch.tensor([[0, 2], [2, 0], [2, 3]] * 30), 4)  # 60, 0, 90 and 30 rows
+    filled = Filled(pairs)
+    assert [(expert, at.stop - at.start) for expert, at in filled.slices] == [(0, 64), (2, 128), (3, 64)]
+    assert torch.equal(filled.tokens[filled.rows], pairs.tokens)
+    assert torch.equal(filled.tokens[filled.places], torch.arange(90).unsqueeze(1).expand(90, 2))
 
 
 def test_an_expert_that_nobody_chose_gets_a_gradient_of_zero():
