@@ -18,6 +18,7 @@ A checkout with changes is refused: a recording belongs to a commit.
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -63,6 +64,15 @@ GPU_CALLS = (
     (f"{BALANCE}:load_cost", {**LITE, "tokens": 8192, "dtype": "bfloat16", "loads": [0.0, 1.0, 3.0, 9.0]}),
     ("measured.experiments.sampling:sampling_times", {"vocab_size": 129_280, "batch": 64}),
     ("measured.experiments.whole:training_speed", {}),
+    ("measured.experiments.adapters_many:step_times", {"size": "1.3b", "dtype": "bfloat16"}),
+    (
+        "measured.experiments.adapters_many:step_times",
+        {"size": "1.3b", "dtype": "bfloat16", "targets": "every linear layer"},
+    ),
+    (
+        "measured.experiments.upcycling:layer_cost",
+        {"hidden_size": 2048, "inner": 5504, "tokens": [1, 64, 2048], "dtype": "bfloat16", "rounds": 7},
+    ),
 )
 SMALL = {
     "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,
@@ -115,7 +125,7 @@ WHOLE_CALLS = (
     (f"{WHOLE}:step_speed", {"compiled": False, "rows": [16], "rounds": 5}),
     (f"{WHOLE}:step_speed", {"precision": "bfloat16"}),
 )
-HELP, RATES = "measured.experiments.does_it_help", (8e-3, 16e-3, 32e-3)
+HELP, RATES = "measured.experiments.does_it_help", (4e-3, 8e-3, 16e-3)
 HELP_ARMS = (
     "fine-grained, shared", "dense, active size", "dense, total size", "16 experts, top 2", "frozen router",
     "auxiliary loss",
@@ -125,6 +135,10 @@ ADAPTER_RATES = {
     "all weights": (1e-4, 3e-4, 1e-3), "LoRA": (1e-3, 3e-3, 1e-2), "bottleneck": (1e-3, 3e-3, 1e-2),
     "the article's": (1e-4, 3e-4, 1e-3),
 }  # fmt: skip
+UPCYCLING, GROWN = (
+    "measured.experiments.upcycling",
+    ("dense, continued", "copies with noise", "slices", "shared", "from scratch"),
+)
 NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
@@ -205,7 +219,7 @@ PARTS = {
     **{f"whole-{number}": (call,) for number, call in enumerate(WHOLE_CALLS)},
     **{
         f"help-rates-{number}": tuple(
-            (f"{HELP}:run", {"arm": arm, "seed": 100, "rate": rate, "steps": 160}) for rate in RATES
+            (f"{HELP}:run", {"arm": arm, "seed": 100, "rate": rate, "steps": 240}) for rate in RATES
         )
         for number, arm in enumerate(HELP_ARMS)
     },
@@ -217,6 +231,20 @@ PARTS = {
         for number, (arm, rates) in enumerate(ADAPTER_RATES.items())
     },
     "adapters-step": ((f"{ADAPTERS}:beside_peft", {}),),
+    "adapters-many": tuple(
+        (f"{ADAPTERS}_many:step_times", {"size": "smollm2-135m", "targets": targets})
+        for targets in ("queries, keys, values", "every linear layer")
+    ),
+    **{
+        f"upcycling-rates-{number}": tuple(
+            (f"{UPCYCLING}:grow", {"arm": arm, "seed": 100, "rate": rate, "before": 120, "steps": 120}) for rate in RATES
+        )
+        for number, arm in enumerate(GROWN)
+    },
+    **{
+        f"upcycling-{number}": ((f"{UPCYCLING}:grow", {"arm": arm, "seed": seed}),)
+        for number, (arm, seed) in enumerate(itertools.product(GROWN, range(3)))
+    },
     "realtime": tuple((f"{REALTIME}:{name}", {}) for name in ("throughput", "prefix", "long_prompt", "overhead")),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),

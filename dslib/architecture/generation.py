@@ -35,13 +35,13 @@ def decode_loop(
     """
     with inference(model):  # not around the loop: a generator would leave its modes on in its caller between two tokens
         logits = model(ids, cache, positions, last.unsqueeze(1), **seen)  # (B, 1, V), after each one's last token
+        token = choose(logits[:, -1], 1)  # (B,)
     for count in itertools.count(1):
-        with inference(model):
-            token = choose(logits[:, -1], count)  # (B,)
         yield token
         with inference(model):
             where = None if positions is None else (last + count).unsqueeze(1)  # (B, 1)
             logits = model(token.unsqueeze(1), cache, where, **seen)  # (B, 1, V)
+            token = choose(logits[:, -1], count + 1)
 
 
 def generate(

@@ -15,6 +15,8 @@ from torch.nn.modules import module as torch_modules
 
 from dslib.exact import as_written, written
 
+NO_SETTINGS = ("training", "last_routing")  # attributes of modules that decide nothing about a result
+
 
 class Shortcut:
     """Base of all: called as the ``forward`` of the module that it stands for.
@@ -94,7 +96,7 @@ class Snapshot:
         self._modules = [part for name, part in named if name.partition(".")[0] not in skip]
         owns = [vars(part) for part in self._modules if type(part) in kinds]
         # Where to look, as (dict, key): looking itself happens once a token.
-        public = [(own, name) for own in owns for name in own if not name.startswith("_") and name != "training"]
+        public = [(own, name) for own in owns for name in own if not name.startswith("_") and name not in NO_SETTINGS]
         self._places = public + [(vars(model.config), name) for name in vars(model.config)]
         self._places += [(part._modules, name) for part in self._modules for name in part._modules]
         self._tensors = [

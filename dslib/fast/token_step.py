@@ -17,16 +17,19 @@ from torch import Tensor, nn
 
 from dslib.architecture.cache import KVCache, PreallocatedCache
 from dslib.architecture.decoder import Decoder
+from dslib.architecture.experts import Experts
 from dslib.architecture.fusion import VisionLanguageDecoder
-from dslib.architecture.int4.layers import Int4Linear
+from dslib.architecture.int4.layers import Int4Experts, Int4Linear
 from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU
+from dslib.architecture.moe import MoE, Router
+from dslib.architecture.published import MultiHeadLatentAttention
 from dslib.architecture.sparse_decoder import SparseBlock, SparseDecoder
 from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention, ImageContext, SeeingBlock
 from dslib.architecture.window import RollingCache
 from dslib.exact import as_written, own_method, unlike, written
 from dslib.fast.int4 import QuickInt4
 from dslib.fast.lean_step import LeanStep
-from dslib.fast.shortcut import Shortcut, Snapshot, shortcut_of, watched
+from dslib.fast.shortcut import NO_SETTINGS, Shortcut, Snapshot, shortcut_of, watched
 
 MODELS = (Decoder, SparseDecoder, VisionLanguageDecoder)
 CACHES = (PreallocatedCache, RollingCache)
@@ -64,7 +67,7 @@ class TokenStep(Shortcut):
             and cache.length < getattr(cache, "max_length", math.inf)
             and (cache.buffer.dtype, cache.buffer.device.type) == (model.embed_tokens.weight.dtype, "cpu")
             and (*cache.buffer.shape[:4], cache.buffer.shape[5])
-            == (config.num_hidden_layers, 2, 1, config.num_key_value_heads, config.head_dim)
+            == (config.num_hidden_layers, config.cache_shape[0], 1, *config.cache_shape[1:])
             and (image is None or (
                 type(model) is VisionLanguageDecoder and image.batch_size == 1
                 and (image.mask is None or image.mask.ndim == 2)  # one mask for all tokens
@@ -93,8 +96,7 @@ class TokenStep(Shortcut):
 def why_not(model: Decoder) -> str | None:
     """What keeps :class:`LeanStep` from standing for the modules of ``model``; None if nothing does.
 
-    Blocks have plain attention and a dense feed-forward network, on a CPU, in the sizes that the configuration says.
-    Weights of four bits need their kernel.
+    Blocks are on a CPU, in the sizes that the configuration says. Weights of four bits need their kernel.
     """
     weight = model.embed_tokens.weight
     if weight.device.type != "cpu":  # elsewhere, kernel launches and not Python set the pace
@@ -104,9 +106,13 @@ def why_not(model: Decoder) -> str | None:
         return "has parameters of several dtypes or devices"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"is in {weight.dtype}"
-    if (reason := changed(model)) is not None:
+    if (reason := changed(model, (*KINDS, Int4Experts))) is not None:
         return reason
+    if getattr(model.config, "num_hash_layers", 0):
+        return "chooses experts by token id"
     for name, part in model.named_modules():
+        if isinstance(part, MultiHeadLatentAttention) and isinstance(part.kv_b_proj, Int4Linear):
+            return f"{name}.kv_b_proj has four bits"
         if isinstance(part, Int4Linear):
             quick = shortcut_of(part)
             reason = quick.why_not() if isinstance(quick, QuickInt4) else "is not prepared"
@@ -121,7 +127,13 @@ KNOWN = {
     **dict.fromkeys(MODELS, "config embed_tokens layers norm lm_head vision projector"),
     Block: _BLOCK,
     Attention: "qkv_proj o_proj query_heads kv_heads head_dim window sinks",
+    MultiHeadLatentAttention: "q_proj q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj "
+    "o_proj heads rank nope rope value scale compressed_queries",
     SwiGLU: "gate_up_proj down_proj",
+    MoE: "router experts shared_experts shared_expert_gate",
+    Router: "hidden_size num_experts top_k scoring_func norm_topk_prob n_group topk_group routed_scaling_factor weight "
+    "tid2eid e_score_correction_bias",
+    Experts: "num_experts hidden_size intermediate_size swiglu_limit gate_up_proj down_proj",
     RMSNorm: "weight eps",
     nn.Embedding: "weight num_embeddings embedding_dim norm_type",
     nn.Linear: "weight bias in_features out_features",
@@ -187,7 +199,7 @@ def _parts(model: Decoder) -> dict[str, nn.Module]:
 
 def _held(part: nn.Module) -> dict:
     """By name, the settings of a module and the shapes of its parameters."""
-    held = {name: value for name, value in vars(part).items() if name not in ("training", "forward", "config")}
+    held = {name: value for name, value in vars(part).items() if name not in ("forward", "config", *NO_SETTINGS)}
     shapes = {name: value if value is None else value.shape for name, value in part._parameters.items()}
     return {name: value for name, value in (held | shapes).items() if name[0] != "_"}
 
@@ -197,6 +209,6 @@ def _same(part: nn.Module, like: nn.Module) -> bool:
     own, wanted = _held(part), _held(like)
     if isinstance(like, nn.Linear) and not isinstance(part, nn.Linear):  # a layer of fewer bits may stand there
         return all(own.get(name) == wanted[name] for name in ("in_features", "out_features"))
-    if type(like) not in KNOWN:
+    if type(like) not in KNOWN or (type(like) is Experts and type(part) is Int4Experts):
         return True
     return type(part) is type(like) and all(own.get(name) == wanted[name] for name in wanted)

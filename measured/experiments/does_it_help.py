@@ -1,10 +1,11 @@
 """Does an idea help? The course's model against the same model with one thing changed: paired runs, three cuts.
 
 An *arm* is a configuration and a line of why. Runs of one seed read the same rows in the same order, and start from the
-same weights wherever a parameter's name and shape are the same. The learning rate stays level after its rise, so that a
-run may be cut anywhere: at equal tokens, at equal counted FLOPs, at equal seconds of a machine. These are three cuts
-through the same runs. Seconds are tokens times what a token takes in :func:`token_seconds`, where all arms are timed
-in turn on a quiet machine: so the runs themselves may be made anywhere, beside anything::
+same weights wherever a parameter's name and shape are the same. The learning rate stays level after its rise, and what
+is judged is a running average of the weights, so that a run may be cut anywhere: at equal tokens, at equal counted
+FLOPs, at equal seconds of a machine. These are three cuts through the same runs. Seconds are tokens times what a token
+takes in :func:`token_seconds`, where all arms are timed in turn on a quiet machine: so the runs themselves may be made
+anywhere, beside anything::
 
     arms = {arm: [run(arm, seed) for seed in range(5)] for arm in ARMS}
     difference(arms["frozen router"], arms[BASE], "flops")         # bits a byte; above 0: worse than the base
@@ -14,7 +15,8 @@ Every arm is tuned alike, by three rates on a seed of its own. Recorded by ``mak
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,15 +130,45 @@ def _plan(kind: Arm, seed: int, rate: float, tokens: int, length: int) -> Plan:
     )  # fmt: skip
 
 
+class Average:
+    """A running average of a model's weights, over about 25 steps; all steps so far while they are few.
+
+    It stands in for the fall of the learning rate at the end of a run: both average out the last steps' noise.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.weights = list(model.parameters())
+        self.average = [weight.detach().clone() for weight in self.weights]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        torch._foreach_lerp_(self.average, [weight.detach() for weight in self.weights], max(0.04, 1 / self.steps))
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The model with these weights; afterwards it has its own again."""
+        own = [weight.data for weight in self.weights]
+        for weight, average in zip(self.weights, self.average, strict=True):
+            weight.data = average
+        try:
+            yield
+        finally:
+            for weight, data in zip(self.weights, own, strict=True):
+                weight.data = data
+
+
 def run(
-    arm: str = BASE, seed: int = 0, rate: float = 8e-3, steps: int = 240, tokens: int = 4096, length: int = 256,
-    every: int = 20, windows: int = WINDOWS, precision: str = "bfloat16", compiled: bool | None = None,
+    arm: str = BASE, seed: int = 0, rate: float = 8e-3, steps: int = 480, tokens: int = 2048, length: int = 256,
+    every: int = 40, windows: int = WINDOWS, precision: str = "bfloat16", compiled: bool | None = None,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One run of an arm; ``rate`` as in :func:`_plan`.
 
     Returns ``rows``, one every so many steps and one at the end: ``tokens``, ``flops`` (counted), ``bits`` a byte on
-    the windows of validation text, and ``busiest``, the load of the busiest expert over the mean; ``parameters``.
+    the windows of validation text, of the averaged weights, and ``busiest``, the load of the busiest expert over the
+    mean; ``parameters``.
     """
     one_of(ARMS, arm=arm)
     whole(1, steps=steps, every=every, windows=windows)
@@ -145,11 +177,13 @@ def run(
     model, plan = make(arm, seed, **changes or {}), _plan(ARMS[arm], seed, rate, tokens, length)
     held = torch.from_numpy(corpus.token_stream("validation")[0].astype("int64"))
     held, sizes = slices(held, min(WINDOW, length + 1), windows), byte_lengths(corpus.tokenizer())
-    work, rows = training_flops(model, plan) * tokens, []
+    work, rows, average = training_flops(model, plan) * tokens, [], Average(model)
 
     def told(at: Progress) -> bool:
+        average.step()
         if at.step % every == 0 or at.step == steps:
-            bits = bits_per_byte(model, held, sizes)
+            with average():
+                bits = bits_per_byte(model, held, sizes)
             rows.append({"tokens": at.step * tokens, "flops": at.step * work, "bits": bits, "busiest": at.busiest})
         return at.step == steps
 
@@ -158,7 +192,7 @@ def run(
 
 
 def token_seconds(
-    arms: Sequence[str] = tuple(ARMS), rounds: int = 5, steps: int = 4, tokens: int = 4096, length: int = 256,
+    arms: Sequence[str] = tuple(ARMS), rounds: int = 5, steps: int = 4, tokens: int = 2048, length: int = 256,
     precision: str = "bfloat16", compiled: bool | None = None, changes: dict[str, Any] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of training a token, optimisers included, for each arm: one a round, in which each arm has its turn."""

@@ -30,8 +30,8 @@ def test_arms_of_a_seed_share_the_weights_that_they_have_in_common():
 
 @pytest.mark.parametrize("arm", lab.ARMS)
 def test_every_arm_trains_and_tells_what_it_used(arm):
-    made = lab.run(arm, **SHORT, steps=3, windows=2, every=1)
-    assert [row["tokens"] for row in made["rows"]] == [128, 256, 384]
+    made = lab.run(arm, **SHORT, steps=5, windows=2, every=2)
+    assert [row["tokens"] for row in made["rows"]] == [256, 512, 640]
     steps = [row["flops"] / row["tokens"] for row in made["rows"]]
     assert steps[0] == pytest.approx(steps[-1]) and steps[0] > 0
     assert made["rows"][-1]["bits"] < made["rows"][0]["bits"]
@@ -57,6 +57,19 @@ def test_the_auxiliary_loss_leaves_the_bias_alone_and_enters_the_loss():
     assert 4 * 4 * 0.99 < scale < 4 * 16  # four layers; even routing of 4 of 16 gives 4 in each
     base = lab.make(lab.BASE, 0, **SMALL).train()
     assert torch.equal(base.losses(rows).next_token, model.losses(rows).next_token)
+
+
+def test_the_average_is_of_the_last_steps_and_leaves_the_weights_alone():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = lab.Average(model)
+    for value in range(1, 61):
+        model.weight.data.fill_(value)
+        average.step()
+        if value == 25:  # all so far count the same
+            assert average.average[0].item() == pytest.approx(13.0)
+    with average():
+        assert 60 - 30 < model.weight.item() < 60 - 20  # 60 less 24, and what is left of the beginning
+    assert model.weight.item() == 60 and isinstance(model.weight, torch.nn.Parameter)
 
 
 def test_all_arms_are_timed_in_every_round():

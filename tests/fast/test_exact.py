@@ -374,14 +374,16 @@ def test_the_shortcut_is_taken_where_nothing_was_changed(cache, monkeypatch):
     for config in (
         MODELS["window, bias"],
         FusionConfig(*SIZES, cross_attention_every=2, sliding_window=5),
+        MODELS["experts"],
+        MODELS["latent"],
         MODELS["dense"],
     ):
         model, kind = used(config), cache if config.sliding_window else "preallocated"
         taken.clear()
         generate(model, [PROMPT], 6, cache=kind)
         assert why_not(model) is None and len(taken) == 5  # the first token is the prompt's
-    model = used(MODELS["experts"])
-    assert why_not(model) == "layers.0.mlp is a MoE" and scoring.why_not(model) is None
+    model = used(dataclasses.replace(MODELS["experts"], num_hash_layers=1))
+    assert why_not(model) == "chooses experts by token id" and scoring.why_not(model) is None
 
 
 def test_kinds_biases_and_watchers(monkeypatch):

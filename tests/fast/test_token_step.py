@@ -1,5 +1,8 @@
 """The lean step computes what the decoder computes."""
 
+import functools
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from torch import nn
 from dslib import fast
 from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.int4.layers import Int4Linear, quantize_
+from dslib.architecture.sparse_decoder import SparseConfig, SparseDecoder
 from dslib.fast.lean_step import LeanStep
 from dslib.fast.token_step import why_not
 
@@ -95,15 +99,79 @@ def test_is_as_near_to_float32_as_the_decoder_in_bfloat16(size, kind, window):
     assert lean_error < 1.5 * full_error
 
 
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8}
+V3 = {"scoring_func": "sigmoid", "selection_bias": True, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
+SPARSE = {
+    "V3": LATENT | V3 | {"first_k_dense_replace": 1},
+    "V2": LATENT | {"q_lora_rank": 9, "norm_topk_prob": False, "n_shared_experts": 2},
+    "groups of experts": LATENT | V3 | {"n_group": 2, "topk_group": 1},
+    "plain attention": {"sliding_window": 7},
+}
+
+
+def sparse(name, dtype=torch.float32):
+    sizes = (60, 32, 48, 3, 4, 2)
+    model = build(SparseConfig(*sizes, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=16, **SPARSE[name]))
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.normal_(tensor, mean=float(tensor.ndim == 1), std=0.3, generator=generator)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_equals_the_decoder_with_latents_and_experts(name):
+    lean, full, uncached = both(sparse(name), "preallocated")
+    assert full.std() > 0.3
+    torch.testing.assert_close(lean, full, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lean, uncached, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixture_tells_its_routing_and_what_is_wrong_with_it():
+    model = sparse("V3")
+    fast.prepare(model)
+    with torch.inference_mode():
+        cache = model.make_cache(max_length=4)
+        model(torch.tensor([[1]]), cache)
+        told = model.layers[1].mlp.last_routing
+        SparseDecoder.forward(model, torch.tensor([[1]]))
+        again = model.layers[1].mlp.last_routing
+        assert torch.equal(told.indices, again.indices)
+        for name in ("logits", "scores", "weights"):
+            torch.testing.assert_close(getattr(told, name), getattr(again, name), atol=1e-5, rtol=1e-5)
+        for tensor, words in ((model.layers[2].mlp.router.weight, "NaN"), (model.embed_tokens.weight, "NaN")):
+            before = tensor.clone()
+            tensor[:] = float("nan")
+            with pytest.raises(ValueError, match=words):
+                model(torch.tensor([[1]]), cache)
+            tensor.copy_(before)
+        model.layers[1].mlp.router.e_score_correction_bias[2:] = -torch.inf
+        with pytest.raises(ValueError, match="fewer than top_k experts"):
+            model(torch.tensor([[1]]), model.make_cache(max_length=4))
+
+
+def tensors_of(thing):
+    """All tensors that a function, or what it is made of, holds on to."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            yield from tensors_of(part)
+    elif isinstance(thing, functools.partial):
+        yield from tensors_of((*thing.args, *thing.keywords.values()))
+    elif inspect.isfunction(thing):
+        yield from tensors_of([cell.cell_contents for cell in thing.__closure__ or ()])
+
+
 def test_keeps_views_of_the_weights_not_copies():
     model = noisy(SIZES["chunks of 4"], tie_word_embeddings=True)
-    kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    step, found = LeanStep(model), set()
-    for part in (*step.layers, (step.head,)):
-        for product in part:
-            if not isinstance(product, int):  # the place of a norm
-                found |= {t.untyped_storage().data_ptr() for t in product.keywords.values()}
+    kept, step = {p.untyped_storage().data_ptr() for p in model.parameters()}, LeanStep(model)
+    found = {t.untyped_storage().data_ptr() for t in tensors_of([*step.layers, step.head])}
     assert found <= kept and len(found) == 2 * 4 + 1
+    model = sparse("V3")
+    held = (*model.parameters(), *model.buffers())
+    kept, step = {p.untyped_storage().data_ptr() for p in held}, LeanStep(model)
+    found = {t.untyped_storage().data_ptr() for t in tensors_of([*step.layers, step.head])}
+    assert found <= kept and len(found) == 3 * 4 + 2 + 2 * 6 + 1
 
 
 ONE = torch.tensor([[1]])
