@@ -27,8 +27,7 @@ def figures() -> dict:
     lines = {order: counted[str(order)] for order in NAMES}
     passed = {order: next(minute for minute, bits in curve if bits < line) for order, line in lines.items()}
     ours = recordings.recorded(whole.model_bits, split="test").result
-    best = recordings.recorded(ngram.ngram_baselines).result["test"]["bits_per_byte"]["6"]["all"][0]
-    test = {"ours": sum(ours["bits"]) / sum(ours["bytes"]), "counted": best}
+    test = whole.beside_counting(ours, recordings.recorded(ngram.ngram_baselines).result["test"])[0]
     return {"curve": curve, "lines": lines, "passed": passed, "test": test, "minutes": history[-1]["seconds"] / 60}
 
 

@@ -9,8 +9,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
-
 from dslib.architecture.whole import HASHES
 from dslib.data import corpus
 from measured import recordings
@@ -85,10 +83,10 @@ work.
 
 def evaluation(split: str) -> str:
     ours = recordings.recorded(whole.model_bits, split=split).result
-    counted = recordings.recorded(ngram.ngram_baselines).result[split]
-    bits, six, size = (np.array(one) for one in (ours["bits"], counted["bits"]["6"], ours["bytes"]))
-    (rate, *_), best, (gain, low, high) = ngram.rate(bits, size), ngram.rate(six, size), ngram.rate(six - bits, size)
-    return f"| {split} | {len(bits)} | {rate:.3f} | {best[0]:.3f} | {gain:.3f} ({low:.3f} to {high:.3f}) |"
+    found = whole.beside_counting(ours, recordings.recorded(ngram.ngram_baselines).result[split])[0]
+    gain, low, high = found["better"]
+    rates = f"{found['ours']:.3f} | {found['counted']:.3f}"
+    return f"| {split} | {found['documents']} | {rates} | {gain:.3f} ({low:.3f} to {high:.3f}) |"
 
 
 def card() -> str:

@@ -198,10 +198,10 @@ def byte_lengths(tokenizer: Any) -> Tensor:
 def bits_per_byte(model: Whole, rows: Tensor, lengths: Tensor, context: int = 0) -> float:
     """Bits a byte that ``model`` needs for the tokens behind the first ``context + 1`` of each row, (B, T) ids.
 
-    ``lengths`` is :func:`byte_lengths`. Sixteen rows at a time.
+    ``lengths`` is :func:`byte_lengths`. Sixteen rows at a time, on the model's device.
     """
-    bits, size = 0.0, int(lengths[rows[:, context + 1 :]].sum())
-    for some in rows.split(16):
+    bits, size = 0.0, int(lengths.to(rows.device)[rows[:, context + 1 :]].sum())
+    for some in rows.to(next(model.parameters()).device).split(16):
         logits = model(some[:, :-1])[:, context:].float().flatten(0, 1)
         bits += float(torch.nn.functional.cross_entropy(logits, some[:, context + 1 :].flatten(), reduction="sum"))
     return bits / math.log(2) / size

@@ -42,6 +42,7 @@ from dslib.performance.pretrain import (
     training_flops,
 )  # fmt: skip
 from dslib.performance.statistics import Mean, mean_interval
+from measured.machine import best_device
 from measured.timing import stopwatch
 
 BASE = "fine-grained, shared"
@@ -118,7 +119,7 @@ def make(arm: str, seed: int, **changes: Any) -> Whole:
     if kind.frozen_router:
         for layer in moe_layers(model):
             layer.router.weight.requires_grad_(False)
-    return model
+    return model.to(best_device())
 
 
 def _plan(kind: Arm, seed: int, rate: float, tokens: int, length: int) -> Plan:

@@ -21,9 +21,9 @@ from dslib.data.text import slices
 from dslib.fast.training_step import QuickLosses, compiler
 from dslib.performance.pretrain import WINDOW, WINDOWS, Plan, byte_lengths, pretrain, rows_at
 from dslib.performance.speculative import PredictionDraft, speculate
-from measured.experiments.ngram import KneserNey
+from measured.experiments.ngram import KneserNey, rate
 from measured.machine import best_device
-from measured.timing import Timing, compare, measure, ratio
+from measured.timing import Ratio, Timing, compare, measure, ratio
 
 
 @torch.inference_mode()
@@ -65,6 +65,55 @@ def prompts_of(split: str, count: int, length: int = 32) -> list[list[int]]:
     return [[ends, *one[: length - 1].tolist()] for one in corpus.encode(document.text for document in chosen)]
 
 
+def beside_counting(ours: dict[str, Any], counted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of :func:`model_bits` and of ``ngram_baselines`` for one split, document by document.
+
+    One row for all documents and one for each source: ``source``, ``documents``, ``ours`` and ``counted`` in bits a
+    byte, and ``better``, the difference with its 95 % interval over documents (value, low, high).
+    """
+    if ours["documents"] != counted["documents"]:
+        raise ValueError("counted: got other documents than ours, expected the same in the same order")
+    bits, best, size = (np.array(part) for part in (ours["bits"], counted["bits"]["6"], ours["bytes"]))
+    source = [name.split("/")[0] for name in ours["documents"]]
+    rows = []
+    for name in ("all", *dict.fromkeys(source)):
+        at = np.array([name in ("all", one) for one in source])
+        rates = {key: part[at].sum() / size[at].sum() for key, part in (("ours", bits), ("counted", best))}
+        row = {"source": name, "documents": int(at.sum()), **rates}
+        rows.append(row | {"better": rate((best - bits)[at], size[at])})
+    return rows
+
+
+def _drafted(model: Whole, texts: list, new_tokens: int, count: int, sampling: Sampling | None = None) -> list:
+    """Each text continued with ``count`` guesses of the prediction module a pass; seeds are the texts' numbers."""
+    made = []
+    for seed, text in enumerate(texts):
+        draft, drawn = PredictionDraft(model, len(text) + new_tokens + count), {}
+        if sampling is not None:
+            drawn = {"sampling": sampling, "seed": seed}
+        made.append(speculate(model.decoder, text, new_tokens, draft, count, **drawn))
+        draft.close()
+    return made
+
+
+def _draft_times(model: Whole, texts: list, new_tokens: int, rounds: int, sampling: Sampling | None = None, **more):
+    """Readings of plain decoding, of one guess and two, and of what else is given, side by side; all texts each."""
+    drawn = {} if sampling is None else {"sampling": sampling, "seed": 0}
+    return compare(
+        {
+            "plain": lambda: [generate(model.decoder, [text], new_tokens, **drawn) for text in texts],
+            "1": lambda: _drafted(model, texts, new_tokens, 1, sampling),
+            "2": lambda: _drafted(model, texts, new_tokens, 2, sampling),
+            **more,
+        },
+        rounds=rounds, warmup=0,
+    )  # fmt: skip
+
+
+def _triple(found: Ratio) -> list[float]:
+    return [found.median, found.low, found.high]
+
+
 def module_drafts(prompts: int = 24, new_tokens: int = 96, rounds: int = 5) -> dict[str, Any]:
     """The prediction module as a draft, greedy, float32, on the beginnings of validation documents.
 
@@ -76,39 +125,24 @@ def module_drafts(prompts: int = 24, new_tokens: int = 96, rounds: int = 5) -> d
     texts = prompts_of("validation", prompts)
     fast.prepare(model.decoder)
     wanted = [generate(model.decoder, [text], new_tokens)[0].tokens for text in texts]
-
-    def drafted(count: int) -> list:
-        made = []
-        for text in texts:
-            draft = PredictionDraft(model, len(text) + new_tokens + count)
-            made.append(speculate(model.decoder, text, new_tokens, draft, count))
-            draft.close()
-        return made
-
-    rows = []
-    for count in (1, 2):
-        for text, (run, want) in enumerate(zip(drafted(count), wanted, strict=True)):
-            rows.append({
-                "prompt": text, "count": count, "same_tokens": run.tokens == want, "acceptance": run.acceptance,
-                "tokens_per_pass": run.tokens_per_pass,
-            })  # fmt: skip
+    rows = [
+        {
+            "prompt": number, "count": count, "same_tokens": run.tokens == want, "acceptance": run.acceptance,
+            "tokens_per_pass": run.tokens_per_pass,
+        }
+        for count in (1, 2)
+        for number, (run, want) in enumerate(zip(_drafted(model, texts, new_tokens, count), wanted, strict=True))
+    ]  # fmt: skip
     theirs = transformers_twin(model)
-    ways = {
-        "plain": lambda: [generate(model.decoder, [text], new_tokens) for text in texts],
-        "1": lambda: drafted(1),
-        "2": lambda: drafted(2),
-        "transformers": lambda: [
-            theirs.generate(torch.tensor([text]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
-            for text in texts
-        ],
-    }
-    seconds = compare(ways, rounds=rounds, warmup=0)
-    times = {name: ratio(seconds["plain"], seconds[name]) for name in ("1", "2")}
-    against = ratio(seconds["transformers"], seconds["plain"])
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+    seconds = _draft_times(
+        model, texts, new_tokens, rounds,
+        transformers=lambda: [theirs.generate(torch.tensor([text]), **options) for text in texts],
+    )  # fmt: skip
     return {
         "rows": rows,
-        "times": {name: [one.median, one.low, one.high] for name, one in times.items()},
-        "transformers": [against.median, against.low, against.high],
+        "times": {name: _triple(ratio(seconds["plain"], seconds[name])) for name in ("1", "2")},
+        "transformers": _triple(ratio(seconds["transformers"], seconds["plain"])),
         "tokens_per_second": prompts * new_tokens / seconds["plain"].median,
     }
 
@@ -124,28 +158,13 @@ def sampled_drafts(
     model, _ = load()
     texts, sampling = prompts_of("validation", prompts), Sampling(temperature=temperature)
     fast.prepare(model.decoder)
-
-    def drafted(count: int) -> list:
-        made = []
-        for seed, text in enumerate(texts):
-            draft = PredictionDraft(model, len(text) + new_tokens + count)
-            made.append(speculate(model.decoder, text, new_tokens, draft, count, sampling=sampling, seed=seed))
-            draft.close()
-        return made
-
     rows = [
         {"count": count, "acceptance": run.acceptance, "tokens_per_pass": run.tokens_per_pass}
         for count in (1, 2)
-        for run in drafted(count)
+        for run in _drafted(model, texts, new_tokens, count, sampling)
     ]
-    ways = {
-        "plain": lambda: [generate(model.decoder, [one], new_tokens, sampling=sampling, seed=0) for one in texts],
-        "1": lambda: drafted(1),
-        "2": lambda: drafted(2),
-    }
-    seconds = compare(ways, rounds=rounds, warmup=0)
-    times = {name: ratio(seconds["plain"], seconds[name]) for name in ("1", "2")}
-    return {"rows": rows, "times": {name: [one.median, one.low, one.high] for name, one in times.items()}}
+    seconds = _draft_times(model, texts, new_tokens, rounds, sampling)
+    return {"rows": rows, "times": {name: _triple(ratio(seconds["plain"], seconds[name])) for name in ("1", "2")}}
 
 
 def transformers_twin(model: Whole, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> Any:

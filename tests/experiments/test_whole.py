@@ -42,6 +42,18 @@ def test_every_document_is_judged_and_counted_in_bytes(shipped):
     assert 0.8 < rate < 1.46  # below what any n-gram reaches on all of it
 
 
+def test_the_model_is_compared_with_counting_document_by_document():
+    ours = {"documents": ["a/1", "b/1", "a/2"], "bytes": [10, 30, 10], "bits": [10.0, 60.0, 20.0]}
+    counted = {"documents": ours["documents"], "bits": {"6": [15.0, 60.0, 30.0]}}
+    every, first, second = lab.beside_counting(ours, counted)
+    assert (every["source"], first["source"], second["source"]) == ("all", "a", "b")
+    assert (every["documents"], every["ours"], every["counted"]) == (3, 90 / 50, 105 / 50)
+    assert every["better"][0] == pytest.approx(15 / 50) and first["better"][0] == pytest.approx(15 / 20)
+    assert second["better"] == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="other documents"):
+        lab.beside_counting(ours, counted | {"documents": ["a/1"]})
+
+
 def test_drafts_write_the_same_text_and_some_guesses_stay():
     made = lab.module_drafts(prompts=2, new_tokens=16, rounds=1)
     assert [(row["count"], row["prompt"]) for row in made["rows"]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
@@ -65,7 +77,7 @@ def test_the_ways_to_train_compute_one_loss(shipped):
 
 
 def test_steps_are_compared_at_the_rows_that_are_best_for_each():
-    made = lab.step_speed(length=16, rows=(32, 64), rounds=2, compiled=False)
+    made = lab.step_speed(length=16, rows=(32, 64), rounds=2, compiled=False, precision="bfloat16")
     assert made["compiled"] is False
     assert set(made["ratios"]) == set(made["tokens_per_second"]) - {"quick"}
     assert all(set(rates) == {"32", "64"} for rates in made["tokens_per_second"].values())

@@ -71,6 +71,8 @@ def config_from_hf(config: Any) -> DecoderConfig:
 def config_to_hf(config: SparseConfig) -> dict[str, Any]:
     """The fields of a ``config.json`` for transformers' DeepSeek-V3 class; all are set, as its defaults are V3's own.
 
+    Those of the rule too, which that class does not read, but servers do: vLLM gives a router its bias by them.
+
     Raises ValueError for another rule of choice, or stretched positions.
     """
     same = (
@@ -84,7 +86,7 @@ def config_to_hf(config: SparseConfig) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
         **{name: getattr(config, name) for name in same}, "n_routed_experts": config.num_experts,
-        "rope_theta": config.rope_theta, "rope_interleave": True, "hidden_act": "silu", "attention_bias": False,
+        "rope_theta": config.rope_theta, **_FIXED["deepseek_v3"], "hidden_act": "silu", "attention_bias": False,
         "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
 
