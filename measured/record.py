@@ -73,6 +73,7 @@ GPU_CALLS = (
         "measured.experiments.upcycling:layer_cost",
         {"hidden_size": 2048, "inner": 5504, "tokens": [1, 64, 2048], "dtype": "bfloat16", "rounds": 7},
     ),
+    ("measured.experiments.does_it_help:token_seconds", {}),
 )
 SMALL = {
     "size": "tiny", "batches": [1, 4], "prompts": [16, 64], "prompt_tokens": 16, "new_tokens": 16, "roof_seconds": 0.05,
@@ -237,7 +238,8 @@ PARTS = {
     ),
     **{
         f"upcycling-rates-{number}": tuple(
-            (f"{UPCYCLING}:grow", {"arm": arm, "seed": 100, "rate": rate, "before": 120, "steps": 120}) for rate in RATES
+            (f"{UPCYCLING}:grow", {"arm": arm, "seed": 100, "rate": rate, "before": 120, "steps": 120})
+            for rate in RATES
         )
         for number, arm in enumerate(GROWN)
     },

@@ -1,7 +1,7 @@
 """An adapter's own files: its configuration and its few weights, and nothing of the model. A LoRA's are those of peft.
 
-    save(adapter, "folder")
-    adapter = load(model, "folder")
+    save(adapter, "folder")                     # peft reads it
+    adapter = load(model, "folder")             # also one that peft has written
 
 Book: ``chapters/migration/adapters.ipynb``. Source: the checkpoint format of Hugging Face's peft.
 """
@@ -23,6 +23,16 @@ MADE_BY = {
     "lora": (lora, {"rank": "r", "alpha": "lora_alpha"}),
     "bottleneck": (bottleneck, {"size": "size", "inner": "inner"}),
 }
+# Fields of peft's configuration that make another computation of the same two matrices.
+OTHER_RULES = (
+    "use_rslora",
+    "use_dora",
+    "alpha_pattern",
+    "rank_pattern",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+)
 
 
 def save(adapter: Adapter, folder: str | Path) -> None:
@@ -38,17 +48,22 @@ def save(adapter: Adapter, folder: str | Path) -> None:
 
 
 def load(model: nn.Module, folder: str | Path) -> Adapter:
-    """Attach what :func:`save` wrote.
+    """Attach what :func:`save`, or peft's ``save_pretrained`` for a LoRA, wrote.
 
-    Raises ValueError where it does not belong to this model, or tensors are missing or too many; nothing is attached.
+    Raises ValueError where it does not belong to this model, tensors are missing or too many, or peft's configuration
+    asks for another rule (such as DoRA); nothing is attached.
     """
     folder = Path(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    kind, names = str(config.get("peft_type")).lower(), config["target_modules"]
+    kind, targets = str(config.get("peft_type")).lower(), config["target_modules"]
+    targets = [targets] if isinstance(targets, str) else targets
     check.one_of(MADE_BY, peft_type=kind)
-    modules = dict(model.named_modules())
-    if missing := [name for name in names if name not in modules]:
+    if other := next((field for field in OTHER_RULES if config.get(field)), None):
+        raise ValueError(f"{folder}: {other} is {config[other]!r}, expected none: that is another rule than LoRA's")
+    found = {target: [name for name, _ in model.named_modules() if _means(target, name)] for target in targets}
+    if missing := [target for target, names in found.items() if not names]:
         raise ValueError(f"{folder}: made for a model with {missing[0]}, which this one has not")
+    names = sorted({name for some in found.values() for name in some})
     make, fields = MADE_BY[kind]
     pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
     adapter = make(model, pattern, **{name: config[stored] for name, stored in fields.items()})
@@ -58,6 +73,11 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
         adapter.remove()
         raise
     return adapter
+
+
+def _means(target: str, name: str) -> bool:
+    """Whether a target is this module's name, whole (ours) or its last parts (peft's)."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _read(adapter: Adapter, path: Path) -> None:

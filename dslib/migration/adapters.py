@@ -87,10 +87,7 @@ class Adapter(nn.Module):
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.requires_grad_(False)
-        modules = dict(model.named_modules())
-        self._hooks = [
-            modules[name].register_forward_hook(_listener(self, part), with_kwargs=True) for name, part in parts.items()
-        ]
+        self._listen()
         if floats := [weight for weight in model.parameters() if weight.is_floating_point()]:
             self.to(floats[0].device, floats[0].dtype)
 
@@ -100,15 +97,21 @@ class Adapter(nn.Module):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model as it was, inside the block."""
-        before, self._on = self._on, False
+        """The model as it was, inside the block; also where the adapter is merged."""
+        before, merged, self._on = self._on, bool(self._merged), False
+        if merged:
+            self.unmerge()
         try:
             yield
         finally:
             self._on = before
+            if merged:
+                self.merge()
 
     def merge(self) -> None:
         """Add every LoRA to its layer's weight, which then costs nothing; :meth:`unmerge` puts back what was there.
+
+        The layers are then plain ones again, without hooks, and run as fast as before.
 
         Raises ValueError where it would be wrong: merged already, a bottleneck (it is no matrix), a weight that is
         quantised or shared with another module. Nothing is changed then.
@@ -128,6 +131,7 @@ class Adapter(nn.Module):
             self._merged[name] = layer.weight.detach().clone()
             with torch.no_grad():
                 layer.weight += part.delta().to(layer.weight.dtype)
+        self._deafen()
 
     def unmerge(self) -> None:
         """Put the weights from before :meth:`merge` back, bit for bit. Raises ValueError if it was not merged."""
@@ -138,16 +142,25 @@ class Adapter(nn.Module):
             with torch.no_grad():
                 layers[name].weight.copy_(before)
         self._merged = {}
+        self._listen()
 
     def remove(self) -> None:
         """Take it off the model, which is then as it was before, trainable parts included."""
         if self._merged:
             self.unmerge()
-        for hook in self._hooks:
-            hook.remove()
+        self._deafen()
         for weight in self._trained:
             weight.requires_grad_(True)
-        self._hooks, self._trained, self._base = [], [], []
+        self._trained, self._base = [], []
+
+    def _listen(self) -> None:
+        pairs = zip(self._layers().values(), self.parts, strict=True)
+        self._hooks = [layer.register_forward_hook(_listener(self, part), with_kwargs=True) for layer, part in pairs]
+
+    def _deafen(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _layers(self) -> dict[str, nn.Module]:
         if self.model is None:

@@ -2,6 +2,8 @@
 
 All on one machine in one run, float32, the same requests: prompts cut from the novel, lengths of answers fixed, so that
 every way writes as many tokens. Recorded by ``make record PART=realtime``.
+
+Book: ``chapters/scenarios/realtime.ipynb``.
 """
 
 from collections.abc import Callable
@@ -130,7 +132,7 @@ def prefix(length: int = 512, rounds: int = 5) -> dict[str, list[float]]:
 def long_prompt(length: int = 2000, chunk: int = 64, rounds: int = 3) -> dict[str, dict[str, float]]:
     """Gaps between the tokens of seven texts while a prompt of ``length`` tokens arrives: with chunks, and at once.
 
-    Returns for both the ``median``, ``p99`` and ``most`` of the gaps, in seconds, of all rounds together.
+    Returns for both the ``middle``, ``p99`` and ``most`` of the gaps, in seconds, of all rounds together.
     """
     whole(1, length=length, chunk=chunk, rounds=rounds)
     model, tokenizer = load_smollm2()
@@ -148,7 +150,7 @@ def long_prompt(length: int = 2000, chunk: int = 64, rounds: int = 3) -> dict[st
                 engine.step()
             gaps += [gap for id in writing for gap in engine.lives[id].gaps[5:]]
         gaps.sort()
-        found[name] = {"median": gaps[len(gaps) // 2], "p99": gaps[int(0.99 * len(gaps))], "most": gaps[-1]}
+        found[name] = {"middle": gaps[len(gaps) // 2], "p99": gaps[int(0.99 * len(gaps))], "most": gaps[-1]}
     return found
 
 

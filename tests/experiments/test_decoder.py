@@ -15,7 +15,8 @@ from dslib.architecture import decoder
 from dslib.architecture.weights.twin import hf_twin
 from dslib.performance import speed as speed_lib
 from measured import probes, provenance, record, recordings
-from measured.experiments import balance, moe_speed, sampling, speed, training_precision, whole
+from measured.experiments import adapters_many as many_runs
+from measured.experiments import balance, does_it_help, moe_speed, sampling, speed, training_precision, upcycling, whole
 from measured.experiments import decoder as decoder_runs
 
 
@@ -113,11 +114,15 @@ def gpu_calls():
     """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
     modules = {"probes": probes, "moe_speed": moe_speed, "precision": training_precision}
     pages = {
+        "adapters": {"many": many_runs},
         "balance": {"lab": balance},
         "cache": {"lab": decoder_runs},
         "decoder": {"lab": speed},
+        "does_it_help": {"lab": does_it_help},
+        "realtime": {"speed_lab": speed},
         "sampling": {"lab": sampling},
         "speed": {"lab": speed},
+        "upcycling": {"lab": upcycling},
         "whole": {"lab": whole},
     }  # `lab` is the experiments of the page's chapter
     for path in sorted((Path(__file__).parents[2] / "chapters").rglob("*.ipynb")):

@@ -32,7 +32,7 @@ def test_a_prompt_that_was_served_comes_sooner():
 def test_gaps_are_told_with_chunks_and_without():
     gaps = lab.long_prompt(length=60, chunk=16, rounds=1)
     assert set(gaps) == {"chunks", "at once"}
-    assert all(0 < one["median"] <= one["p99"] <= one["most"] for one in gaps.values())
+    assert all(0 < one["middle"] <= one["p99"] <= one["most"] for one in gaps.values())
 
 
 def test_overhead_is_a_ratio_of_a_step_to_its_pass():

@@ -34,6 +34,21 @@ RIGHT = {
     "accuracy/interval": "[max(0.0, end) for end in interval(right, n)]",
     "accuracy/choose": "np.argmax([np.mean(logs) for logs in token_logs])",
     "accuracy/letter": "torch.tensor([logits[vocabulary[' ' + x]] for x in 'ABCD']).argmax()",
+    "adapters/start": "np.concatenate([down, np.zeros_like(up.T), np.zeros((1, len(shift)))])",
+    "adapters/merge": (
+        "None if weights[name].dtype == torch.uint8 or sum(w.untyped_storage().data_ptr() == weights[name]"
+        ".untyped_storage().data_ptr() for w in weights.values()) > 1 else weights[name] + torch.einsum('or,ri->oi', B,"
+        " A) * alpha / A.shape[0]"
+    ),
+    "adapters/packed": (
+        "(lambda rows: x @ W.T + torch.einsum('si,sri,sor->so', x, torch.cat((A, A[:1] * 0))[rows], (torch.tensor("
+        "[*scales, 0])[:, None, None] * torch.cat((B, B[:1] * 0)))[rows]))(torch.tensor(adapters).repeat_interleave("
+        "torch.tensor(lengths)))"
+    ),
+    "adapters/unfair": (
+        "[n for n, (a, b) in enumerate(reports) if (lambda at, old: at(a) >= at(b))(*(lambda level: (lambda path: "
+        "np.interp(-level, *([-p[0] for p in path], [p[1] for p in path])), None))(max(a[-1][0], b[-1][0])))]"
+    ),
     "balance/bias-update": (
         "torch.stack([b + speed * (n.float().mean() - n).sign() for b, n in zip(bias, (torch.stack([(layer[mask] == e)"
         ".sum() for e in range(len(bias[0]))]) for layer in indices))])",
@@ -112,6 +127,19 @@ RIGHT = {
         "library_block(x, w, head_dim, torch.float32).numpy()",
     ),
     "depth/batch": "torch.tensor(depths).amax(0).sum()",
+    "does_it_help/pairs": (
+        "next(n for n in itertools.count(2) if n * effect**2 >= np.var(differences, ddof=1) * sum(stats.t(n - 1)"
+        ".ppf([0.975, power])) ** 2)"
+    ),
+    "does_it_help/seconds": (
+        "(lambda end: float(np.interp(end / arm_speed, *np.array(arm).T) - np.interp(end / base_speed, *np.array(base)"
+        ".T)))(min(np.array(arm)[-1, 0] * arm_speed, np.array(base)[-1, 0] * base_speed))"
+    ),
+    "does_it_help/fair": (
+        "torch.tensor([n for n, (a, b) in enumerate(reports) if (a['rates'], a['seeds'], a['text']) == (b['rates'], "
+        "b['seeds'], b['text']) and (a['schedule'] + b['schedule'] == 0 or [a['steps'], b['steps']] == [a['schedule'],"
+        " b['schedule']])])"
+    ),
     "fusion/gate": "(x.double() + math.tanh(alpha) * answer).tolist()",
     "int4/unpack": "[code for byte in packed.tolist() for code in (byte % 16, byte // 16)]",
     "moe/route": (
@@ -146,6 +174,25 @@ RIGHT = {
     "multimodal/resized": "[side * shorter // min(width, height) for side in (width, height)]",
     "multimodal/recall": "np.mean([i in row.argsort(descending=True)[:k] for i, row in enumerate(scores)])",
     "published/tokens-a-pass": "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)",
+    "realtime/admit": (
+        "[*itertools.accumulate(waiting, lambda s, text: (lambda known: (lambda count: s if not s[3] else (s[0] + ["
+        "count], s[1] - (-(-(known * size + count) // size) - known), s[2] - count, True) if s[2] and"
+        " running + len(s[0]) < slots and -(-text[0] // size) - known <= s[1] else (*s[:3], False))"
+        "(min(text[0] - known * size, s[2])))(min(text[1], (text[0] - 1) // size)),"
+        " initial=([], free, budget, True))][-1][0]"
+    ),
+    "realtime/leaked": (
+        "(lambda n: [2 * bool(n[b] and (b in free or holders[b] < n[b])) or int(b not in free and (holders[b] > n[b] or"
+        " n[b] == 0)) for b in range(len(n))])(np.bincount([b for t in tables for b in t], minlength=len(holders)))"
+    ),
+    "realtime/prefix": (
+        "(lambda names: [names.setdefault((salt, *tokens[:end]), len(names)) for tokens, salt in zip(texts, salts) for"
+        " end in range(size, len(tokens) + 1, size)])({})"
+    ),
+    "realtime/chunk": (
+        "next((c for c in sorted(chunks, reverse=True) if (lambda gaps: (gaps > limit).mean() <= allowed and gaps.max()"
+        " <= never)(np.array(_gaps(prompts, c, fixed, per_token)))), None)"
+    ),
     "sampling/temperature": ("math.log(ratio, wanted)", "np.log2(ratio) / np.float64(math.log2(wanted))"),
     "sampling/top-k-top-p": (
         "torch.stack([TopPLogitsWarper(float(q))(None, TopKLogitsWarper(k)(None, row[None].clone()))[0]"
@@ -170,6 +217,30 @@ RIGHT = {
     "speed/tokens-per-pass": "(1 - Fraction(acceptance) ** (count + 1)) / (1 - Fraction(acceptance))",
     "training/clip": "np.array(gradient) / max(scale, math.hypot(*gradient) / max_norm)",
     "training/accumulate": "np.mean(list(itertools.chain(*parts)))",
+    "upcycling/rules": (
+        "[n for n, r in enumerate(rules) if r['shared'] or not r['chosen'] % slices and r['factor'] == slices"
+        " and (r['renormalise'] or r['scores'] == 'softmax' and r['chosen'] == copies * slices)]",
+        "np.flatnonzero([r['shared'] or bool((r['renormalise'] or (r['scores'], r['chosen']) == ('softmax', copies *"
+        " slices)) and r['factor'] == slices and r['chosen'] / slices == r['chosen'] // slices) for r in rules])",
+    ),
+    "upcycling/slice-weights": (
+        "(lambda z: torch.cat([z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf).softmax(1)] * slices, 1))"
+        "(x.double() @ rows.double().T)",
+        "[[weight for _ in range(slices) for weight in _slice_weights(one[None], rows, top_k, 1)[0].tolist()]"
+        " for one in x]",
+    ),
+    "upcycling/gate": (
+        "[n for n, d in enumerate((after - before).numpy()) if not (np.isfinite(d).all() and d.mean() + 2 *"
+        " d.std(ddof=1) / len(d) ** 0.5 <= limit)]",
+        "(~((after - before).mean(1) + 2 * (after - before).var(1).div(before.shape[1]).sqrt() <= limit)"
+        " | ~after.isfinite().all(1)).nonzero().flatten()",
+    ),
+    "upcycling/split": (
+        "torch.stack([torch.cat((gate_up[units], gate_up[len(order) + units], down[:, units].T)) for units in"
+        " order.chunk(slices)])",
+        "np.stack([np.concatenate([gate_up[: len(order)][u], gate_up[len(order) :][u], down.T[u]]) for u in"
+        " order.view(slices, -1).numpy()])",
+    ),
 }
 WRONG = {
     "accuracy/interval": ("interval(right, 2 * n)", "interval(n - right, n)"),
@@ -182,6 +253,26 @@ WRONG = {
         "_best(token_logs, lambda logs: -np.linalg.norm(logs) / len(logs) ** 0.5)",
     ),
     "accuracy/letter": ("np.argmax(logits[4:8])", "np.argmax(logits)", "'ABCD'[letter(logits, vocabulary)]"),
+    "adapters/start": (
+        "start(down, up, shift) / 2",
+        "start(down, up, shift).flatten()",
+        "torch.cat((shift[None] * 0, down, up.T * 0))",
+    ),
+    "adapters/merge": (
+        "weights[name]",
+        "merge(weights, name, A, B, 2 * alpha)",
+        "None if merge(weights, name, A, B, alpha) is None else weights[name] - alpha / len(A) * B @ A",
+    ),
+    "adapters/packed": (
+        "2 * packed(x, W, A, B, scales, lengths, adapters)",
+        "packed(x, W, A, B, scales, lengths, adapters[::-1])",
+        "packed(x, W, A, B, scales, lengths, [max(adapter, 0) for adapter in adapters])",
+    ),
+    "adapters/unfair": (
+        "unfair(reports)[:1]",
+        "list(range(len(reports)))",
+        "[n for n, (one, other) in enumerate(reports) if one[1][1] > other[1][1]]",
+    ),
     "balance/bias-update": ("new_bias(bias, indices, mask, 2 * speed)", "new_bias(bias, indices, ~mask, speed)"),
     "balance/sequence-loss": (
         "sequence_loss(scores, mask, top_k - 1)",
@@ -254,6 +345,9 @@ WRONG = {
         "exit_depth(confidence[:-1], threshold, min_layers)",
     ),
     "depth/batch": ("len(depths[0]) * max(map(max, depths))", "sum(map(max, depths))"),
+    "does_it_help/pairs": ("pairs(differences, effect, power) + 1", "2 * pairs(differences, effect, power)"),
+    "does_it_help/seconds": ("arm[-1][1] / base[-1][1]", "min(b for _, b in arm) - min(b for _, b in base)"),
+    "does_it_help/fair": ("list(range(len(reports)))", "[]"),
     "fusion/gate": ("x + math.tanh(alpha)", "answer + math.tanh(alpha) * x", "x.add_(math.tanh(alpha) * answer)"),
     "fusion/matching": ("(scores.argmax(-1) == 0).double().mean().item()", "100 * right_choices(scores)"),
     "fusion/gain": ("after - before", "(14.0, 100 * 14 / 78)"),
@@ -286,6 +380,26 @@ WRONG = {
     "multimodal/recall": ("recall(scores, k - 1)", "1 - recall(scores, k)"),
     "published/latent-elements": ("layers * (kv_lora_rank + 2 * qk_rope_head_dim)",),
     "published/tokens-a-pass": ("tokens_a_pass(acceptance, drafts - 1)", "acceptance**drafts", "1 / (1 - acceptance)"),
+    "realtime/admit": (
+        "admitted(waiting[::-1], running, slots, free, size, budget)",
+        "admitted(waiting, running, slots, free // 2, size, budget)",
+        "[len(waiting)]",
+    ),
+    "realtime/leaked": (
+        "audit(holders, tables, [])",
+        "[int(block not in free) for block in range(len(holders))]",
+        "[counted > 0 for counted in holders]",
+    ),
+    "realtime/prefix": (
+        "[n for tokens in texts for n in range(len(tokens) // size)]",
+        "numbered(texts[:1], salts[:1], size)",
+        "[number % 2 for number in numbered(texts, salts, size)]",
+    ),
+    "realtime/chunk": (
+        "max(chunks)",
+        "chunks[-1]",
+        "largest_chunk(prompts, chunks, fixed, per_token / 2, limit, allowed, never)",
+    ),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/gumbel": (
@@ -308,6 +422,26 @@ WRONG = {
     "training/warm-up": (
         "learning_rate(step + 1, steps, rise, peak)",
         "peak * (step + 1) / rise if step < rise else peak * (1 - 0.9 * (step - rise) / (steps - 1 - rise))",
+    ),
+    "upcycling/rules": (
+        "survivors(rules, copies, slices)[:1]",
+        "survivors(rules, slices, copies)",
+        "[n for n, rule in enumerate(rules) if rule['renormalise']]",
+    ),
+    "upcycling/slice-weights": (
+        "slice_weights(x, -rows, top_k, slices)",
+        "slice_weights(x, rows, 1, slices)",
+        "(slice_weights(x, rows, top_k, slices) > 0) / top_k",
+    ),
+    "upcycling/gate": (
+        "failing(after, before, limit)",
+        "failing(before, after, 2 * limit + 0.05)",
+        "_failing(before, after, limit, width=2 * before.shape[1] ** 0.5)",
+    ),
+    "upcycling/split": (
+        "split_swiglu(gate_up, down, order.flip(0), slices)",
+        "split_swiglu(gate_up.roll(len(order), 0), down, order, slices)",
+        "split_swiglu(gate_up, down, order, 1)",
     ),
     "whole/bits-per-byte": (
         "2 * bits_per_byte(logits, targets, real, sizes)",

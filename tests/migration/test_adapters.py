@@ -14,6 +14,7 @@ from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.generation import generate
 from dslib.architecture.int4.layers import quantize_
 from dslib.architecture.whole import tiny_deepseek
+from dslib.exact import exactly
 from dslib.migration.adapter_files import CONFIG, WEIGHTS, load, save
 from dslib.migration.adapters import bottleneck, lora
 from dslib.migration.multi_lora import PerRow
@@ -117,11 +118,7 @@ def test_lora_is_pefts_in_value_gradient_and_file(tmp_path):
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     theirs.save_pretrained(tmp_path / "theirs")
     model = a_llama()
-    adapter = lora(model, r"(q_proj|v_proj|down_proj)$", rank=4, alpha=12.0)
-    save(adapter, tmp_path / "ours")
-    save_file(load_file(tmp_path / "theirs" / WEIGHTS), tmp_path / "ours" / WEIGHTS)  # peft's weights, our names
-    adapter.remove()
-    adapter = load(model, tmp_path / "ours")
+    adapter = load(model, tmp_path / "theirs")
     for one in (model, theirs):
         F.cross_entropy(one(IDS).logits.flatten(0, 1), IDS.flatten()).backward()
     torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-6, rtol=1e-5)
@@ -152,6 +149,10 @@ def test_merged_is_unmerged_and_back_bit_for_bit(config):
     adapter = stirred(lora(model, r"(o_proj|kv_b_proj)$", rank=4))
     beside = model(IDS)
     adapter.merge()
+    torch.testing.assert_close(model(IDS), beside, atol=1e-5, rtol=1e-4)
+    assert all(exactly(model.get_submodule(name), torch.nn.Linear) for name in adapter.names)  # fast code takes it
+    with adapter.off():
+        assert torch.equal(model(IDS), before)
     torch.testing.assert_close(model(IDS), beside, atol=1e-5, rtol=1e-4)
     adapter.unmerge()
     assert torch.equal(model(IDS), beside)
@@ -229,6 +230,12 @@ def another_kind(tmp_path):
     return load(model_of(DENSE), tmp_path)
 
 
+def another_rule(tmp_path):
+    theirs = peft.get_peft_model(a_llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True))
+    theirs.save_pretrained(tmp_path)
+    return load(a_llama(), tmp_path)
+
+
 def fewer_layers(tmp_path):
     save(lora(model_of(DENSE), r"o_proj$", 4), tmp_path)
     return load(model_of(DecoderConfig(64, 64, 128, 1, 4, 2)), tmp_path)
@@ -272,6 +279,7 @@ BAD_CALLS = [
     (another_base, "another base"),
     (fewer_layers, "which this one has not"),
     (another_kind, "peft_type"),
+    (another_rule, "use_rslora"),
     (lambda path: tampered(path, lambda tensors: dict(list(tensors.items())[1:])), "has no base_model"),
     (lambda path: tampered(path, lambda tensors: tensors | {"more": torch.ones(1)}), "has an extra more"),
 ]

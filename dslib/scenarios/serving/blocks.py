@@ -12,7 +12,8 @@ is needed, the longest unused first.
 
 Shapes: B texts, T new tokens, S keys, K key/value heads, D head size.
 
-Book: no page of its own yet. Sources: vLLM (arXiv 2309.06180) for the table, its prefix caching for the chained hashes.
+Book: ``chapters/scenarios/realtime.ipynb``. Sources: vLLM (arXiv 2309.06180) for the table, its prefix caching for the
+chained hashes.
 """
 
 from array import array

@@ -10,7 +10,7 @@ A step asks the :mod:`~dslib.scenarios.serving.scheduler` who takes part, runs t
 chooses a token for each text whose tokens are all in the cache. Sampling, seed and stop strings are each request's own,
 and a request that fails does so alone.
 
-Book: no page of its own yet. Source: Orca (OSDI 2022), section 3.
+Book: ``chapters/scenarios/realtime.ipynb``. Source: Orca (OSDI 2022), section 3.
 """
 
 import itertools

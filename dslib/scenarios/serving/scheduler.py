@@ -8,8 +8,8 @@ In a step each text that writes gets its one token. Reading gets what is left of
 so that a long prompt holds nobody up for longer than a chunk. If blocks run out, the youngest text gives up its own and
 waits at the front of the queue: the oldest always goes on, so the engine never stands still.
 
-Book: no page of its own yet. Sources: Orca (OSDI 2022) for choosing anew in every step, Sarathi-Serve (arXiv
-2403.02310) for chunks, vLLM (arXiv 2309.06180, section 4.5) for preemption by recomputing.
+Book: ``chapters/scenarios/realtime.ipynb``. Sources: Orca (OSDI 2022) for choosing anew in every step, Sarathi-Serve
+(arXiv 2403.02310) for chunks, vLLM (arXiv 2309.06180, section 4.5) for preemption by recomputing.
 """
 
 from collections import deque

@@ -1,0 +1,292 @@
+"""Exercises of ``chapters/scenarios/realtime.ipynb``."""
+
+from collections.abc import Callable, Sequence
+
+from measured.exercises import exercise, named
+
+
+def _admitted(
+    waiting, running, slots, free, size, budget, overtake=False, cap=True, share=True, first=False, up=True, each=False
+) -> list[int]:
+    """The reference and, by its options, the usual ways to get it wrong."""
+    fed: list[int] = []
+    left = budget
+    for tokens, known in waiting:
+        known = (min(known, (tokens - 1) // size) if cap else known) if share else 0
+        budget = left if each else budget
+        if not budget or running + len(fed) >= slots:
+            break
+        count = min(tokens - known * size, budget)
+        whole = known * size + count if first else tokens
+        if (-(-whole // size) if up else whole // size) - known > free:
+            if overtake:
+                continue
+            break
+        fed.append(count)
+        free -= -(-(known * size + count) // size) - known
+        budget -= count
+    return fed
+
+
+@exercise(
+    "realtime/admit",
+    cases=named(
+        "waiting running slots free size budget",
+        ([(27, 3), (15, 0)], 0, 5, 13, 8, 12),
+        ([(14, 1), (14, 0), (28, 0)], 0, 6, 6, 8, 52),
+        ([(8, 0), (20, 2), (9, 0), (32, 0)], 3, 5, 12, 4, 52),
+        ([(8, 0), (23, 1), (23, 1), (11, 0)], 2, 4, 13, 8, 41),
+        ([(28, 7), (16, 0), (21, 0), (6, 0)], 2, 5, 7, 4, 42),
+        ([(27, 0), (26, 0), (4, 0), (6, 0)], 1, 6, 9, 4, 30),
+    ),
+    mistakes="""
+        _admitted(waiting, running, slots, free, size, budget, overtake=True)
+            A text that fits overtakes one that has waited longer and does not fit. The long one could wait for ever:
+            stop at the first that does not fit.
+        _admitted(waiting, running, slots, free, size, budget, cap=False)
+            A text that is wholly known is fed no token. Its next token comes from the logits of its last one, and
+            those are not in the cache: leave at least one token to compute, and so a block.
+        _admitted(waiting, running, slots, free, size, budget, share=False)
+            Known blocks are not used: they need no free block, and their tokens need not be fed.
+        _admitted(waiting, running, slots, free, size, budget, first=True)
+            You ask for blocks for the first piece only. Then a text is admitted that cannot even be read to its end.
+        _admitted(waiting, running, slots, free, size, budget, up=False)
+            A block that is only begun is a whole block: round up.
+        _admitted(waiting, 0, slots, free, size, budget)
+            The texts that run already have slots too.
+        _admitted(waiting, running, slots + 1, free, size, budget)
+            One too many: with as many running texts as slots nobody is admitted.
+        _admitted(waiting, running, slots, free, size, budget, each=True)
+            The budget is that of the whole step, not of each text.
+        [tokens for tokens, known in waiting][: len(_admitted(waiting, running, slots, free, size, budget))]
+            Right texts. A step feeds a text only what is left of it, and no more than what is left of the budget.
+    """,
+    hint="Go through the waiting texts in order. Before each, ask: is a slot free, is any budget left, are there "
+    "blocks for all of its tokens that are not known? If not, stop. If so, take off what it uses.",
+)
+def admitted(
+    waiting: Sequence[tuple[int, int]], running: int, slots: int, free: int, size: int, budget: int
+) -> list[int]:
+    """How many tokens each newly admitted text is fed in this step, in order of arrival.
+
+    Args:
+        waiting: (tokens of the text, how many of its first full blocks others hold).
+        running, slots: texts that run, and how many may. free, size: free blocks, and places in each.
+        budget: tokens that may still be read in this step.
+    """
+    return _admitted(waiting, running, slots, free, size, budget)
+
+
+FINE, LEAKED, UNSAFE = 0, 1, 2
+
+
+def _audit(
+    holders, tables, free,
+    leaks: Callable = lambda counted, held, is_free: not is_free and (counted > held or not held),
+    risks: Callable = lambda counted, held, is_free: held > 0 and (is_free or counted < held),
+) -> list[int]:  # fmt: skip
+    found = []
+    for block, counted in enumerate(holders):
+        state = counted, sum(block in table for table in tables), block in free
+        found.append(UNSAFE if risks(*state) else LEAKED if leaks(*state) else FINE)
+    return found
+
+
+@exercise(
+    "realtime/leaked",
+    cases=named(
+        "holders tables free",
+        ([1, 2, 0, 0, 0], [[1], [4, 0, 1]], [2, 3, 0]),
+        ([0, 0, 1, 1, 1, 0, 2, 0], [[4], [3], [4], [6, 1]], [5, 7, 0]),
+        ([1, 0, 1, 1, 3, 0], [[4, 2], [4]], [5]),
+        ([2, 0, 3, 1, 1, 2, 0, 0], [[2, 4], [0, 3, 5], [5], [0, 4, 2]], [6, 7, 1]),
+        ([1, 1, 1, 0, 2, 0, 1], [[1], [3, 6, 4]], [5]),
+    ),
+    mistakes="""
+        _audit(holders, tables, free, leaks=lambda counted, held, is_free: counted > 0 and not held)
+            A block may leak although some text has it: counted twice, held once, it never comes to 0. And one may be
+            lost with a count of 0, if it is not in the free list.
+        _audit(holders, tables, free, leaks=lambda counted, held, is_free: counted > held)
+            One kind of leak is missing: a block that nobody holds, with a count of 0, and that is not in the free list.
+        _audit(holders, tables, free, risks=lambda counted, held, is_free: held > 0 and is_free)
+            One kind of unsafe is missing: two texts have the block, and the count says one. When the first lets go, it
+            is free, and the other still reads it.
+        _audit(holders, tables, free, risks=lambda counted, held, is_free: counted < held)
+            One kind of unsafe is missing: a block with a right count that is in the free list all the same.
+        _audit(holders, tables, free, risks=lambda counted, held, is_free: held > 1)
+            A block in several tables is not at fault: sharing is what blocks are for. It is unsafe if its count is
+            below that.
+        [(0, 2, 1)[state] for state in _audit(holders, tables, free)]
+            1 is leaked, 2 is unsafe.
+        [min(state, 1) for state in _audit(holders, tables, free)]
+            Leaked and unsafe are different: the first wastes memory, the second destroys a text.
+    """,
+    hint="For every block, count in how many tables it is. Then compare three things: that number, the count of "
+    "holders, and whether it is in the free list.",
+)
+def audit(holders: Sequence[int], tables: Sequence[Sequence[int]], free: Sequence[int]) -> list[int]:
+    """Of each block: 0 if all is well, 1 if it is leaked, 2 if it is unsafe.
+
+    Args:
+        holders: of each block, how many texts have it, as the pool counts. tables: of all living texts. free: blocks.
+    """
+    return _audit(holders, tables, free)
+
+
+def _numbered(texts, salts, size, name: Callable = lambda parent, piece, before: (parent, piece), root=None, part=0):
+    """Number what has the same name: ``name(parent's number, the block's tokens, all tokens before it)``."""
+    names: dict = {}
+    found = []
+    for tokens, salt in zip(texts, salts, strict=True):
+        parent = ("salt", salt) if root is None else root(salt)
+        for start in range(0, len(tokens) - (1 if part else size) + 1, size):
+            piece = tuple(tokens[start : start + size])
+            parent = names.setdefault(name(parent, piece, tuple(tokens[:start])), len(names))
+            found.append(parent)
+    return found
+
+
+@exercise(
+    "realtime/prefix",
+    cases=named(
+        "texts salts size",
+        (
+            [[1, 1, 3, 1, 1], [1, 1, 3, 2, 2, 3, 2], [12, 3, 5, 3, 3], [1, 23, 5, 1, 23, 5, 3], [1, 1, 3, 12, 3, 5]],
+            [None, None, 1, None, 1],
+            3,
+        ),
+        (
+            [
+                [1, 3, 3, 12, 3, 5],
+                [1, 3, 3, 3, 2, 2, 1, 3, 3, 3],
+                [1, 3, 3, 12, 3, 5, 12, 3, 5],
+                [1, 23, 5],
+                [3, 2, 2, 1, 3, 3],
+            ],
+            [None, 0, 1, 1, None],
+            3,
+        ),
+        (
+            [[2, 1, 2, 1], [12, 3, 2, 1, 1, 2, 2], [2, 3, 2, 3, 1, 2], [12, 3, 1, 2, 1], [1, 23, 12, 3]],
+            [1, 0, None, 0, 0],
+            2,
+        ),
+        ([[12, 3, 2, 1, 3], [2, 1], [12, 3], [2, 1, 1], [2, 1, 12, 3]], [0, None, None, None, None], 2),
+        ([[1, 23, 5], [3, 2, 1, 12, 3, 5, 2, 2], [3, 1, 2, 3, 3]], [0, 1, 0], 3),
+    ),
+    mistakes="""
+        _numbered(texts, salts, size, lambda parent, piece, before: piece)
+            A block's name has only its own tokens. Behind another beginning the same tokens have other keys and
+            values.
+        _numbered(texts, salts, size, lambda parent, piece, before: (before[-size:], piece))
+            A block's name has its own tokens and those of the block before it. Blocks further back matter as well:
+            put the parent's *name* in, which has all of them.
+        _numbered(texts, salts, size, root=lambda salt: 0)
+            The adapter is left out: with other weights the same tokens have other keys and values.
+        _numbered(texts, salts, size, root=lambda salt: salt or 0)
+            None and 0 are one for you: the model itself, and its first adapter.
+        _numbered(texts, salts, size, lambda parent, piece, before: (parent, tuple(sorted(piece))))
+            The order of a block's tokens is lost.
+        _numbered(texts, salts, size, lambda parent, piece, before: (parent, sum(piece)))
+            A sum is no name: other tokens may have the same.
+        _numbered(texts, salts, size, lambda parent, piece, before: (parent, "".join(map(str, piece))))
+            1 and 23, written without a gap, read as 12 and 3. Separate them, or keep them apart in a tuple.
+        _numbered(texts, salts, size, part=1)
+            A block that is only partly filled gets no number: its owner goes on writing in it.
+        [number + 1 for number in _numbered(texts, salts, size)]
+            The first block gets 0.
+    """,
+    hint="Keep a dictionary from names to numbers. A name is the pair of the parent's number and the block's tokens; "
+    "the first parent is the adapter.",
+)
+def numbered(texts: Sequence[Sequence[int]], salts: Sequence[int | None], size: int) -> list[int]:
+    """A number for each full block, text by text, equal exactly where two may share one memory.
+
+    Args:
+        texts: token ids. salts: the adapter of each text, None for the model itself. size: tokens of a block.
+    """
+    return _numbered(texts, salts, size)
+
+
+def _gaps(prompts, chunk, fixed, per_token, at_once=False, each=False) -> list[float]:
+    """Seconds of every step until all prompts are read; ``each``: the chunk is each prompt's and not the step's."""
+    clock, coming, unread, found = 0.0, list(prompts), [], []
+    while coming or any(unread):
+        while coming and (at_once or coming[0][0] <= clock):
+            unread.append(coming.pop(0)[1])
+        budget, read = chunk, 0
+        for number, tokens in enumerate(unread):
+            count = min(tokens, chunk if each else budget)
+            unread[number] -= count
+            budget -= count
+            read += count
+        found.append(fixed + per_token * read)
+        clock += found[-1]
+    return found
+
+
+def _largest(
+    prompts, chunks, fixed, per_token, limit, allowed, never, mean=False, stalls=False, busy=False, choose=max, **run
+):
+    """The reference and, by its options, the usual ways to get it wrong."""
+
+    def fits(gaps: list[float]) -> bool:
+        long, counted = sum(gap > limit for gap in gaps), sum(gap > fixed for gap in gaps) if busy else len(gaps)
+        short = sum(gaps) <= limit * len(gaps) if mean else long <= allowed * counted
+        return short and (stalls or max(gaps) <= never)
+
+    return choose((c for c in chunks if fits(_gaps(prompts, c, fixed, per_token, **run))), default=None)
+
+
+@exercise(
+    "realtime/chunk",
+    cases=named(
+        "prompts chunks fixed per_token limit allowed never",
+        ([(0.9237, 700), (0.9249, 300), (0.9249, 90)], [64, 1024, 128, 256], 0.05, 0.0004, 0.09013, 0.2, 0.1352),
+        ([(0.0011, 40), (1.101, 700), (1.101, 90)], [128, 256, 32, 512, 64], 0.05, 0.0004, 0.09013, 0.0, 0.36052),
+        (
+            [(0.0, 40), (0.0008, 40), (1.0243, 40), (1.3312, 90)],
+            [1024, 32, 64, 512, 128],
+            0.05,
+            0.0002,
+            0.05813,
+            0.2,
+            0.08719,
+        ),
+        ([(0.0, 700), (0.2475, 90)], [32, 256, 64, 512], 0.02, 0.001, 0.29013, 0.2, 8.7039),
+        ([(0.0, 90), (0.0009, 40), (0.002, 300)], [32, 512, 256, 64], 0.03, 0.001, 0.07013, 0.0, 0.07013),
+        ([(0.0, 40), (0.2403, 90)], [64, 256, 1024, 512], 0.03, 0.0004, 0.08613, 0.0, 2.5839),
+        ([(0.0009, 90), (0.3375, 40)], [1024, 256, 128, 512], 0.05, 0.0002, 0.07013, 0.2, 0.28052),
+    ),
+    mistakes="""
+        max((c for c in chunks if fixed + per_token * c <= min(limit, never)), default=None)
+            That is the largest chunk whose *every* full step keeps the limit. Some gaps may be longer, and a prompt
+            shorter than the chunk makes a shorter step: play the trace.
+        _largest(prompts, chunks, fixed, per_token, limit, allowed, never, choose=min)
+            The smallest that fits. The largest is asked for: it reads a prompt in the fewest steps.
+        _largest(prompts, chunks, fixed, per_token, limit, allowed, never, mean=True)
+            The mean gap is within the limit. Asked is how many gaps are longer than it.
+        _largest(prompts, chunks, fixed, per_token, limit, allowed, never, stalls=True)
+            No gap may be longer than `never`. A share alone does not see one long stall among many short gaps.
+        _largest(prompts, chunks, fixed, per_token, limit, 0, never)
+            A share of the gaps may be longer than the limit.
+        _largest(prompts, chunks, fixed, per_token, limit, allowed, never, at_once=True)
+            You read prompts before they have arrived.
+        _largest(prompts, chunks, fixed, per_token, limit, allowed, never, each=True)
+            The chunk is that of a step, for all prompts together, and not of each prompt.
+        _largest(prompts, chunks, fixed, per_token, limit, allowed, never, busy=True)
+            Steps that read nothing are gaps as well.
+    """,
+    hint="Play the trace for each chunk: a clock, what has arrived and is not read, and a list of gaps. Then count.",
+)
+def largest_chunk(
+    prompts: Sequence[tuple[float, int]], chunks: Sequence[int], fixed: float, per_token: float, limit: float,
+    allowed: float, never: float,
+) -> int | None:  # fmt: skip
+    """The largest chunk with which at most a share ``allowed`` of the gaps exceeds ``limit``, and none ``never``.
+
+    Args:
+        prompts: (second of arrival, tokens), in order. chunks: to choose from.
+        fixed, per_token: seconds of a step, and of each token that it reads.
+    """
+    return _largest(prompts, chunks, fixed, per_token, limit, allowed, never)
