@@ -63,10 +63,10 @@ def upcycle(
     check.at_least(0, noise=noise)
     config = _config(model.config, num_experts, top_k, split, way, rule)
     first = model.embed_tokens.weight
-    made = build(config, seed=seed, device=first.device, dtype=first.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    made = _with_routers(config, first, seed, generator)
     there = made.state_dict()
     made.load_state_dict({name: value for name, value in model.state_dict().items() if name in there}, strict=False)
-    generator = torch.Generator().manual_seed(seed)
     for old, new in zip(model.layers, made.layers, strict=True):
         _grow(new.mlp, old.mlp, split, way, noise, generator)
     return made.train(model.training)
@@ -84,6 +84,20 @@ def _config(dense: DecoderConfig, num_experts: int, top_k: int, split: int, way:
     if way == "copies":
         fields["routed_scaling_factor"] = float(split)
     return SparseConfig(**fields | rule)
+
+
+def _with_routers(config: SparseConfig, like: Tensor, seed: int, generator: torch.Generator) -> SparseDecoder:
+    """A mixture of which only the routers are drawn: all else is written over, and drawing experts takes longest."""
+    if config.num_hash_layers:  # tables are drawn, too
+        return build(config, seed=seed, device=like.device, dtype=like.dtype)
+    made = build(config, device="meta", dtype=like.dtype).to_empty(device=like.device)
+    made.tie_weights()
+    for layer in (part for part in made.modules() if isinstance(part, MoE)):
+        drawn = torch.randn(layer.router.weight.shape, generator=generator)
+        layer.router.weight.copy_(0.02 * drawn)
+        if layer.router.e_score_correction_bias is not None:
+            layer.router.e_score_correction_bias.zero_()
+    return made
 
 
 def _grow(mixture: MoE, dense: SwiGLU, split: int, way: str, noise: float, generator: torch.Generator) -> None:

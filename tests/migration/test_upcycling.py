@@ -131,6 +131,17 @@ def test_weights_are_copies_of_the_models_own_dtype():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("rule", [{"selection_bias": True}, {"way": "shared", "split": 2}, {"num_hash_layers": 1}])
+def test_only_routers_are_drawn_by_the_seed_and_nothing_is_left_as_memory_had_it(rule):
+    model = dense()
+    one, same, other = (upcycle(model, seed=seed, **rule).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert {name.rpartition(".mlp.")[2] for name in one if not torch.equal(one[name], other[name])} == {"router.weight"}
+    assert all((value == 0).all() for name, value in one.items() if name.endswith("correction_bias"))
+    mixture = upcycle(model, **rule)
+    assert mixture.lm_head.weight is mixture.embed_tokens.weight
+
+
 BAD_CALLS = [
     (lambda: upcycle(upcycle(dense())), "experts already"),
     (lambda: upcycle(dense(), split=5), "split: got 5, expected a divisor of the inner size 48"),
