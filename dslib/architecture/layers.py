@@ -134,13 +134,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, window: int | None = Non
     """:func:`plain_attention` of T new tokens over whatever the cache returned, by torch's fused kernels."""
     if step.causal and window is not None and window < q.shape[2]:
         return window_attention(q, k, v, window, sinks)
-    if step.causal or step.mask is not None:
-        causal, shared = step.causal and q.shape[2] > 1, q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, enable_gqa=shared)
-    # One new token that may see every key. Query heads that share a key/value head become rows of one small attention
-    # problem, so that nothing has to be repeated: (B, H, 1, D) -> (B, K, H/K, D).
+    if q.shape[2] > 1:
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=step.causal, enable_gqa=shared)
+    # One new token. Query heads that share a key/value head become rows of one small attention problem, so that nothing
+    # has to be repeated: (B, H, 1, D) -> (B, K, H/K, D).
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
-    return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=step.mask).view_as(q)
 
 
 class SwiGLU(nn.Module):

@@ -5,7 +5,7 @@ Decoding multiplies one row by every weight matrix, so its speed is the speed at
 Cutting the weight's rows into a few chunks turns the same sum into a batch of products, which torch does spread over
 the threads. It is a view: no weight is copied.
 
-Where a C++ compiler is at hand, :mod:`dslib.fast.kernels.rows` reads the weights of up to four rows twice as fast.
+Where a C++ compiler is at hand, :mod:`dslib.fast.kernels.rows` reads the weights once for up to eight rows.
 With more, as an expert of a mixture has them, :func:`product` asks oneDNN where that is the quicker library, and
 :func:`pack` lays a matrix out once in the order in which oneDNN reads it.
 
@@ -77,7 +77,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     x: (rows, in_features). weight: (out_features, in_features), contiguous.
     """
     count, chunks = len(x), row_chunks(len(weight))
-    if count <= rows.FEW and x.dtype is weight.dtype and rows.why_not(weight) is None:
+    if count <= rows.FEW.get(weight.dtype, 0) and x.dtype is weight.dtype and rows.why_not(weight) is None:
         return rows.few_rows(x, weight)
     if x.dtype is torch.float32 and x.device.type == "cpu" and weight.numel() > FEW_WEIGHTS:
         # At another precision than the default, every product below goes to oneDNN anyway.
@@ -124,7 +124,7 @@ class QuickLinear(Shortcut):
         if watched() or not self.stands() or not fits or not known:
             return self.plain(x)
         flat = x.reshape(-1, x.shape[-1])
-        if len(flat) <= rows.FEW and rows.why_not(weight) is None:
+        if len(flat) <= rows.FEW[weight.dtype] and rows.why_not(weight) is None:
             y = rows.few_rows(flat, weight)
         elif weight.dtype is not torch.float32:
             return self.plain(x)

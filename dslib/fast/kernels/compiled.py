@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 LIBRARIES = Path(torch.__file__).parent / "lib"
-FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi"]
 THREADS = {  # not tried on macOS: no such machine was at hand
     "linux": "-fopenmp -nodefaultlibs -Wl,--no-as-needed -ltorch_cpu -lstdc++ -lm -lc -lgcc".split(),
     "darwin": "-Xpreprocessor -fopenmp -undefined dynamic_lookup".split(),

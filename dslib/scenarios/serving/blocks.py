@@ -126,36 +126,35 @@ class PagedCache(KVCache):
         whole(1, num_blocks=num_blocks, size=size)
         self.size, self.batch_size = size, None
         parts, heads, width = config.cache_shape
-        # (layer, key or value, slot, K, D); zeros, because masked slots are still multiplied by a weight of zero.
+        # (layer, key or value, block, token, K, D); zeros, as masked slots are still multiplied by a weight of zero.
         self.buffer = torch.zeros(
-            config.num_hidden_layers, parts, num_blocks * size, heads, width, dtype=dtype, device=device
+            config.num_hidden_layers, parts, num_blocks, size, heads, width, dtype=dtype, device=device
         )
         self._layers = [layer.unbind(0) for layer in self.buffer]
 
     def show(self, tables: Sequence[Sequence[int]]) -> None:
         """The tables of the texts of the next pass, one a row, long enough for its new tokens."""
-        device, longest = self.buffer.device, max(map(len, tables))
+        longest = max(map(len, tables))
         rows = [[*table, *[table[0]] * (longest - len(table))] for table in tables]  # filled up: behind the mask
-        within = torch.arange(self.size, device=device)
-        self._slots = (torch.tensor(rows, device=device).unsqueeze(-1) * self.size + within).flatten(1)  # (B, S)
-        self.batch_size = len(tables)
+        self._tables, self.batch_size = torch.tensor(rows, device=self.buffer.device), len(tables)  # (B, blocks)
 
     def advance(self, tokens: int, positions: Tensor | None, device: torch.device) -> Step:
         if positions is None:
             raise ValueError("positions: got None, expected (B, T): the texts of a batch are at different ones")
-        self._at = positions
-        last = int(positions.max()) + 1
-        self._read = self._slots[:, :last]  # (B, S)
-        keys = torch.arange(last, device=device).unsqueeze(0)
+        self._new = self._tables.gather(1, positions // self.size), positions % self.size  # block and place, (B, T)
+        self._last = int(positions.max()) + 1
+        self._read = self._tables[:, : -(-self._last // self.size)].flatten()
+        keys = torch.arange(self._last, device=device).unsqueeze(0)
         return Step(positions, mask=visible(positions, keys, self.window, self.sinks).unsqueeze(1))
 
     def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write (B, K, T, D) at the new tokens' slots; give (B, K, S, D) of all that their texts have."""
-        slots = self._slots.gather(1, self._at)  # (B, T)
         held = self._layers[layer]
         for kept, part in zip(held, new, strict=True):
-            kept[slots] = part.transpose(1, 2).to(kept.dtype)
-        return tuple(kept[self._read].transpose(1, 2) for kept in held)
+            kept[self._new] = part.transpose(1, 2).to(kept.dtype)
+        whole_blocks = (kept.index_select(0, self._read) for kept in held)  # copied as they lie: (B blocks, size, K, D)
+        texts = (part.view(self.batch_size, -1, *part.shape[2:]) for part in whole_blocks)
+        return tuple(text[:, : self._last].transpose(1, 2) for text in texts)
 
     def truncate(self, length: int) -> None:
         raise ValueError("truncate: texts in blocks have lengths of their own; give blocks back to the pool instead")
