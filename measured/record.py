@@ -224,6 +224,12 @@ PARTS = {
         )
         for number, arm in enumerate(HELP_ARMS)
     },
+    **{
+        f"help-{seed}": tuple(
+            (f"{HELP}:run", {"arm": arm, "seed": seed, "rate": 8e-3, "steps": 600, "every": 60}) for arm in HELP_ARMS
+        )
+        for seed in range(5)
+    },
     "help-seconds": ((f"{HELP}:token_seconds", {}),),
     **{
         f"adapters-rates-{number}": tuple(
