@@ -242,3 +242,18 @@ def difference(arm: Sequence[dict], base: Sequence[dict], cut: str) -> Mean:
     pairs = list(zip(arm, base, strict=True))
     ends = [min(one["rows"][-1][cut] for one in pair) for pair in pairs]
     return mean_interval([bits_at(a, cut, end) - bits_at(b, cut, end) for (a, b), end in zip(pairs, ends, strict=True)])
+
+
+def saving(arm: Sequence[dict], base: Sequence[dict]) -> Mean | None:
+    """Share of the FLOPs of ``arm`` that ``base`` does without, where it has come to the bits that ``arm`` ends with.
+
+    Mean and 95 % interval over the pairs; None if ``base`` never comes there in one of them.
+    """
+    shares = []
+    for one, other in zip(arm, base, strict=True):
+        end, bits = one["rows"][-1], [row["bits"] for row in other["rows"]]
+        if min(bits) > end["bits"]:
+            return None
+        flops = [row["flops"] for row in other["rows"]]
+        shares.append(1 - np.interp(-end["bits"], np.maximum.accumulate(-np.array(bits)), flops) / end["flops"])
+    return mean_interval(shares)

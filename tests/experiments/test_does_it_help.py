@@ -111,6 +111,17 @@ BAD_CALLS = [
 ]
 
 
+def test_what_is_saved_is_read_where_the_base_has_the_arms_last_bits():
+    def made(*looks):
+        return {"rows": [{"flops": flops, "bits": bits} for flops, bits in looks]}
+
+    base = [made((1, 2.0), (2, 1.5), (3, 1.6)), made((1, 2.0), (2, 1.0))]
+    arm = [made((2, 1.9), (3, 1.75)), made((2, 1.9), (3, 1.5))]
+    found = lab.saving(arm, base)
+    assert found.value == pytest.approx(1 - 1.5 / 3) and found.low == pytest.approx(found.high)
+    assert lab.saving([*arm, made((1, 0.5))], [*base, made((1, 0.6))]) is None  # it never comes there
+
+
 @pytest.mark.parametrize("call, words", BAD_CALLS)
 def test_bad_calls_are_refused_by_name(call, words):
     with pytest.raises(ValueError, match=words):
