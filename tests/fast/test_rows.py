@@ -14,7 +14,8 @@ pytestmark = [
 @pytest.mark.parametrize("kind", rows.KINDS)
 @pytest.mark.parametrize("dtype", rows.FUNCTIONS)
 @pytest.mark.parametrize(
-    "n, columns, out", [(1, 576, 960), (4, 1536, 577), (8, 100, 67), (3, 33, 7), (2, 1, 1), (1, 31, 3), (0, 8, 5), (2, 8, 15)]
+    "n, columns, out",
+    [(1, 576, 960), (4, 1536, 577), (8, 100, 67), (3, 33, 7), (2, 1, 1), (1, 31, 3), (0, 8, 5), (2, 8, 15)],
 )
 def test_equals_the_product_in_float64(n, columns, out, dtype, kind):
     generator = torch.Generator().manual_seed(0)

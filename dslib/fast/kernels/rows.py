@@ -1,7 +1,7 @@
 """A few rows times a weight matrix, at the speed at which memory gives the weights.
 
 What torch calls for that is on a CPU a routine with one thread (see :mod:`dslib.fast.linear`), or one that prepares for
-many rows. ``strip`` in ``rows.cpp`` is ten lines, on all threads, and reads up to twice as fast (measured in the chapter).
+many rows. ``strip`` in ``rows.cpp`` is ten lines, on all threads, and reads up to twice as fast (see the chapter).
 
 Book: ``chapters/performance/speed.ipynb``, section "Where the time of one token goes".
 """
