@@ -254,6 +254,7 @@ PARTS = {
         for number, (arm, seed) in enumerate(itertools.product(GROWN, range(3)))
     },
     "realtime": tuple((f"{REALTIME}:{name}", {}) for name in ("throughput", "prefix", "long_prompt", "overhead")),
+    "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (

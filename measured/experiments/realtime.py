@@ -54,7 +54,7 @@ def static(model: Decoder, requests: list[Request]) -> None:
         generate(model, [one.prompt for one in batch], max(one.max_new_tokens for one in batch))
 
 
-def throughput(count: int = 32, rounds: int = 3) -> dict[str, Any]:
+def throughput(count: int = 32, rounds: int = 5) -> dict[str, Any]:
     """Tokens a second of each way to serve ``count`` requests of mixed lengths; SmolLM2, float32.
 
     Returns ``tokens_per_second`` by way, ``ratios`` of the engine's to each other's (median, low, high), and ``same``:
@@ -165,8 +165,9 @@ def overhead(rounds: int = 30) -> dict[str, Any]:
     engine = Engine(model, num_blocks=256, max_batch=SLOTS)
     for request in requests_of(SLOTS, tokenizer, prompt=(64, 64), answer=(2 * rounds + 8, 2 * rounds + 8)):
         engine.add(request)
-    engine.step()
-    texts = list(engine.scheduler.running)
+    while len(texts := engine.scheduler.running) < SLOTS or any(text.left > 1 for text in texts):
+        engine.step()
+    texts = list(texts)
 
     def alone() -> None:
         ids = torch.tensor([text.tokens[-1:] for text in texts])

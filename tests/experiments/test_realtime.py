@@ -1,9 +1,12 @@
 """Serving's experiments, at a size of seconds: every way writes the same requests."""
 
+import sys
+
 import pytest
 
 from dslib.architecture.weights.pretrained import load_smollm2
 from measured.experiments import realtime as lab
+from measured.experiments import realtime_vllm
 
 
 def test_requests_are_the_same_every_time_and_of_mixed_lengths():
@@ -40,7 +43,35 @@ def test_overhead_is_a_ratio_of_a_step_to_its_pass():
     assert 0.5 < low <= high
 
 
+# What beside_vllm talks to, without vLLM: it says what the other process says, and one text right of two.
+TURNS = """
+import json, sys
+asked = json.loads(sys.argv[2])
+print("loading")
+print("SAID", json.dumps("0.0"), flush=True)
+for _ in sys.stdin:
+    print("SAID", json.dumps([0.5, [[7] * count for _, count in asked]]), flush=True)
+"""
+
+
+def test_vllm_has_its_turns_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(lab.requests_of, "__defaults__", ((4, 8), (2, 5)))
+    monkeypatch.setenv("VLLM_PYTHON", sys.executable)
+    monkeypatch.setattr(realtime_vllm, "VLLM", TURNS)
+    made = realtime_vllm.beside_vllm(count=2, rounds=2)
+    tokens = sum(one.max_new_tokens for one in lab.requests_of(2, load_smollm2()[1]))
+    assert made["tokens_per_second"]["vLLM"] == pytest.approx(tokens / 0.5) and made["same"] == 0
+    assert made["version"] == "0.0" and made["ratio"][1] <= made["ratio"][0] <= made["ratio"][2]
+    monkeypatch.setattr(realtime_vllm, "VLLM", "raise SystemExit('no vLLM here')")
+    with pytest.raises(RuntimeError, match="no vLLM here"):
+        realtime_vllm.beside_vllm(count=2, rounds=1)
+    monkeypatch.delenv("VLLM_PYTHON")
+    with pytest.raises(RuntimeError, match="VLLM_PYTHON"):
+        realtime_vllm.beside_vllm()
+
+
 @pytest.mark.parametrize("call, words", [
+    (lambda: realtime_vllm.beside_vllm(count=0), "count"),
     (lambda: lab.throughput(count=0), "count"),
     (lambda: lab.prefix(length=0), "length"),
     (lambda: lab.long_prompt(chunk=0), "chunk"),
