@@ -16,10 +16,11 @@ PARTS = {
     "library and book": [*PYTEST, "--durations=10", "tests"],
     "notebooks": [*PYTEST, "--nbval", "chapters"],
 }
-# What multiplies by kernels that are chosen by the processor.
+# What multiplies by kernels that are chosen by the processor. Four bits without vectors take minutes to say little.
+TRAINING, INT4 = "chapters/performance/training.ipynb", "chapters/architecture/int4.ipynb"
 LESSER = {
-    "tests": [*PYTEST, "-m", "processor", "tests"],
-    "notebooks": [*PYTEST, "--nbval", "chapters/architecture/int4.ipynb", "chapters/performance/training.ipynb"],
+    "tests": {level: [*PYTEST, "-m", "processor", "tests"] for level in processor.LEVELS},
+    "notebooks": {"AVX2": [*PYTEST, "--nbval", INT4, TRAINING], "DEFAULT": [*PYTEST, "--nbval", TRAINING]},
 }
 SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+ (?:needs (AVX-512|CUDA))?")
 
@@ -40,7 +41,7 @@ def main():
     for level in processor.lesser():
         env = processor.environment(level)
         said = "; ".join(f"{library} uses {what}" for library, what in processor.used(env).items())
-        parts += [(f"{name} as a processor with {level} ({said})", command, env) for name, command in LESSER.items()]
+        parts += [(f"{name} as a processor with {level} ({said})", at[level], env) for name, at in LESSER.items()]
     for name, command, env in parts:
         print(f"== {name}: pytest {' '.join(command[3:])}", flush=True)
         start = time.perf_counter()

@@ -42,12 +42,14 @@ from dslib.performance.pretrain import (
     training_flops,
 )  # fmt: skip
 from dslib.performance.statistics import Mean, mean_interval
+from measured import recordings
 from measured.machine import best_device
 from measured.timing import stopwatch
 
 BASE = "fine-grained, shared"
 LEVEL = 10**6  # steps of a schedule of which no run sees more than the rise and the level
 CUTS = ("tokens", "flops", "seconds")
+LONG = {"rate": 8e-3, "steps": 600, "every": 60}  # of the runs that count; the rate is each arm's best of three
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,13 @@ def token_seconds(
     with torch._dynamo.config.patch(recompile_limit=64):  # to the compiler every arm is another function
         turns = [{arm: timed(arm, model) for arm, model in models.items()} for _ in range(rounds + 1)]
     return {arm: [turn[arm] for turn in turns[1:]] for arm in models}  # the first compiles
+
+
+def recorded_runs(*arms: str) -> dict[str, list[dict[str, Any]]]:
+    """The recorded runs that count, by arm, of those seeds of which each of these arms has one."""
+    found = {arm: [recordings.recorded(run, arm=arm, seed=seed, **LONG) for seed in range(5)] for arm in arms}
+    there = [seed for seed in range(5) if all(found[arm][seed] for arm in arms)]
+    return {arm: [found[arm][seed].result for seed in there] for arm in arms}
 
 
 def with_seconds(made: dict[str, Any], a_token: float) -> dict[str, Any]:

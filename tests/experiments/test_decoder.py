@@ -75,6 +75,8 @@ def refuse(*_, **__):
     raise OSError("no network here")
 socket.socket.connect = socket.getaddrinfo = refuse
 from measured import record
+first = {name: (name, call) for name, call in reversed(record.CPU_CALLS)}  # test_speed.py has the other designs
+record.PARTS["machine"] = tuple(first.values())
 sys.exit(record.main(["machine", "--out", *sys.argv[1:]]))
 """
 
@@ -91,7 +93,7 @@ def test_record_writes_a_file_that_reads_back_on_a_bare_machine(tmp_path):
     assert sorted({r.function.split(":")[1] for r in made}) == [
         "decode_speed", "launch_gap", "machine_speed", "roof_figures", "training_step", "window_speed",
     ]  # fmt: skip
-    assert len(made) == len(record.CPU_CALLS) and {recordings.standing(r) for r in made} == {"current"}
+    assert {recordings.standing(r) for r in made} == {"current"}
     assert out.stat().st_size < 100_000
     tables = [r.result for r in made if r.function.endswith("machine_speed")]
     assert not [row for table in tables for row in table["rows"] if "failed" in row]
