@@ -132,10 +132,12 @@ HELP_ARMS = (
     "auxiliary loss",
 )  # fmt: skip
 ADAPTERS, REALTIME = "measured.experiments.adapters", "measured.experiments.realtime"
+FREE, FROZEN = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2)  # rates where the base moves, and where it does not
 ADAPTER_RATES = {
-    "all weights": (1e-4, 3e-4, 1e-3), "LoRA": (1e-3, 3e-3, 1e-2), "bottleneck": (1e-3, 3e-3, 1e-2),
-    "the article's": (1e-4, 3e-4, 1e-3),
+    "all weights": FREE, "LoRA": FROZEN, "the article's": FREE, "zero start": FREE, "frozen base": FROZEN,
+    "zero start, frozen base": FROZEN,
 }  # fmt: skip
+ADAPTER_BEST = {arm: rates[1] for arm, rates in ADAPTER_RATES.items()}  # the page holds it against the grid
 UPCYCLING, GROWN = (
     "measured.experiments.upcycling",
     ("dense, continued", "copies with noise", "slices", "shared", "from scratch"),
@@ -236,6 +238,12 @@ PARTS = {
             (f"{ADAPTERS}:forgetting", {"arm": arm, "seed": 100, "rate": rate}) for rate in rates
         )
         for number, (arm, rates) in enumerate(ADAPTER_RATES.items())
+    },
+    **{
+        f"adapters-{seed}": tuple(
+            (f"{ADAPTERS}:forgetting", {"arm": arm, "seed": seed, "rate": rate}) for arm, rate in ADAPTER_BEST.items()
+        )
+        for seed in range(5)
     },
     "adapters-step": ((f"{ADAPTERS}:beside_peft", {}),),
     "adapters-many": tuple(

@@ -1,16 +1,21 @@
 """Adapters on the course's own model: what a new domain costs the old one, and LoRA's step beside peft's.
 
 The new domain is what numpy's functions say about themselves (docstrings of the installed numpy, read in place; none of
-them is in the training text). Learned in four ways, each at its own best rate: all weights; LoRA; bottlenecks; and the
-article's adapter, which begins with random numbers in both of its layers beside weights that go on moving.
+them is in the training text). Learned in six ways, each at its own best rate: all weights; LoRA; and the article's
+adapter, as it is (random in both of its layers, beside weights that go on moving), with a zero start, with a frozen
+base, and with both, which makes it what the literature calls a bottleneck adapter. So the start and the freezing are
+told apart.
 
-Compared at equal tokens, and at equal loss on the new domain: who has learned less has often forgotten less.
+Compared at equal tokens, and at equal loss on the new domain: who has learned less has often forgotten less. The rate
+stays level after its rise, and a running average of the weights is judged, so that a run may be cut anywhere. The rate
+of an arm is picked on other windows of the new domain than those by which arms are compared.
 
-Recorded by ``make record PART=adapters-rates-0`` (to 3) and ``PART=adapters-step``.
+Recorded by ``make record PART=adapters-rates-0`` (to 5), ``PART=adapters-0`` (to 4) and ``PART=adapters-step``.
 """
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +29,10 @@ from dslib.architecture.whole import load
 from dslib.check import above, one_of, whole
 from dslib.data import corpus
 from dslib.data.text import slices
-from dslib.migration.adapters import Adapter, bottleneck, lora
+from dslib.migration.adapters import Adapter, lora
 from dslib.performance.pretrain import bits_per_byte, byte_lengths
-from dslib.performance.training import fit, next_token_loss
+from dslib.performance.training import TrainingStep, fit, next_token_loss
+from measured.experiments.does_it_help import LEVEL, Average
 from measured.timing import compare, ratio
 
 LENGTH = 256
@@ -43,14 +49,18 @@ class ArticleAdapter(nn.Module):
         return y + self.proj(y)
 
 
-def _article(model: Decoder, inner: int) -> Adapter:
+def _article(model: Decoder, zero: bool = False, frozen: bool = False, inner: int = 20) -> Adapter:
+    """The article's adapter behind attention and MLP of each layer; ``zero``: its last layer begins at nothing."""
     size = model.config.hidden_size
     parts = {
         name: ArticleAdapter(size, inner) for name, _ in model.named_modules() if name.endswith(("self_attn", "mlp"))
     }
+    for part in parts.values() if zero else ():
+        nn.init.zeros_(part.proj[2].weight)
+        nn.init.zeros_(part.proj[2].bias)
     adapter = Adapter(model, "bottleneck", {"size": size, "inner": inner}, parts)
     for weight in model.parameters():
-        weight.requires_grad_(True)
+        weight.requires_grad_(not frozen)
     return adapter
 
 
@@ -58,8 +68,10 @@ def _article(model: Decoder, inner: int) -> Adapter:
 ARMS = {
     "all weights": lambda model: None,
     "LoRA": lambda model: lora(model, r"(q_proj|kv_b_proj|o_proj)$", rank=12),
-    "bottleneck": lambda model: bottleneck(model, r"(self_attn|mlp)$", model.config.hidden_size, inner=20),
-    "the article's": lambda model: _article(model, inner=20),
+    "the article's": _article,
+    "zero start": partial(_article, zero=True),
+    "frozen base": partial(_article, frozen=True),
+    "zero start, frozen base": partial(_article, zero=True, frozen=True),
 }
 
 
@@ -99,10 +111,11 @@ def forgetting(
     arm: str = "LoRA", seed: int = 0, rate: float = 1e-3, steps: int = 160, rows: int = 8, every: int = 20,
     windows: int = 24,
 ) -> dict[str, Any]:  # fmt: skip
-    """One run on the new domain. ``rows`` of 256 tokens a step, AdamW.
+    """One run on the new domain. ``rows`` of 256 tokens a step, AdamW at a level ``rate`` after 16 steps of rise.
 
-    Returns ``trained``, how many numbers; and ``rows``, one every so many steps from 0 on: ``tokens``, ``new`` and
-    ``old``, bits a byte on held-out windows of the new domain and of the validation text.
+    Returns ``trained``, how many numbers; and ``rows``, one every so many steps from 0 on, of the averaged weights:
+    ``tokens``; bits a byte on held-out windows of the new domain, ``new`` and, on others, ``pick``; ``old``, on
+    windows of the validation text.
     """
     one_of(ARMS, arm=arm)
     whole(1, steps=steps, rows=rows, every=every, windows=windows)
@@ -112,11 +125,13 @@ def forgetting(
     adapter = ARMS[arm](model)
     both, (train, test), sizes = Both(model, adapter), new_domain(), byte_lengths(corpus.tokenizer())
     old = torch.from_numpy(corpus.token_stream("validation")[0].astype(np.int64))
-    looked = {"new": slices(test, LENGTH + 1, windows), "old": slices(old, LENGTH + 1, windows)}
-    found = []
+    unseen = slices(test, LENGTH + 1, 2 * windows)
+    looked = {"new": unseen[::2], "pick": unseen[1::2], "old": slices(old, LENGTH + 1, windows)}
+    average, found = Average(both), []
 
     def look(step: int) -> None:
-        bits = {name: bits_per_byte(model, held, sizes) for name, held in looked.items()}
+        with average():
+            bits = {name: bits_per_byte(model, held, sizes) for name, held in looked.items()}
         found.append({"tokens": step * rows * LENGTH, **bits})
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -124,11 +139,14 @@ def forgetting(
         drawn = torch.stack([train[start : start + LENGTH + 1] for start in starts])
         return drawn[:, :-1], drawn[:, 1:]
 
+    def told(at: TrainingStep) -> bool:
+        average.step()
+        if (at.number + 1) % every == 0 or at.number + 1 == steps:
+            look(at.number + 1)
+        return at.number + 1 == steps
+
     look(0)
-    fit(
-        both, batch, steps=steps, loss=next_token_loss, learning_rate=rate,
-        on_step=lambda told: look(told.number + 1) if (told.number + 1) % every == 0 else None,
-    )  # fmt: skip
+    fit(both, batch, steps=LEVEL, warmup=16 / LEVEL, loss=next_token_loss, learning_rate=rate, on_step=told)
     trained = sum(weight.numel() for weight in both.parameters() if weight.requires_grad)
     return {"trained": trained, "rows": found}
 

@@ -22,16 +22,24 @@ def test_the_new_domain_is_split_by_document_and_strange_to_the_model():
     assert new > known + 0.2
 
 
-def test_every_arm_but_the_articles_starts_where_the_model_was():
+def test_arms_differ_in_their_start_and_in_what_moves():
     runs = {arm: lab.forgetting(arm, **SHORT) for arm in lab.ARMS}
     before = runs["all weights"]["rows"][0]
     for arm, made in runs.items():
         assert [row["tokens"] for row in made["rows"]] == [0, 256, 512]
-        assert (made["rows"][0] == before) == (arm != "the article's")
+        assert (made["rows"][0] == before) == (arm not in ("the article's", "frozen base"))
+    assert runs["the article's"]["rows"][0] == runs["frozen base"]["rows"][0]
     assert runs["the article's"]["rows"][0]["old"] > before["old"] + 0.01
     trained = {arm: made["trained"] for arm, made in runs.items()}
-    assert trained["LoRA"] == pytest.approx(trained["bottleneck"], rel=0.15) and trained["LoRA"] < 0.2e6
-    assert trained["the article's"] > trained["all weights"] > 4.5e6
+    assert trained["LoRA"] == pytest.approx(trained["frozen base"], rel=0.15) and trained["LoRA"] < 0.2e6
+    assert trained["frozen base"] == trained["zero start, frozen base"]
+    assert trained["the article's"] == trained["zero start"] > trained["all weights"] > 4.5e6
+
+
+def test_windows_that_pick_a_rate_are_not_those_that_compare():
+    rows = lab.forgetting(**SHORT)["rows"]
+    assert all(row["new"] != row["pick"] for row in rows)
+    assert len({row["new"] for row in rows}) == len(rows)  # it has moved
 
 
 def test_old_text_at_an_equal_loss_on_the_new_one_is_read_between_two_looks():
