@@ -186,7 +186,8 @@ def _names(text: str) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
 
 
-def _imports(name: str, text: str, path: Path) -> list[str]:
+@cache
+def _imports(name: str, text: str, path: Path) -> tuple[str, ...]:
     """Modules that a module may import from anywhere in it; ``from a import b`` may mean the module ``a.b``."""
     found = []
     for node in ast.walk(ast.parse(text)):
@@ -197,7 +198,7 @@ def _imports(name: str, text: str, path: Path) -> list[str]:
             package = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             base = ".".join(part for part in (package, node.module) if part)
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [one for one in found if one.split(".")[0] in PACKAGES]
+    return tuple(one for one in found if one.split(".")[0] in PACKAGES)
 
 
 def _file(name: str, root: Path) -> Path | None:

@@ -16,11 +16,13 @@ PARTS = {
     "library and book": [*PYTEST, "--durations=10", "tests"],
     "notebooks": [*PYTEST, "--nbval", "chapters"],
 }
-# What multiplies by kernels that are chosen by the processor. Four bits without vectors take minutes to say little.
-TRAINING, INT4 = "chapters/performance/training.ipynb", "chapters/architecture/int4.ipynb"
+# What multiplies by kernels that are chosen by the processor. Without vectors only four bits go another way than with
+# AVX2, and their page would take minutes.
+BITS = ["tests/fast/test_int4.py", "tests/fast/test_int4_rows.py", "tests/experiments/test_int4_speed.py"]
+PAGES = ["chapters/architecture/int4.ipynb", "chapters/performance/training.ipynb"]
 LESSER = {
-    "tests": {level: [*PYTEST, "-m", "processor", "tests"] for level in processor.LEVELS},
-    "notebooks": {"AVX2": [*PYTEST, "--nbval", INT4, TRAINING], "DEFAULT": [*PYTEST, "--nbval", TRAINING]},
+    "AVX2": {"tests": [*PYTEST, "-m", "processor", "tests"], "notebooks": [*PYTEST, "--nbval", *PAGES]},
+    "DEFAULT": {"tests of four bits": [*PYTEST, *BITS]},
 }
 SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+ (?:needs (AVX-512|CUDA))?")
 
@@ -41,7 +43,7 @@ def main():
     for level in processor.lesser():
         env = processor.environment(level)
         said = "; ".join(f"{library} uses {what}" for library, what in processor.used(env).items())
-        parts += [(f"{name} as a processor with {level} ({said})", at[level], env) for name, at in LESSER.items()]
+        parts += [(f"{name} as a processor with {level} ({said})", tests, env) for name, tests in LESSER[level].items()]
     for name, command, env in parts:
         print(f"== {name}: pytest {' '.join(command[3:])}", flush=True)
         start = time.perf_counter()

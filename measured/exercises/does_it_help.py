@@ -6,8 +6,14 @@ from scipy import stats
 from measured.exercises import exercise, named
 
 
-def _needed(differences, effect: float, power: float, ddof: int = 1, level: float = 0.975, quantile=stats.t.ppf) -> int:
-    sd, n = float(np.std(differences, ddof=ddof)), 2
+def _needed(
+    differences, effect: float, sure: float, ddof: int = 1, level: float = 0.975, power: float = 0.8, free: int = -1,
+    quantile=stats.t.ppf,
+) -> int:  # fmt: skip
+    """``sure``: None plans with the spread that was found."""
+    found, n = float(np.std(differences, ddof=ddof)), 2
+    free += len(differences)
+    sd = found * (free / stats.chi2.ppf(1 - sure, free)) ** 0.5 if sure else found
     while n < ((quantile(level, n - 1) + quantile(power, n - 1)) * sd / effect) ** 2:
         n += 1
     return n
@@ -16,63 +22,76 @@ def _needed(differences, effect: float, power: float, ddof: int = 1, level: floa
 @exercise(
     "does_it_help/pairs",
     cases=named(
-        "differences effect power",
+        "differences effect sure",
         ([-0.006, -0.002, -0.009, -0.004], 0.004, 0.8),
         ([0.011, 0.002, -0.003, 0.007, 0.001], 0.003, 0.9),
-        ([0.5, 0.4, 0.7], 0.9, 0.8),
+        ([0.005, 0.004, 0.007], 0.009, 0.8),
     ),
     mistakes="""
-        _needed(differences, effect, power, ddof=0)
+        _needed(differences, effect, None)
+            That plans with the spread that the pilot found. The true one is larger about every other time: multiply by
+            the factor of the page, for `sure`.
+        _needed(differences, effect, 1 - sure)
+            You took the other end: the true spread is *below* yours with probability `sure`, so the factor is above 1.
+            It divides by the chi-squared quantile of 1 - sure.
+        _needed(differences, effect, (1 + sure) / 2)
+            That is the upper end of an interval with two ends. Here one end is asked for: below it with `sure`.
+        _needed(differences, effect, sure, free=0)
+            n values leave n - 1 degrees of freedom for their spread.
+        _needed(differences, effect, sure, ddof=0)
             Your standard deviation divides by n. With few values that is too small: divide by n - 1 (`ddof=1`).
-        _needed(differences, effect, power, level=0.95)
+        _needed(differences, effect, sure, level=0.95)
             An interval of 95 % leaves 2.5 % at either end: the quantile is that of 0.975.
-        _needed(differences, effect, power, quantile=lambda share, _: stats.norm.ppf(share))
+        _needed(differences, effect, sure, quantile=lambda share, _: stats.norm.ppf(share))
             Those are the quantiles of a normal distribution (1.96). The spread is itself estimated, from n values: take
             Student's t with n - 1 degrees of freedom.
-        _needed(differences, effect, 0.5)
-            The power is missing: with this n a true difference of that size is seen only every other time.
-        _needed(np.asarray(differences) - np.mean(differences) + 1, np.mean(differences), power)
-            You divide by the mean of the pilot. `effect` is the difference that would matter, whatever was found.
     """,
-    hint="Try n = 2, 3, 4, … until n is at least ((t(0.975) + t(power)) sd / effect)², with n - 1 degrees of freedom.",
+    hint="`number_needed` of the page, with the pilot's spread times `spread_factor(len(differences), sure)`.",
 )
-def pairs(differences: list[float], effect: float, power: float) -> int:
-    """The smallest number of pairs, from 2 on, that sees a true difference ``effect`` with this power."""
-    return _needed(differences, effect, power)
+def pairs(differences: list[float], effect: float, sure: float) -> int:
+    """Pairs, from 2 on, that see ``effect`` with a power of 0.8 at the spread's upper end for ``sure``."""
+    return _needed(differences, effect, sure)
 
 
-def _bits(run, speed: float, end: float) -> float:
-    tokens, bits = zip(*run, strict=True)
-    return float(np.interp(end, np.array(tokens) * speed, bits))
+def _reached(run, level: float) -> float:
+    tokens, bits = np.array(run, dtype=float).T
+    return float(np.interp(-level, -bits, tokens))
 
 
-def _at(arm, base, arm_speed: float, base_speed: float, end: float) -> float:
-    return _bits(arm, arm_speed, end) - _bits(base, base_speed, end)
+def _pace(arm, base, level: float) -> float:
+    return _reached(base, level) / _reached(arm, level)
+
+
+def _worse(arm, base) -> float:
+    return max(arm[-1][1], base[-1][1])
 
 
 @exercise(
-    "does_it_help/seconds",
+    "does_it_help/pace",
     cases=named(
-        "arm base arm_speed base_speed",
-        ([(1, 2.0), (2, 1.8), (4, 1.6)], [(1, 2.1), (2, 1.9), (4, 1.75)], 2.0, 1.0),
-        ([(10, 3.0), (30, 2.0)], [(10, 3.1), (20, 2.4), (40, 1.9)], 0.5, 0.75),
-        ([(1, 1.5), (3, 1.2), (5, 1.1)], [(2, 1.45), (6, 1.0)], 1.5, 1.1),
+        "arm base",
+        ([(1, 2.0), (2, 1.8), (4, 1.6)], [(1, 2.1), (2, 1.9), (4, 1.75)]),
+        ([(10, 3.1), (20, 2.4), (40, 2.2)], [(10, 3.0), (30, 2.0)]),
+        ([(1, 1.5), (3, 1.2), (5, 1.1)], [(2, 1.45), (6, 1.0)]),
     ),
     mistakes="""
-        arm[-1][1] - base[-1][1]
-            Those are the ends of both runs, which one reached long before the other. Compare where the shorter ends.
-        _at(arm, base, 1, 1, min(arm[-1][0], base[-1][0]))
-            That is at equal tokens. Multiply the tokens of each run by its own seconds a token.
-        _at(base, arm, base_speed, arm_speed, min(arm[-1][0] * arm_speed, base[-1][0] * base_speed))
-            The sign: the arm less the base, so that above 0 means that the arm is worse.
-        _at(arm, base, 1 / arm_speed, 1 / base_speed, min(arm[-1][0] / arm_speed, base[-1][0] / base_speed))
-            The speeds are seconds a token: multiply by them.
+        _pace(base, arm, _worse(arm, base))
+            Upside down: asked for is the arm's time over the base's.
+        _pace(arm, base, min(arm[-1][1], base[-1][1]))
+            One of the two never reaches those bits, so that both seem to need all of their tokens. Take the last bits
+            that *both* have reached.
+        (arm[-1][1] / base[-1][1])
+            Bits over bits say nothing of time: read off how many tokens each needs for the same bits.
+        _pace(arm, base, arm[-1][1])
+            Those are the arm's last bits. Where the arm ends lower than the base, the base never reaches them.
+        _pace(arm, base, base[-1][1])
+            Those are the base's last bits. Where the base ends lower than the arm, the arm never reaches them.
     """,
-    hint="Seconds of a look: its tokens times the seconds a token. Interpolate both runs at the smaller of the ends.",
+    hint="Level means the same bits, those of the worse of the two ends. How many tokens does each need for them?",
 )
-def at_equal_seconds(arm: list, base: list, arm_speed: float, base_speed: float) -> float:
-    """Bits of ``arm`` less those of ``base``, lists of (tokens, bits), after as many seconds."""
-    return _at(arm, base, arm_speed, base_speed, min(arm[-1][0] * arm_speed, base[-1][0] * base_speed))
+def break_even(arm: list, base: list) -> float:
+    """Seconds a token of ``arm`` over those of ``base``, lists of (tokens, bits), at which equal seconds are level."""
+    return _pace(arm, base, _worse(arm, base))
 
 
 def _run(rates=3, seeds=(0, 1, 2), schedule=0, steps=400, text="validation") -> dict:

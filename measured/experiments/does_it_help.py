@@ -195,10 +195,13 @@ def run(
 
 
 def token_seconds(
-    arms: Sequence[str] = tuple(ARMS), rounds: int = 5, steps: int = 4, tokens: int = 2048, length: int = 256,
+    arms: Sequence[str] = tuple(ARMS), rounds: int = len(ARMS), steps: int = 4, tokens: int = 2048, length: int = 256,
     precision: str = "bfloat16", compiled: bool | None = None, changes: dict[str, Any] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of training a token, optimisers included, for each arm: one a round, in which each arm has its turn."""
+    """Seconds of training a token, optimisers included, for each arm: one a round, in which each arm has its turn.
+
+    Another arm begins each round, so that in as many rounds as there are arms each has had every place once.
+    """
     whole(1, rounds=rounds, steps=steps)
     models = {arm: make(arm, 0, **changes or {}) for arm in arms}
     text, size = corpus.token_stream("train")
@@ -215,7 +218,10 @@ def token_seconds(
         return (laps[-1] - laps[0]) / (steps * tokens)
 
     with torch._dynamo.config.patch(recompile_limit=64):  # to the compiler every arm is another function
-        turns = [{arm: timed(arm, model) for arm, model in models.items()} for _ in range(rounds + 1)]
+        turns, order = [], list(models)
+        for _ in range(rounds + 1):
+            turns.append({arm: timed(arm, models[arm]) for arm in order})
+            order = order[1:] + order[:1]
     return {arm: [turn[arm] for turn in turns[1:]] for arm in models}  # the first compiles
 
 
@@ -253,16 +259,17 @@ def difference(arm: Sequence[dict], base: Sequence[dict], cut: str) -> Mean:
     return mean_interval([bits_at(a, cut, end) - bits_at(b, cut, end) for (a, b), end in zip(pairs, ends, strict=True)])
 
 
-def saving(arm: Sequence[dict], base: Sequence[dict]) -> Mean | None:
-    """Share of the FLOPs of ``arm`` that ``base`` does without, where it has come to the bits that ``arm`` ends with.
+def saving(arm: Sequence[dict], base: Sequence[dict], cut: str = "flops") -> Mean | None:
+    """Share of the FLOPs of ``arm``, or of another ``cut``, that ``base`` does without for the last bits of ``arm``.
 
     Mean and 95 % interval over the pairs; None if ``base`` never comes there in one of them.
     """
+    one_of(CUTS, cut=cut)
     shares = []
     for one, other in zip(arm, base, strict=True):
         end, bits = one["rows"][-1], [row["bits"] for row in other["rows"]]
         if min(bits) > end["bits"]:
             return None
-        flops = [row["flops"] for row in other["rows"]]
-        shares.append(1 - np.interp(-end["bits"], np.maximum.accumulate(-np.array(bits)), flops) / end["flops"])
+        used = [row[cut] for row in other["rows"]]
+        shares.append(1 - np.interp(-end["bits"], np.maximum.accumulate(-np.array(bits)), used) / end[cut])
     return mean_interval(shares)

@@ -5,7 +5,10 @@ Recorded by ``make record PART=whole``.
 Book: ``chapters/architecture/whole.ipynb``.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -187,29 +190,33 @@ def step_speed(
 
     Weights are float32; with ``precision`` bfloat16 all ways run under autocast.
 
-    Every step reads a new batch of the corpus, so that loads change as in training; "quick, one batch" reads one batch
-    again and again. Ours runs the prediction module on one row besides.
+    Each way reads eight batches of the corpus in turn, so that loads change as in training; "quick, one batch" reads
+    one again and again. All ways and numbers of rows have a turn in every round. Ours runs the prediction module on one
+    row besides.
 
     Returns ``tokens_per_second`` of each way by number of rows (median), and ``ratios``: the quick step's speed over
     each other way's, both at the number of rows that is best for it (median, low, high).
     """
     one_of(("float32", "bfloat16"), precision=precision)
     tokens, _ = corpus.token_stream("validation")
-    ways, seconds, brief = _steps(compiled), {}, precision == "bfloat16"
+    ways, brief, calls = _steps(compiled), precision == "bfloat16", {}
+
+    def step(way: str, plan: Plan, batches: Iterator[int]) -> None:
+        loss, optimizer = ways[way]
+        with torch.autocast("cpu", torch.bfloat16, enabled=brief):
+            found = loss(rows_at(tokens, next(batches), plan))
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     for count in rows:
-        plan, number = Plan(steps=10**6, tokens=length * count, length=length), iter(range(10**6))
-
-        def step(name: str, plan: Plan = plan, number=number) -> None:
-            loss, optimizer = ways[name.partition(",")[0]]
-            with torch.autocast("cpu", torch.bfloat16, enabled=brief):
-                found = loss(rows_at(tokens, 0 if name.endswith("one batch") else next(number) % 8, plan))
-            found.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        calls = {name: lambda name=name, step=step: step(name) for name in (*ways, "quick, one batch")}
-        for name, timing in compare(calls, rounds=rounds, warmup=2).items():
-            seconds.setdefault(name, {})[count] = Timing(tuple(t / (length * count) for t in timing.seconds))
+        plan = Plan(steps=10**6, tokens=length * count, length=length)
+        for way in ways:
+            calls[way, count] = partial(step, way, plan, itertools.cycle(range(8)))
+        calls["quick, one batch", count] = partial(step, "quick", plan, itertools.repeat(0))
+    seconds: dict[str, dict[int, Timing]] = {}
+    for (name, count), timing in compare(calls, rounds=rounds, warmup=2).items():
+        seconds.setdefault(name, {})[count] = Timing(tuple(t / (length * count) for t in timing.seconds))
     best = {name: min(by_rows.values(), key=lambda timing: timing.median) for name, by_rows in seconds.items()}
     ratios = {name: ratio(timing, best["quick"]) for name, timing in best.items() if name != "quick"}
     return {

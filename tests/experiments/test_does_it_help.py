@@ -6,6 +6,7 @@ import torch
 from dslib.architecture.balance import moe_layers
 from dslib.architecture.decoder import count_parameters
 from dslib.performance.speed import matrix_parameters
+from measured import record
 from measured.experiments import does_it_help as lab
 
 SMALL = {"hidden_size": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 16}
@@ -72,10 +73,20 @@ def test_the_average_is_of_the_last_steps_and_leaves_the_weights_alone():
     assert model.weight.item() == 60 and isinstance(model.weight, torch.nn.Parameter)
 
 
-def test_all_arms_are_timed_in_every_round():
+def test_all_arms_are_timed_in_every_round_and_each_begins_one(monkeypatch):
+    begun, pretrain = [], lab.pretrain
+    monkeypatch.setattr(lab, "pretrain", lambda model, *a, **k: begun.append(model) or pretrain(model, *a, **k))
     found = lab.token_seconds(("dense, active size", lab.BASE), rounds=2, steps=1, **SHORT)
     assert list(found) == ["dense, active size", lab.BASE]
     assert all(len(times) == 2 and min(times) > 0 for times in found.values())
+    dense, base = begun[:2]
+    assert begun == [dense, base, base, dense, dense, base]
+
+
+def test_the_runs_that_count_are_those_that_are_recorded():
+    for seed in range(5):
+        asked = [arguments for _, arguments in record.PARTS[f"help-{seed}"]]
+        assert asked == [{"arm": arm, "seed": seed, **lab.LONG} for arm in record.HELP_ARMS]
 
 
 def made_up(*bits, each=(100, 10.0, 1.0)):
@@ -106,6 +117,7 @@ BAD_CALLS = [
     (lambda: lab.token_seconds(("sparse",)), "arm"),
     (lambda: lab.token_seconds(rounds=0), "rounds"),
     (lambda: lab.bits_at(made_up(2.0, 1.0), "joules", 1), "cut"),
+    (lambda: lab.saving([made_up(2.0)], [made_up(2.0)], "joules"), "cut"),
     (lambda: lab.bits_at(made_up(2.0, 1.0), "tokens", 50), "100 to 200"),
     (lambda: lab.bits_at(made_up(2.0, 1.0), "tokens", 500), "100 to 200"),
 ]
@@ -120,6 +132,8 @@ def test_what_is_saved_is_read_where_the_base_has_the_arms_last_bits():
     found = lab.saving(arm, base)
     assert found.value == pytest.approx(1 - 1.5 / 3) and found.low == pytest.approx(found.high)
     assert lab.saving([*arm, made((1, 0.5))], [*base, made((1, 0.6))]) is None  # it never comes there
+    slow = made_up(2.0, 1.0, each=(100, 10.0, 4.0))  # as good a token, at four times the seconds
+    assert lab.saving([slow, slow], [made_up(2.0, 1.0)] * 2, "seconds").value == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("call, words", BAD_CALLS)

@@ -128,12 +128,12 @@ RIGHT = {
     ),
     "depth/batch": "torch.tensor(depths).amax(0).sum()",
     "does_it_help/pairs": (
-        "next(n for n in itertools.count(2) if n * effect**2 >= np.var(differences, ddof=1) * sum(stats.t(n - 1)"
-        ".ppf([0.975, power])) ** 2)"
+        "next(n for n in itertools.count(2) if n * effect**2 * stats.chi2(len(differences) - 1).ppf(1 - sure) >= "
+        "np.square(np.array(differences) - np.mean(differences)).sum() * sum(stats.t(n - 1).ppf([0.975, 0.8])) ** 2)"
     ),
-    "does_it_help/seconds": (
-        "(lambda end: float(np.interp(end / arm_speed, *np.array(arm).T) - np.interp(end / base_speed, *np.array(base)"
-        ".T)))(min(np.array(arm)[-1, 0] * arm_speed, np.array(base)[-1, 0] * base_speed))"
+    "does_it_help/pace": (
+        "(lambda level: torch.tensor(np.interp(-level, *(np.array(base).T[::-1] * [[-1], [1]])) / np.interp(-level, "
+        "*(np.array(arm).T[::-1] * [[-1], [1]]))))(max(arm[-1][1], base[-1][1]))"
     ),
     "does_it_help/fair": (
         "torch.tensor([n for n, (a, b) in enumerate(reports) if (a['rates'], a['seeds'], a['text']) == (b['rates'], "
@@ -345,8 +345,8 @@ WRONG = {
         "exit_depth(confidence[:-1], threshold, min_layers)",
     ),
     "depth/batch": ("len(depths[0]) * max(map(max, depths))", "sum(map(max, depths))"),
-    "does_it_help/pairs": ("pairs(differences, effect, power) + 1", "2 * pairs(differences, effect, power)"),
-    "does_it_help/seconds": ("arm[-1][1] / base[-1][1]", "min(b for _, b in arm) - min(b for _, b in base)"),
+    "does_it_help/pairs": ("pairs(differences, effect, sure) + 1", "2 * pairs(differences, effect, sure)"),
+    "does_it_help/pace": ("break_even(arm, base) - 1", "arm[0][0] / base[0][0]"),
     "does_it_help/fair": ("list(range(len(reports)))", "[]"),
     "fusion/gate": ("x + math.tanh(alpha)", "answer + math.tanh(alpha) * x", "x.add_(math.tanh(alpha) * answer)"),
     "fusion/matching": ("(scores.argmax(-1) == 0).double().mean().item()", "100 * right_choices(scores)"),
