@@ -54,7 +54,7 @@ def static(model: Decoder, requests: list[Request]) -> None:
         generate(model, [one.prompt for one in batch], max(one.max_new_tokens for one in batch))
 
 
-def throughput(count: int = 32, rounds: int = 3) -> dict[str, Any]:
+def throughput(count: int = 32, rounds: int = 5) -> dict[str, Any]:
     """Tokens a second of each way to serve ``count`` requests of mixed lengths; SmolLM2, float32.
 
     Returns ``tokens_per_second`` by way, ``ratios`` of the engine's to each other's (median, low, high), and ``same``:
