@@ -26,8 +26,9 @@ ALL ?=
 PY := .venv/bin/python
 
 # Nothing of the caller's may leak in: neither other packages, nor options of Python (PYTHONINSPECT waits for a keyboard)
-# and pytest, nor a plot backend that would swallow the figures. What is kept changes no output.
-KEPT := PYTHONHASHSEED PYTHONUTF8 PYTHONIOENCODING PYTHONCOERCECLOCALE PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
+# and pytest, nor a plot backend that would swallow the figures. What is kept changes no output. Bytecode is written: every
+# notebook is a process, and each would spend seconds on compiling torch and transformers again.
+KEPT := PYTHONHASHSEED PYTHONUTF8 PYTHONIOENCODING PYTHONCOERCECLOCALE PYTHONPYCACHEPREFIX
 unexport MPLBACKEND $(filter-out $(KEPT),$(filter PYTHON% PYTEST_%,$(.VARIABLES)))
 export PYTHONNOUSERSITE := 1
 export JUPYTER_PREFER_ENV_PATH := 1

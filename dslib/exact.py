@@ -6,12 +6,15 @@ in for the module would leave all that out, silently. So it asks here, and where
 module runs.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
+from torch.overrides import TorchFunctionMode
 
 
 def unlike(module: nn.Module, kinds: Collection[type], bias: bool = True) -> str | None:
@@ -72,3 +75,16 @@ def as_written(kind: type) -> bool:
 
 for _kind in (nn.Linear, nn.Embedding):
     written(_kind)
+
+
+@contextmanager
+def as_shapes() -> Iterator[None]:
+    """Modules are made on device ``meta``, without first weights: to fill a shape would import torch's compiler."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        named = kwargs or {}
+        return named["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **named)

@@ -28,6 +28,7 @@ from dslib.architecture.config import preset as preset
 from dslib.architecture.layers import Attention, Block, RMSNorm, SwiGLU, rope_angles
 from dslib.architecture.window import RollingCache
 from dslib.check import one_of
+from dslib.exact import as_shapes
 
 
 class Decoder(nn.Module):
@@ -172,7 +173,7 @@ def build(config: DecoderConfig, *, seed: int | None = None, device="cpu", dtype
     """
     if seed is not None:
         torch.manual_seed(seed)
-    with torch.device(device):
+    with as_shapes() if torch.device(device).type == "meta" else torch.device(device):
         model = MODELS[type(config)](config)
     for parameter in model.parameters():  # not the buffers: a router's bias settles close calls, so it stays in float32
         parameter.data = parameter.data.to(dtype)

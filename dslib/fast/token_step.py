@@ -26,7 +26,7 @@ from dslib.architecture.published import MultiHeadLatentAttention
 from dslib.architecture.sparse_decoder import SparseBlock, SparseDecoder
 from dslib.architecture.vision.cross_attention import Gate, GatedCrossAttention, ImageContext, SeeingBlock
 from dslib.architecture.window import RollingCache
-from dslib.exact import as_written, own_method, unlike, written
+from dslib.exact import as_shapes, as_written, own_method, unlike, written
 from dslib.fast.int4 import QuickInt4
 from dslib.fast.lean_step import LeanStep
 from dslib.fast.shortcut import NO_SETTINGS, Shortcut, Snapshot, shortcut_of, watched
@@ -170,7 +170,7 @@ def changed(model: Decoder, kinds: Collection[type] = KINDS) -> str | None:
         value = getattr(model.config, field.name)
         if field.name not in FIELDS and value != field.default:
             return f"has {field.name}={value!r}, which only the modules compute"
-    with torch.device("meta"):  # without memory; an image stream, which may be anything, is shared
+    with as_shapes():  # an image stream, which may be anything, is shared
         wanted = _parts(type(model)(model.config, *vision))
     for name in found | wanted:
         part, like = found.get(name), wanted.get(name)
