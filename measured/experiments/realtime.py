@@ -130,27 +130,31 @@ def prefix(length: int = 512, rounds: int = 5) -> dict[str, list[float]]:
 
 
 def long_prompt(length: int = 2000, chunk: int = 64, rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Gaps between the tokens of seven texts while a prompt of ``length`` tokens arrives: with chunks, and at once.
+    """Gaps between the tokens of seven texts while a prompt of ``length`` tokens arrives: in chunks, and at once.
 
-    Returns for both the ``middle``, ``p99`` and ``most`` of the gaps, in seconds, of all rounds together.
+    Returns for both, and for seven texts without such a prompt (``alone``), the ``middle``, ``p99`` and ``most`` of the
+    gaps, in seconds, of all rounds together; and ``first``, the newcomer's time to its first token (median).
     """
     whole(1, length=length, chunk=chunk, rounds=rounds)
     model, tokenizer = load_smollm2()
     fast.prepare(model)
     ids, found = tokenizer(moby_dick(), verbose=False).input_ids, {}
-    for name, tokens in (("chunks", chunk), ("at once", length)):
+    for name, tokens in (("chunks", chunk), ("at once", length), ("alone", chunk)):
         gaps: list[float] = []
+        firsts: list[float] = []
         for _ in range(rounds):
             engine = Engine(model, num_blocks=512, chunk=tokens)
             writing = [engine.add(Request(ids[20 * n : 20 * n + 16], 60)) for n in range(SLOTS - 1)]
             for _ in range(10):
                 engine.step()
-            engine.add(Request(ids[-length:], 1))
+            late = engine.add(Request(ids[-length:], 1)) if name != "alone" else None
             while engine.busy:
                 engine.step()
             gaps += [gap for id in writing for gap in engine.lives[id].gaps[5:]]
+            firsts += [engine.lives[late].first_token] if late is not None else []
         gaps.sort()
         found[name] = {"middle": gaps[len(gaps) // 2], "p99": gaps[int(0.99 * len(gaps))], "most": gaps[-1]}
+        found[name] |= {"first": quartiles(firsts)[1]} if firsts else {}
     return found
 
 

@@ -34,7 +34,8 @@ def test_a_prompt_that_was_served_comes_sooner():
 
 def test_gaps_are_told_with_chunks_and_without():
     gaps = lab.long_prompt(length=60, chunk=16, rounds=1)
-    assert set(gaps) == {"chunks", "at once"}
+    assert set(gaps) == {"chunks", "at once", "alone"}
+    assert {name for name, one in gaps.items() if "first" in one} == {"chunks", "at once"}
     assert all(0 < one["middle"] <= one["p99"] <= one["most"] for one in gaps.values())
 
 
