@@ -263,6 +263,11 @@ PARTS = {
     },
     "realtime": tuple((f"{REALTIME}:{name}", {}) for name in ("throughput", "prefix", "long_prompt", "overhead")),
     "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
+    "load": (
+        (f"{REALTIME}_load:sweep", {}),
+        (f"{REALTIME}_simulator:held_against", {}),
+        *((f"{REALTIME}_simulator:real_gaps", {"trace": trace}) for trace in ("code", "conv")),
+    ),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (

@@ -141,7 +141,9 @@ class QuickLosses:
         self._front = torch.compile(_front, dynamic=False) if self.compiled else _front
 
     def __call__(self, rows: Tensor, predicted: int | None = None) -> Losses:
-        return self.model.losses(rows, predicted, self._block, self._loss)
+        # Each layer and each shape has code of its own; beyond torch's limit of 8 the rest would run unfused.
+        with torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext():
+            return self.model.losses(rows, predicted, self._block, self._loss)
 
     def _block(self, block: Block, x: Tensor, rope, step, *_) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH) if self.compiled else nullcontext():

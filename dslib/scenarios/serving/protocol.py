@@ -1,7 +1,7 @@
 """What a client may ask for, and how a question is refused: the fields and errors of OpenAI's API.
 
 The fields are those whose wish the engine can fulfil; any other is refused by name, as an answer that ignores half of a
-question is worse than none. ``top_k`` and ``repetition_penalty`` come on top.
+question is worse than none. ``top_k``, ``repetition_penalty`` and ``ignore_eos`` come on top, as vLLM has them.
 
 Source: the reference of OpenAI's API.
 """
@@ -39,6 +39,7 @@ class Common(Strict):
     seed: int | None = Field(None, ge=0, lt=2**62)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
     user: str | None = None  # a note of the caller's; nothing is made of it
 
     @property

@@ -113,7 +113,7 @@ async def respond(runner: Runner, name: str, body: Completion | Chat, call: Requ
 
 def requests_of(body: Completion | Chat, engine: serving.Engine) -> list[serving.Request]:
     """The engine's requests, ``n`` for each prompt. Raises ValueError."""
-    pool, ends = engine.scheduler.pool, engine.tokenizer.eos_token_id
+    pool, ends = engine.scheduler.pool, None if body.ignore_eos else engine.tokenizer.eos_token_id
     room = min(engine.model.config.max_position_embeddings, pool.num_blocks * pool.size + 1)
     sampling = Sampling(body.temperature, body.top_k, body.top_p, None, body.repetition_penalty)
     seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -147,14 +147,13 @@ class Reply:
             yield number, text + (self.words[number].rest() if event.finish else ""), FINISH.get(event.finish)
 
     async def lines(self) -> AsyncIterator[str]:
-        """Server-sent events: a chunk for each piece of text, and one for each end."""
+        """Server-sent events, a chunk for each token, whether it has text yet or not: so a client can measure."""
         fresh, options = set(range(len(self.words))), self.body.stream_options
         try:
             async for number, text, finish in self.pieces():
-                if text or finish or number in fresh:
-                    choice = {"index": number, "finish_reason": finish} | self.body.said(text, number in fresh)
-                    fresh.discard(number)
-                    yield f"data: {json.dumps(self.head | {'choices': [choice]})}\n\n"
+                choice = {"index": number, "finish_reason": finish} | self.body.said(text, number in fresh)
+                fresh.discard(number)
+                yield f"data: {json.dumps(self.head | {'choices': [choice]})}\n\n"
             if options and options.include_usage:
                 yield f"data: {json.dumps(self.head | {'choices': []} | self.usage())}\n\n"
             yield "data: [DONE]\n\n"

@@ -2,101 +2,28 @@
 
 import asyncio
 import contextlib
-import copy
 import json
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import httpx
 import openai
 import pytest
-import torch
-import uvicorn
-from prometheus_client.parser import text_string_to_metric_families
 
 from dslib import serve
-from dslib.architecture.decoder import DecoderConfig, build
 from dslib.architecture.generation import Sampling, generate
 from dslib.data import corpus
 from dslib.scenarios.realtime import Engine
 from dslib.scenarios.serving.server import create_app
 
 BLOCKS = 400
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    made = copy.copy(corpus.tokenizer())
-    made.chat_template = TEMPLATE
-    return made
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = DecoderConfig(4096, 32, 64, 2, 4, 2, max_position_embeddings=600)
-    made = build(config, seed=0, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.ndim > 1:
-                weight.mul_(12)
-    return made
-
-
-class Server:
-    """A server in a thread; ``url`` is its address, ``engine`` its engine."""
-
-    def __init__(self, engine, **options):
-        self.engine, self.socket = engine, socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.server = uvicorn.Server(uvicorn.Config(create_app(engine, "tiny", **options), log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join()
-        self.socket.close()
-
-    def client(self, kind=openai.OpenAI, key="none"):
-        return kind(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-    def post(self, body, path="/v1/completions", **options):
-        return httpx.post(f"{self.url}{path}", json=body, timeout=20, **options)
-
-    def settles(self, seconds=5):
-        """Whether within so long nobody runs, waits or holds a block."""
-        scheduler, until = self.engine.scheduler, time.monotonic() + seconds
-        while time.monotonic() < until:
-            if not scheduler.running and not scheduler.waiting and scheduler.pool.free == BLOCKS:
-                return True
-            time.sleep(0.02)
-        return False
-
-    def meters(self):
-        text = httpx.get(f"{self.url}/metrics").text
-        return {
-            sample.name + "".join(f" {value}" for value in sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if "le" not in sample.labels
-        }
-
-
-@pytest.fixture(scope="module")
-def server(model, tokenizer):
-    with Server(Engine(model, BLOCKS, max_batch=8, tokenizer=tokenizer)) as made:
+def server(model, tokenizer, start):
+    with start(Engine(model, BLOCKS, max_batch=8, tokenizer=tokenizer)) as made:
         yield made
 
 
@@ -225,8 +152,8 @@ def test_who_never_reads_holds_nobody_up(server, client, alone):
         assert server.settles()
 
 
-def test_half_a_body_is_waited_for_a_while(model, tokenizer):
-    with Server(Engine(model, BLOCKS, tokenizer=tokenizer), seconds=0.3) as server:
+def test_half_a_body_is_waited_for_a_while(model, tokenizer, start):
+    with start(Engine(model, BLOCKS, tokenizer=tokenizer), seconds=0.3) as server:
         raw(server, b'{"model": "ti', length=100).close()  # left
         with contextlib.closing(raw(server, b'{"model": "ti', length=100)) as waits:
             said = waits.recv(4096).decode()
@@ -234,8 +161,8 @@ def test_half_a_body_is_waited_for_a_while(model, tokenizer):
         assert server.post({"model": "tiny", "prompt": "A", "max_tokens": 1}).status_code == 200
 
 
-def test_a_full_queue_is_429_and_heals(model, tokenizer):
-    with Server(Engine(model, BLOCKS, max_batch=1, max_waiting=2, tokenizer=tokenizer)) as server:
+def test_a_full_queue_is_429_and_heals(model, tokenizer, start):
+    with start(Engine(model, BLOCKS, max_batch=1, max_waiting=2, tokenizer=tokenizer)) as server:
         client, asked = server.client(), {"model": "tiny", "prompt": "A ship", "temperature": 0}
         with client.completions.create(**asked, max_tokens=500, stream=True) as busy:
             next(iter(busy))
@@ -291,14 +218,14 @@ def test_other_bodies_and_paths(server):
     assert server.post(asked, CHAT).status_code == 400
 
 
-def test_a_model_without_a_chat_template_says_so(model):
-    with Server(Engine(model, BLOCKS, tokenizer=corpus.tokenizer())) as server:
+def test_a_model_without_a_chat_template_says_so(model, start):
+    with start(Engine(model, BLOCKS, tokenizer=corpus.tokenizer())) as server:
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             server.client().chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
 
 
-def test_a_key_is_asked_for(model, tokenizer):
-    with Server(Engine(model, BLOCKS, tokenizer=tokenizer), api_key="clé") as server:
+def test_a_key_is_asked_for(model, tokenizer, start):
+    with start(Engine(model, BLOCKS, tokenizer=tokenizer), api_key="clé") as server:
         for key in ("none", "cl"):
             with pytest.raises(openai.AuthenticationError):
                 server.client(key=key).models.list()
@@ -309,8 +236,8 @@ def test_a_key_is_asked_for(model, tokenizer):
         create_app(Engine(model, BLOCKS), "tiny")
 
 
-def test_meters_count_what_was_done(model, tokenizer):
-    with Server(Engine(model, BLOCKS, tokenizer=tokenizer)) as server:
+def test_meters_count_what_was_done(model, tokenizer, start):
+    with start(Engine(model, BLOCKS, tokenizer=tokenizer)) as server:
         made = [server.client().completions.create(model="tiny", prompt="A ship", max_tokens=n + 1) for n in range(4)]
         found = server.meters()
         assert found["dslib_generation_tokens_total"] == sum(one.usage.completion_tokens for one in made)
@@ -321,8 +248,8 @@ def test_meters_count_what_was_done(model, tokenizer):
         assert not server.engine.lives and not server.engine.batch  # nothing grows for ever
 
 
-def test_a_fault_ends_its_requests_and_no_others(model, tokenizer, monkeypatch, caplog):
-    with Server(Engine(model, BLOCKS, tokenizer=tokenizer)) as server:
+def test_a_fault_ends_its_requests_and_no_others(model, tokenizer, monkeypatch, caplog, start):
+    with start(Engine(model, BLOCKS, tokenizer=tokenizer)) as server:
         asked = {"model": "tiny", "prompt": "A ship", "max_tokens": 3}
         with monkeypatch.context() as at_once:
             at_once.setattr(model.norm, "forward", lambda x: x * float("nan"))
