@@ -37,6 +37,19 @@ def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalising_flops(matrices: Iterable[Tensor], rounds: int = 5) -> float:
+    """Operations of a step's products: 4 m² n + 2 m³ a round for each (m, n) matrix of each stack, m its smaller side.
+
+    A step has them once, however many tokens it reads.
+    """
+    total = 0.0
+    for stack in matrices:
+        *_, rows, columns = stack.shape
+        m, n = sorted((rows, columns))
+        total += stack.numel() / (m * n) * rounds * (4 * m * m * n + 2 * m**3)
+    return total
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for parameters that are matrices, or stacks of them (of experts: the first dimension counts matrices).
 

@@ -31,6 +31,7 @@ from dslib.architecture.whole import Losses, Whole, tiny_deepseek
 from dslib.check import above, one_of, whole
 from dslib.data import corpus
 from dslib.data.text import slices
+from dslib.performance.muon import matrices_and_rest, orthogonalising_flops
 from dslib.performance.pretrain import (
     WINDOW,
     WINDOWS,
@@ -225,16 +226,34 @@ def token_seconds(
     return {arm: [turn[arm] for turn in turns[1:]] for arm in models}  # the first compiles
 
 
+def token_flops(arm: str, tokens: int = 2048, length: int = 256) -> dict[str, float]:
+    """Operations a token in training: of the ``model``, forward and backward, and of the ``optimizer``'s products.
+
+    Those are done once a step for every expert, chosen or not; ``tokens`` of a step share them.
+    """
+    model = make(arm, 0)
+    used = training_flops(model, _plan(ARMS[arm], 0, 8e-3, tokens, length))
+    return {"model": used, "optimizer": orthogonalising_flops(matrices_and_rest(model)[0]) / tokens}
+
+
 def recorded_runs(*arms: str) -> dict[str, list[dict[str, Any]]]:
-    """The recorded runs that count, by arm, of those seeds of which each of these arms has one."""
+    """The recorded runs that count, by arm, of those seeds of which each of these arms has one.
+
+    Their ``flops`` are all of :func:`token_flops`; :func:`run` counts those of the model.
+    """
     found = {arm: [recordings.recorded(run, arm=arm, seed=seed, **LONG) for seed in range(5)] for arm in arms}
     there = [seed for seed in range(5) if all(found[arm][seed] for arm in arms)]
-    return {arm: [found[arm][seed].result for seed in there] for arm in arms}
+    each = {arm: sum(token_flops(arm).values()) for arm in arms}
+    return {arm: [_with("flops", found[arm][seed].result, each[arm]) for seed in there] for arm in arms}
 
 
 def with_seconds(made: dict[str, Any], a_token: float) -> dict[str, Any]:
     """A run whose rows also have ``seconds``, at so many a token."""
-    return made | {"rows": [row | {"seconds": row["tokens"] * a_token} for row in made["rows"]]}
+    return _with("seconds", made, a_token)
+
+
+def _with(cut: str, made: dict[str, Any], a_token: float) -> dict[str, Any]:
+    return made | {"rows": [row | {cut: row["tokens"] * a_token} for row in made["rows"]]}
 
 
 def bits_at(made: dict[str, Any], cut: str, value: float) -> float:
@@ -265,11 +284,30 @@ def saving(arm: Sequence[dict], base: Sequence[dict], cut: str = "flops") -> Mea
     Mean and 95 % interval over the pairs; None if ``base`` never comes there in one of them.
     """
     one_of(CUTS, cut=cut)
-    shares = []
+    ends = [made["rows"][-1] for made in arm]
+    if any(_least(other) > end["bits"] for end, other in zip(ends, base, strict=True)):
+        return None
+    pairs = zip(ends, base, strict=True)
+    return mean_interval([1 - _needed(other, cut, end["bits"]) / end[cut] for end, other in pairs])
+
+
+def level_pace(arm: Sequence[dict], base: Sequence[dict]) -> Mean:
+    """Seconds a token of ``arm``, over those of ``base``, at which the two are level at equal seconds.
+
+    An arm that is slower than that is worse. Mean and 95 % interval over the pairs.
+    """
+    ratios = []
     for one, other in zip(arm, base, strict=True):
-        end, bits = one["rows"][-1], [row["bits"] for row in other["rows"]]
-        if min(bits) > end["bits"]:
-            return None
-        used = [row[cut] for row in other["rows"]]
-        shares.append(1 - np.interp(-end["bits"], np.maximum.accumulate(-np.array(bits)), used) / end[cut])
-    return mean_interval(shares)
+        level = max(_least(one), _least(other))  # the lowest bits that both come to
+        ratios.append(_needed(other, "tokens", level) / _needed(one, "tokens", level))
+    return mean_interval(ratios)
+
+
+def _least(made: dict[str, Any]) -> float:
+    return min(row["bits"] for row in made["rows"])
+
+
+def _needed(made: dict[str, Any], cut: str, bits: float) -> float:
+    """How much of a cut a run had used when it first came down to these bits."""
+    fallen = np.maximum.accumulate([-row["bits"] for row in made["rows"]])
+    return float(np.interp(-bits, fallen, [row[cut] for row in made["rows"]]))

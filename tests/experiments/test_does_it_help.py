@@ -109,6 +109,23 @@ def test_three_cuts_through_the_same_runs_give_three_answers():
     assert twice("tokens").low == pytest.approx(-0.1) and twice("tokens").n == 2
 
 
+def test_the_optimizer_counts_every_expert_and_the_model_the_chosen():
+    base, few, dense = (lab.token_flops(arm) for arm in (lab.BASE, "16 experts, top 2", "dense, active size"))
+    assert few["model"] == pytest.approx(base["model"], rel=0.01) == pytest.approx(dense["model"], rel=0.01)
+    assert few["optimizer"] > 3 * base["optimizer"] and few["optimizer"] == pytest.approx(few["model"], rel=0.01)
+    assert lab.token_flops(lab.BASE, tokens=4096)["optimizer"] == base["optimizer"] / 2
+    runs = lab.recorded_runs(lab.BASE)[lab.BASE]
+    assert all(row["flops"] / row["tokens"] == pytest.approx(sum(base.values())) for row in runs[0]["rows"])
+
+
+def test_at_the_level_pace_equal_seconds_are_level():
+    for arm, base in ((made_up(2.0, 1.4, 1.0), made_up(2.2, 1.6, 1.3)), (made_up(2.0, 1.9), made_up(1.9, 1.7))):
+        for one, other in ((arm, base), (base, arm)):
+            pace = lab.level_pace([one, one], [other, other]).value
+            slower = lab.with_seconds(one, 0.01 * pace)
+            assert lab.difference([slower], [lab.with_seconds(other, 0.01)], "seconds").value == pytest.approx(0)
+
+
 BAD_CALLS = [
     (lambda: lab.run("sparse"), "arm"),
     (lambda: lab.run(steps=0), "steps"),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dslib.architecture.whole import Whole, tiny_deepseek
-from dslib.performance.muon import Muon, Optimizers, matrices_and_rest, orthogonalised
+from dslib.performance.muon import Muon, Optimizers, matrices_and_rest, orthogonalised, orthogonalising_flops
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (3, 16, 16)])
@@ -95,3 +96,11 @@ def test_bad_input_is_named(case):
     with pytest.raises(ValueError) as error:
         call()
     assert all(word in str(error.value) for word in words)
+
+
+def test_operations_are_those_of_the_products_that_run():
+    for shape in ((6, 10), (10, 6), (3, 8, 5)):
+        matrices = torch.randn(shape)
+        with FlopCounterMode(display=False) as counted:
+            orthogonalised(matrices)
+        assert orthogonalising_flops([matrices]) == counted.get_total_flops()
