@@ -52,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:  # before the model is read, which takes longer
         listening.bind((given.host, given.port))
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", error)
+        print(f"--host, --port: cannot listen at {given.host}:{given.port}: {why}", file=sys.stderr)
+        return 1
+    try:
         model, tokenizer = load(given.model)
         fast.prepare(model)
         engine = Engine(
@@ -62,10 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_waiting=given.waiting,
             tokenizer=tokenizer,
         )
-    except OSError as error:
-        print(f"--host, --port: cannot listen at {given.host}:{given.port}: {error.strerror}", file=sys.stderr)
-        return 1
-    except (ValueError, WeightsNotFound) as error:
+    except (OSError, ValueError, WeightsNotFound) as error:
         print(error, file=sys.stderr)
         return 1
     name = Path(given.model).resolve().name

@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from measured.experiments.realtime_load import serving
 from tools.workflow import ROOT, clean
 
 PAGES = ("README.md", "index.md", "CONTRIBUTING.md", "chapters/start/teach.md")
@@ -147,16 +148,11 @@ def node(recipe: str) -> None:
 
 def server(recipe: str) -> None:
     """The server opens its address, lists its model, and ends when it is told to."""
-    command = shlex.split(recipe.replace("python", shlex.quote(str(ROOT / ".venv/bin/python")), 1))
-    command[command.index("--port") + 1] = "0"
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
-        try:
-            address = process.stdout.readline().split()[2].removesuffix(";")
-            with urllib.request.urlopen(f"{address}/models") as answer:
-                if "tiny-deepseek" not in answer.read().decode():
-                    raise RuntimeError(f"{recipe} does not list its model")
-        finally:
-            process.terminate()
+    words = shlex.split(recipe)
+    model = words[words.index("--model") + 1]
+    with serving(model) as address, urllib.request.urlopen(f"{address}/v1/models") as answer:
+        if model not in answer.read().decode():
+            raise RuntimeError(f"{recipe} does not list its model")
 
 
 OWN_WAY: dict[str, Callable[[str], None]] = {

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,7 @@ def token_seconds(
     return {arm: [turn[arm] for turn in turns[1:]] for arm in models}  # the first compiles
 
 
+@cache
 def token_flops(arm: str, tokens: int = 2048, length: int = 256) -> dict[str, float]:
     """Operations a token in training: of the ``model``, forward and backward, and of the ``optimizer``'s products.
 

@@ -53,10 +53,9 @@ class Completion(Common):
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=256)]
 
     def prompts(self, tokenizer: Any) -> list[Ids]:
-        several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
-        return [
-            _ids(tokenizer, one) if isinstance(one, str) else one for one in (self.prompt if several else [self.prompt])
-        ]
+        one_alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        prompts = [self.prompt] if one_alone else self.prompt
+        return [_ids(tokenizer, one) if isinstance(one, str) else one for one in prompts]
 
     def most(self, room: int) -> int:
         """Tokens that the answer may have."""
