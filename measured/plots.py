@@ -80,6 +80,8 @@ METHODS = {
     "shared": ("#D55E00", "s", "--"),
     "from scratch": ("#A3497F", "P", "-."),
     "slots": ("#0072B2", "o", "-"),
+    "Poisson": ("#0072B2", "o", "-"),
+    "bursts": ("#D55E00", "s", "--"),
     "full batch": ("#D55E00", "s", "--"),
     "timed batch": ("#8C6D00", "v", "-."),
     "fine-grained, shared": ("#0072B2", "o", "-"),

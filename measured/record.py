@@ -268,6 +268,7 @@ PARTS = {
         (f"{REALTIME}_simulator:held_against", {}),
         *((f"{REALTIME}_simulator:real_gaps", {"trace": trace}) for trace in ("code", "conv")),
     ),
+    "recipes": tuple((f"measured.experiments.recipes:known_to_{engine}", {}) for engine in ("vllm", "sglang")),
     "ocr": (("measured.experiments.multimodal:legibility_runs", {}),),
     "retrieval": (("measured.experiments.multimodal_retrieval:retrieval_runs", {}),),
     "preprocessing": (

@@ -199,7 +199,7 @@ def report(
     }
     good = sum(life.tokens[0] <= ttft and (not life.gaps or np.mean(life.gaps) <= tpot) for life in whole_ones)
     span = max(life.ask.at + (life.tokens or [0.0])[-1] for life in counted) - counted[0].ask.at
-    times = sum(life.tokens[-1] for life in whole_ones)
+    times = sum(life.tokens[-1] for life in run.lives if life.tokens)  # of all: the server was watched all the time
     return {
         **{name: percentiles(groups, resamples, seed) for name, groups in kinds.items()},
         "requests": len(counted),
