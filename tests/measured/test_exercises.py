@@ -142,6 +142,18 @@ RIGHT = {
     ),
     "fusion/gate": "(x.double() + math.tanh(alpha) * answer).tolist()",
     "int4/unpack": "[code for byte in packed.tolist() for code in (byte % 16, byte // 16)]",
+    "load/knee": (
+        "(lambda kept: ([r for r in runs if all(kept[q] for q in runs if q <= r)] or [None])[-1])"
+        "({r: np.mean([len(t) > 0 and t[0] <= ttft and t[-1] - t[0] <= tpot * (len(t) - 1) for t in runs[r]]) >= share for r in runs})"
+    ),
+    "load/honest": (
+        "np.array([np.quantile([t[0] - d for d, t in zip(due, tokens) if d >= warm], 0.99),"
+        " np.percentile(np.concatenate([np.diff(t) for d, t in zip(due, tokens) if d >= warm]), 99)])"
+    ),
+    "load/cards": (
+        "next(c for c in itertools.count(1) if sum(wait <= limit for wait in _shared(arrivals, service, c))"
+        " / len(arrivals) >= share)"
+    ),
     "moe/route": (
         "(lambda s, r: factor * s * r / (s * r).sum(1, keepdim=True))"
         "(_scores(logits), (_scores(logits) + bias).argsort(1, descending=True).argsort(1) < top_k)",
@@ -372,6 +384,13 @@ WRONG = {
         "configuration(config, logits, bias) > 0",
         "_by_rule(config, logits, bias, biased=())[:1]",
     ),
+    "load/knee": ("max(runs)", "min(runs)", "knee(runs, tpot, ttft, share)"),
+    "load/honest": (
+        "honest(due, sent, tokens, warm)[::-1]",
+        "honest(due, sent, tokens, warm)[:1]",
+        "[np.mean([t[0] - d for d, t in zip(due, tokens)]), 0.0]",
+    ),
+    "load/cards": ("1", "len(arrivals)", "cards(arrivals, service, limit, share / 2)"),
     "multimodal/resized": (
         "tuple(round(side * shorter / min(width, height)) for side in (width, height))",
         "(shorter * width // height, shorter)",

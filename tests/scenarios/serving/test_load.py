@@ -49,6 +49,8 @@ def test_a_report_counts_from_arrival_and_pools_gaps():
     assert (found["requests"], found["failed"], found["good"]) == (4, 1, 0.25)  # the second: no gap, and soon
     assert found["goodput"] == pytest.approx(1 / 3)
     assert found["little"] == {"watched": 1.5, "rate x time": (1.3 + 0.2 + 0.9) / 4}
+    warm = lab.report(lab.Run(lives, [1, 2], 4.0), ttft=0.5, tpot=0.2, skip=1)["little"]
+    assert warm == found["little"]  # the server was watched while it warmed up, too
     low, high = found["ttft"]["p90"][1:]
     assert low < found["ttft"]["p90"][0] <= high
     nothing = lab.report(lab.Run(lives, [1], 4.0), ttft=1e-9, tpot=1e-9)
