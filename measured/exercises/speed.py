@@ -75,24 +75,3 @@ def timed(events: list[tuple[str, float]]) -> float:
     """Seconds that the work took, from a log of (what happened, when)."""
     when = dict(events)
     return when["finished"] - when["started"]
-
-
-@exercise(
-    "speed/tokens-per-pass",
-    cases=named("acceptance count", (0.8, 4), (0.5, 1), (0.25, 6)),
-    mistakes="""
-        1 + acceptance * count
-            A guess behind one that failed is lost too. The second stays only if the first does, with chance acceptance
-            squared, and so on.
-        sum(acceptance**power for power in range(1, count + 1))
-            The pass yields one token of its own besides the guesses that stay.
-        1 / (1 - acceptance)
-            That is the limit for endlessly many guesses. Here there are only so many.
-        1 + count * acceptance**count
-            You counted passes in which all guesses stay. Those in which only the first few do count as well.
-    """,
-    hint="Add the chances that at least one, at least two, … guesses stay; the pass itself gives one more token.",
-)
-def tokens_per_pass(acceptance: float, count: int) -> float:
-    """Tokens that one checking pass yields on average, if every guess stays with chance ``acceptance``."""
-    return sum(acceptance**power for power in range(count + 1))

@@ -144,7 +144,8 @@ RIGHT = {
     "int4/unpack": "[code for byte in packed.tolist() for code in (byte % 16, byte // 16)]",
     "load/knee": (
         "(lambda kept: ([r for r in runs if all(kept[q] for q in runs if q <= r)] or [None])[-1])"
-        "({r: np.mean([len(t) > 0 and t[0] <= ttft and t[-1] - t[0] <= tpot * (len(t) - 1) for t in runs[r]]) >= share for r in runs})"
+        "({r: np.mean([len(t) > 0 and t[0] <= ttft and t[-1] - t[0] <= tpot * (len(t) - 1) for t in runs[r]])"
+        " >= share for r in runs})"
     ),
     "load/honest": (
         "np.array([np.quantile([t[0] - d for d, t in zip(due, tokens) if d >= warm], 0.99),"
@@ -226,7 +227,14 @@ RIGHT = {
         "text[: min([text.find(s) for s in stops if s in text]"
         " or [len(text) - max(n for s in stops for n in range(len(s)) if text.endswith(s[:n]))])]",
     ),
-    "speed/tokens-per-pass": "(1 - Fraction(acceptance) ** (count + 1)) / (1 - Fraction(acceptance))",
+    "speculation/tokens-per-pass": "(1 - Fraction(acceptance) ** (count + 1)) / (1 - Fraction(acceptance))",
+    "speculation/residual": (
+        "(lambda d: np.array([1 - d.clip(0).sum(), *d.clip(0) / d.clip(0).sum()]))(np.array(p) - np.array(q))"
+    ),
+    "speculation/best-count": (
+        "int(np.argmax([(1 - acceptance ** (k + 1)) / (1 - acceptance) / (k * guess_cost + cost)"
+        " for k, cost in enumerate(pass_cost)]))"
+    ),
     "training/clip": "np.array(gradient) / max(scale, math.hypot(*gradient) / max_norm)",
     "training/accumulate": "np.mean(list(itertools.chain(*parts)))",
     "upcycling/rules": (
@@ -431,7 +439,9 @@ WRONG = {
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
     "speed/timing": ("events[2][1] - events[1][1]",),
-    "speed/tokens-per-pass": ("acceptance * tokens_per_pass(acceptance, count)",),
+    "speculation/tokens-per-pass": ("acceptance * tokens_per_pass(acceptance, count)",),
+    "speculation/residual": ("residual(q, p)", "residual(p, q)[1:]", "[1.0, *p]"),
+    "speculation/best-count": ("0", "1", "best_count(acceptance, 2 * guess_cost, pass_cost)"),
     "training/scale": ("[scale, *scale_course(scale, interval, overflows)[:-1]]",),
     "training/clip": (
         "[g * scale for g in prepare(gradient, scale, max_norm)]",
