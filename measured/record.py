@@ -132,7 +132,7 @@ HELP_ARMS = (
     "auxiliary loss",
 )  # fmt: skip
 ADAPTERS, REALTIME = "measured.experiments.adapters", "measured.experiments.realtime"
-FREE, FROZEN = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2)  # rates where the base moves, and where it does not
+FREE, FROZEN = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2)  # rates where the base moves, and where it does not
 ADAPTER_RATES = {
     "all weights": FREE, "LoRA": FROZEN, "the article's": FREE, "zero start": FREE, "frozen base": FROZEN,
     "zero start, frozen base": FROZEN,
