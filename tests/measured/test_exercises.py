@@ -49,6 +49,15 @@ RIGHT = {
         "[n for n, (a, b) in enumerate(reports) if (lambda at, old: at(a) >= at(b))(*(lambda level: (lambda path: "
         "np.interp(-level, *([-p[0] for p in path], [p[1] for p in path])), None))(max(a[-1][0], b[-1][0])))]"
     ),
+    "advice/grade": (
+        "'met' if (f := lambda end: all(any(d <= end and d <= on and s == c and t[0] != 'u' for d, s, t in evidence) "
+        "for c in conditions))(deadline) else 'open' if on <= deadline else 'met late' if f(on) else 'partly' if any("
+        "d <= on and s in conditions and t != 'unverified' for d, s, t in evidence) else 'not met'"
+    ),
+    "advice/skill": (
+        "(lambda p, y, b: 1 - ((p - y) ** 2).mean() / ((b - y) ** 2).mean())(np.array(probabilities), np.array("
+        "outcomes), np.mean([0, 1, *earlier]))"
+    ),
     "balance/bias-update": (
         "torch.stack([b + speed * (n.float().mean() - n).sign() for b, n in zip(bias, (torch.stack([(layer[mask] == e)"
         ".sum() for e in range(len(bias[0]))]) for layer in indices))])",
@@ -284,6 +293,17 @@ WRONG = {
         "unfair(reports)[:1]",
         "list(range(len(reports)))",
         "[n for n, (one, other) in enumerate(reports) if one[1][1] > other[1][1]]",
+    ),
+    "advice/grade": (
+        "'met'",
+        "verdict(on, conditions, evidence, on)",
+        "verdict(deadline, conditions[:1], evidence, on)",
+        "verdict(deadline, conditions, evidence[::-1][:1], on)",
+    ),
+    "advice/skill": (
+        "skill(probabilities, outcomes, earlier[1:])",
+        "skill(outcomes, outcomes, earlier)",
+        "skill([1 - p for p in probabilities], outcomes, earlier)",
     ),
     "balance/bias-update": ("new_bias(bias, indices, mask, 2 * speed)", "new_bias(bias, indices, ~mask, speed)"),
     "balance/sequence-loss": (
