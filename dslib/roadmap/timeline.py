@@ -25,9 +25,11 @@ LINES = ("main", "side")  # the numbered V models; all others
 
 @dataclass(frozen=True)
 class Release:
-    """A model on the timeline. ``day`` is the first of its month where only that is known; ``number`` is 2.5 for V2.5,
-    and None for a model without one. What no source of ours states is empty, and ``price`` None: else the first price that
-    we have for it. ``tiers``: how close its sources are."""
+    """A model on the timeline; what no source of ours states is empty, or None.
+
+    ``day`` is the first of its month where only that is known; ``number`` is 2.5 for V2.5; ``price`` is the first that
+    we have for it; ``tiers`` say how close its sources are.
+    """
 
     entry: str
     name: str
