@@ -1,6 +1,7 @@
 """Grades follow from days, scores pay honesty, every row has rule and source, and the timeline is the data's."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import random
@@ -43,6 +44,7 @@ def one(seen, deadline="2026-03-31", conditions=("a", "b"), tier="primary", line
         ([("a", "2026-02-01"), ("b", "2026-04-01")], "2026-03-31", "open"),
         ([("a", "2026-02-01"), ("b", "2026-06-01")], "2026-05-01", "partly"),
         ([("a", "2026-06-01"), ("a", "2026-02-01")], "2026-12-01", "partly"),
+        ([("a", "2026-06-01")], "2026-12-01", "partly"),
         ([], "2026-04-01", "not met"),
         ([], "2026-03-31", "open"),
     ],
@@ -177,6 +179,12 @@ def test_releases_are_in_order_and_carry_what_the_data_say():
     takes = [r.entry for r in timeline.releases("main") if r.takes_images]
     assert takes == ["deepseek_v4_vision", "deepseek_v41"]
     assert sum(timeline.waits([r.day for r in found])) == (found[-1].day - found[0].day).days
+
+
+def test_the_price_is_the_first_that_is_known(monkeypatch):
+    later = dataclasses.replace(api_prices("DeepSeek-V3")[0], date="2026-01", output=9.0)
+    monkeypatch.setattr(timeline, "api_prices", lambda: [*api_prices(), later])
+    assert next(r for r in timeline.releases() if r.entry == "deepseek_v3").price.output == 1.10
 
 
 def test_rows_of_the_timeline_have_sources():
