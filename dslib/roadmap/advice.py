@@ -28,7 +28,8 @@ from dslib.data.files import read_yaml
 from dslib.data.published_figures import TIERS
 
 GRADES = ("met", "met late", "partly", "not met", "open", "cannot be graded")
-KINDS, MAKERS, LINES = ("forecast", "advice", "statement"), ("article", "course"), ("main", "side")
+KINDS, MAKERS = ("forecast", "advice", "statement"), ("article", "course")
+LINES = ("main", "side")  # DeepSeek's numbered V models; all others
 COUNTED = ("primary", "secondary", "derived")  # tiers that can meet a condition; what is unverified is only shown
 UNDATED = 12  # months that count for every forecast whose author gave no day
 

@@ -19,8 +19,7 @@ from dslib import check
 from dslib.data.files import read_yaml
 from dslib.data.published_figures import TIERS
 from dslib.performance.prices import TokenPrice, api_prices
-
-LINES = ("main", "side")  # the numbered V models; all others
+from dslib.roadmap.advice import LINES
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def test_base_rates_are_those_of_the_timeline():
 def test_releases_are_in_order_and_carry_what_the_data_say():
     found = timeline.releases()
     assert [r.day for r in found] == sorted(r.day for r in found) and len(found) >= 15
-    assert {r.line for r in found} == set(timeline.LINES)
+    assert {r.line for r in found} == set(advice.LINES)
     v3 = next(r for r in found if r.entry == "deepseek_v3")
     assert (v3.day, v3.number, v3.context, v3.price.output) == (date(2024, 12, 26), 3, "128K", 1.10)
     assert next(r for r in found if r.entry == "deepseek_vl2").context == "4K"
