@@ -90,6 +90,8 @@ METHODS = {
     "16 experts, top 2": ("#D55E00", "s", "--"),
     "frozen router": ("#A3497F", "P", "-."),
     "auxiliary loss": ("#009E73", "^", "-."),
+    "honest": ("#0072B2", "o", "-"),
+    "exaggerates": ("#D55E00", "s", "--"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -146,6 +146,7 @@ LIGHT = [
     "from dslib.performance import cost; assert cost.main(['estimate', '--parameters', '671e9']) == 0",
     "from measured import exercises; assert exercises.check('cost/replicas', lambda **_: None).status == 'todo'",
     "from dslib.scenarios import queueing; assert queueing.erlang_c(1, 0.5) == 0.5",
+    "from dslib.roadmap import advice, timeline; assert advice.load() and timeline.releases()",
     "from measured import claims; ledger = claims.load_ledger(); assert len(ledger) > 100 and ledger.counts()",
 ]
 

@@ -26,6 +26,29 @@ def tokens_per_pass(acceptance: float, count: int) -> float:
     return sum(acceptance**power for power in range(count + 1))
 
 
+@exercise(
+    "speculation/break-even",
+    cases=named("guess check", (0.15, 1.05), (0.3, 1.2), (0.02, 1.0), (0.6, 1.5), (0.0, 1.4)),
+    mistakes="""
+        guess + check
+            That is the cost of a round. It yields one token for sure, and one more with the chance that is asked for.
+        guess + check - 1 if guess + check <= 2 else 1.0
+            Above 1 it never pays; say so with None.
+        guess
+            A pass over two tokens costs more than one over one.
+        check - 1
+            The guess has to be paid for as well.
+        1 / (guess + check)
+            With the chance a, a round yields 1 + a tokens and costs guess + check; plain, each token costs 1.
+    """,
+    hint="A round costs guess + check and yields 1 + a tokens. Plain decoding takes 1 + a for them. Set the two equal.",
+)
+def break_even(guess: float, check: float) -> float | None:
+    """The acceptance from which one guess a pass pays, in times of a plain step; None where none would do."""
+    needed = guess + check - 1
+    return needed if needed <= 1 else None
+
+
 def _residual(p, q, part: Callable = lambda a, b: max(0.0, a - b), stays: Callable = min, norm=True) -> list[float]:
     """The reference and, by its options, the usual ways to get it wrong."""
     rest = [part(a, b) for a, b in zip(p, q, strict=True)]

@@ -156,26 +156,3 @@ def active(
     mixture = hidden_size * experts + (top_k + shared) * _gated(hidden_size, expert_inner)
     dense = dense_layers * _gated(hidden_size, dense_inner)
     return layers * attention + dense + (layers - dense_layers) * mixture + vocab_size * hidden_size
-
-
-@exercise(
-    "whole/break-even",
-    cases=named("guess check", (0.15, 1.05), (0.3, 1.2), (0.02, 1.0), (0.6, 1.5), (0.0, 1.4)),
-    mistakes="""
-        guess + check
-            That is the cost of a round. It yields one token for sure, and one more with the chance that is asked for.
-        guess + check - 1 if guess + check <= 2 else 1.0
-            Above 1 it never pays; say so with None.
-        guess
-            A pass over two tokens costs more than one over one.
-        check - 1
-            The guess has to be paid for as well.
-        1 / (guess + check)
-            With the chance a, a round yields 1 + a tokens and costs guess + check; plain, each token costs 1.
-    """,
-    hint="A round costs guess + check and yields 1 + a tokens. Plain decoding takes 1 + a for them. Set the two equal.",
-)
-def break_even(guess: float, check: float) -> float | None:
-    """The acceptance from which one guess a pass pays, in times of a plain step; None where none would do."""
-    needed = guess + check - 1
-    return needed if needed <= 1 else None

@@ -49,6 +49,15 @@ RIGHT = {
         "[n for n, (a, b) in enumerate(reports) if (lambda at, old: at(a) >= at(b))(*(lambda level: (lambda path: "
         "np.interp(-level, *([-p[0] for p in path], [p[1] for p in path])), None))(max(a[-1][0], b[-1][0])))]"
     ),
+    "advice/grade": (
+        "'met' if (f := lambda end: all(any(d <= end and d <= on and s == c and t[0] != 'u' for d, s, t in evidence) "
+        "for c in conditions))(deadline) else 'open' if on <= deadline else 'met late' if f(on) else 'partly' if any("
+        "d <= on and s in conditions and t != 'unverified' for d, s, t in evidence) else 'not met'"
+    ),
+    "advice/skill": (
+        "(lambda p, y, b: 1 - ((p - y) ** 2).mean() / ((b - y) ** 2).mean())(np.array(probabilities), np.array("
+        "outcomes), np.mean([0, 1, *earlier]))"
+    ),
     "balance/bias-update": (
         "torch.stack([b + speed * (n.float().mean() - n).sign() for b, n in zip(bias, (torch.stack([(layer[mask] == e)"
         ".sum() for e in range(len(bias[0]))]) for layer in indices))])",
@@ -293,6 +302,17 @@ WRONG = {
         "list(range(len(reports)))",
         "[n for n, (one, other) in enumerate(reports) if one[1][1] > other[1][1]]",
     ),
+    "advice/grade": (
+        "'met'",
+        "verdict(on, conditions, evidence, on)",
+        "verdict(deadline, conditions[:1], evidence, on)",
+        "verdict(deadline, conditions, evidence[::-1][:1], on)",
+    ),
+    "advice/skill": (
+        "skill(probabilities, outcomes, earlier[1:])",
+        "skill(outcomes, outcomes, earlier)",
+        "skill([1 - p for p in probabilities], outcomes, earlier)",
+    ),
     "balance/bias-update": ("new_bias(bias, indices, mask, 2 * speed)", "new_bias(bias, indices, ~mask, speed)"),
     "balance/sequence-loss": (
         "sequence_loss(scores, mask, top_k - 1)",
@@ -375,6 +395,13 @@ WRONG = {
     "int4/encode": ("encode(groups.abs())", "15 - encode(groups)", "_between(groups, -groups.amax(), groups.amax())"),
     "int4/unpack": ("unpack(packed).view(-1, 2)", "packed & 15"),
     "int4/bytes": ("rows * columns // 2 + columns * (rows // group_size) * 4",),
+    "load/knee": ("max(runs)", "min(runs)", "knee(runs, tpot, ttft, share)"),
+    "load/honest": (
+        "honest(due, sent, tokens, warm)[::-1]",
+        "honest(due, sent, tokens, warm)[:1]",
+        "[np.mean([t[0] - d for d, t in zip(due, tokens)]), 0.0]",
+    ),
+    "load/cards": ("1", "len(arrivals)", "cards(arrivals, service, limit, share / 2)"),
     "moe/route": (
         "route(logits, -bias, top_k, factor)",
         "route(logits, bias, top_k, factor).softmax(-1)",
@@ -392,13 +419,6 @@ WRONG = {
         "configuration(config, logits, bias) > 0",
         "_by_rule(config, logits, bias, biased=())[:1]",
     ),
-    "load/knee": ("max(runs)", "min(runs)", "knee(runs, tpot, ttft, share)"),
-    "load/honest": (
-        "honest(due, sent, tokens, warm)[::-1]",
-        "honest(due, sent, tokens, warm)[:1]",
-        "[np.mean([t[0] - d for d, t in zip(due, tokens)]), 0.0]",
-    ),
-    "load/cards": ("1", "len(arrivals)", "cards(arrivals, service, limit, share / 2)"),
     "multimodal/resized": (
         "tuple(round(side * shorter / min(width, height)) for side in (width, height))",
         "(shorter * width // height, shorter)",
@@ -436,12 +456,13 @@ WRONG = {
     ),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
     "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
+    "speculation/tokens-per-pass": ("acceptance * tokens_per_pass(acceptance, count)",),
+    "speculation/break-even": ("guess * check", "max(0.0, 1 - guess)"),
+    "speculation/residual": ("residual(q, p)", "residual(p, q)[1:]", "[1.0, *p]"),
+    "speculation/best-count": ("0", "1", "best_count(acceptance, 2 * guess_cost, pass_cost)"),
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
     "speed/timing": ("events[2][1] - events[1][1]",),
-    "speculation/tokens-per-pass": ("acceptance * tokens_per_pass(acceptance, count)",),
-    "speculation/residual": ("residual(q, p)", "residual(p, q)[1:]", "[1.0, *p]"),
-    "speculation/best-count": ("0", "1", "best_count(acceptance, 2 * guess_cost, pass_cost)"),
     "training/scale": ("[scale, *scale_course(scale, interval, overflows)[:-1]]",),
     "training/clip": (
         "[g * scale for g in prepare(gradient, scale, max_norm)]",
@@ -478,7 +499,6 @@ WRONG = {
     ),
     "whole/chain": ("chain(rows, depth).transpose(0, 1)", "chain(rows, depth).flip(0) + 1"),
     "whole/active": ("hidden_size * vocab_size", "2 * active(**locals())"),
-    "whole/break-even": ("guess * check", "max(0.0, 1 - guess)"),
     "your_machine/decode-floor": ("parameters * bytes_per_weight / bandwidth * 1e6",),
     "your_machine/which-bound": (
         "'compute' if 2 * m * k * n / flops >= bytes_per_number * (k * n + m * n) / bandwidth else 'bandwidth'",
