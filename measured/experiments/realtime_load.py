@@ -262,15 +262,17 @@ def sweep(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What clients wait for at each rate (requests a second, Poisson), with the server on this machine.
 
-    The same ``count`` requests each time (:func:`mixed`); the first ten warm up. Returns :func:`report` for each
-    ``rate``, with limits ``ttft`` and ``tpot`` in seconds.
+    Requests of the same ``count`` lengths each time (:func:`mixed`), with other prompts, as the server would find equal
+    ones in its cache; the first ten warm up. Returns :func:`report` for each ``rate``, with limits ``ttft`` and
+    ``tpot`` in seconds.
     """
     above(0, **{f"rates[{n}]": rate for n, rate in enumerate(rates)})
     whole(12, count=count)
     rows = []
     with serving(model) as url:
-        drive(url, model, poisson(4, mixed(4)))  # what is done once in a process
-        for rate in rates:
-            run = drive(url, model, poisson(rate, mixed(count, seed=seed), seed))
+        drive(url, model, poisson(4, mixed(4)), seed=seed)  # what is done once in a process
+        for number, rate in enumerate(rates, 1):
+            asks = poisson(rate, mixed(count, seed=seed), seed)
+            run = drive(url, model, asks, seed=seed + number)  # another seed: other prompts
             rows.append({"rate": rate} | report(run, ttft, tpot, skip=10))
     return rows
