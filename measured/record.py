@@ -137,7 +137,7 @@ ADAPTER_RATES = {
     "all weights": FREE, "LoRA": FROZEN, "the article's": FREE, "zero start": FREE, "frozen base": FROZEN,
     "zero start, frozen base": FROZEN,
 }  # fmt: skip
-ADAPTER_BEST = {arm: rates[1] for arm, rates in ADAPTER_RATES.items()}  # the page holds it against the grid
+ADAPTER_BEST = {arm: rates[3 if rates is FREE else 2] for arm, rates in ADAPTER_RATES.items()}  # as the page finds them
 UPCYCLING, GROWN = (
     "measured.experiments.upcycling",
     ("dense, continued", "copies with noise", "slices", "shared", "from scratch"),
