@@ -50,10 +50,12 @@ class TokenPrice:
     output: float
     source: str
     tier: str
+    peak: float = 1.0  # the dearest hour over the prices given here
     note: str = ""
 
     def __post_init__(self) -> None:
         check.above(0, cached=self.cached, input=self.input, output=self.output)
+        check.at_least(1, peak=self.peak)
 
     def per_request(self, tokens_in: float, tokens_out: float, cached: float = 0.0) -> float:
         """US dollars for one request of which the share ``cached`` of the prompt is found in the cache."""
