@@ -44,14 +44,11 @@ def explain(test: Constraint) -> str:
     """One line: the figure, the limit, how it came about, and what would do."""
     low, high = (number(test, end) for end in (test.span.low, test.span.high))
     figure = low if low == high else f"from {low}" if high == "not known" else f"{low} to {high}"
-    sort = {"modality": "", "to be had": "", "data stays": "", "engine": "", "licence": ""}
-    text = (
-        test.span.formula
-        if test.name in sort
-        else f"{figure}, {'at least' if test.at_least else 'at most'} {number(test, test.limit)} ({test.span.formula})"
-    )
+    text = test.span.formula
+    if test.name not in ("to be had", "modality", "data stays", "licence", "engine"):
+        text = f"{figure}, asked {'at least' if test.at_least else 'at most'} {number(test, test.limit)} ({text})"
     if test.verdict == "out" and test.miss < math.inf and math.isfinite(test.would_pass):
-        text += f"; would pass with {number(test, test.would_pass)}"
+        text += f"; would pass if {number(test, test.would_pass)} were the limit"
     source = f" [{', '.join(test.span.source)}; {test.span.basis}]" if test.span.source else f" [{test.span.basis}]"
     return f"{test.name}: {test.verdict}, {text}{source}"
 

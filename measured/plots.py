@@ -90,6 +90,10 @@ METHODS = {
     "16 experts, top 2": ("#D55E00", "s", "--"),
     "frozen router": ("#A3497F", "P", "-."),
     "auxiliary loss": ("#009E73", "^", "-."),
+    "the article's V1": ("#0072B2", "o", "-"),
+    "the article's V3": ("#D55E00", "s", "--"),
+    "by API": ("#0072B2", "o", "-"),
+    "own card": ("#D55E00", "s", "--"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -174,7 +174,10 @@ def examine(option: Option, needs: Needs, calibration: Calibration | None = None
         tests.append(Constraint("first token", option.first_token(needs), needs.first_token))
     if needs.budget is not None:
         tests.append(Constraint("budget", option.dollars(needs), needs.budget))
-    return (*tests, *(Constraint(name, one.span(name), least, at_least=True) for name, least in needs.score.items()))
+    return (
+        *tests,
+        *(Constraint(name, option.score(name), least, at_least=True) for name, least in needs.score.items()),
+    )
 
 
 def wish(name: str, option: Option, needs: Needs, calibration: Calibration | None = None) -> Span:
@@ -183,7 +186,7 @@ def wish(name: str, option: Option, needs: Needs, calibration: Calibration | Non
         return option.token_time(needs, calibration)
     if name in ("dollars", "memory"):
         return getattr(option, name)(needs)
-    span = option.model.span(name)
+    span = option.model.span(name) if name == "context" else option.score(name)
     if not _usable(span):
         return span
     low, high = (1 / span.high, 1 / span.low) if name == "context" else (100 - span.high, 100 - span.low)

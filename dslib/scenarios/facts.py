@@ -90,7 +90,7 @@ class Model:
             return UNKNOWN
         low, high = fact.value if isinstance(fact.value, tuple) else (fact.value, fact.value)
         basis = "article" if fact.tier == "article" else "published"
-        return Span(float(low), float(high), fact.note or name.replace("_", " "), fact.source, basis)
+        return Span(float(low), float(high), fact.note or f"{name.replace('_', ' ')} as stated", fact.source, basis)
 
     @property
     def imaginary(self) -> bool:

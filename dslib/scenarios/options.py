@@ -6,6 +6,7 @@ Chapter: ``chapters/scenarios/choose.ipynb``; before it :mod:`~dslib.scenarios.f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -65,18 +66,26 @@ class Option:
             return at_least(0.0, "no speed published")
         weights, cache, note = self.model.stored(self.fmt, "active"), self.model.cache(needs.length), ""
         moved = [w + needs.users * c for w, c in zip(_ends(weights), _ends(cache), strict=True)]
-        if calibration and self.fmt in calibration.rates and needs.users == 1 and weights.known:
+        if calibration and self.fmt in calibration.rates and needs.users == self.place.count == 1 and weights.known:
             rate, off = calibration.rates[self.fmt], calibration.worst(self.fmt)
             if calibration.trusted(self.fmt):
                 ends = [moved[0] / rate / (1 + off), moved[1] / rate * (1 + off)]
                 text = f"{weights.formula} read at {rate / 1e9:.3g} GB/s, {off:.0%} either way"
                 return Span(*ends, text, weights.source, calibration.basis)
-            note = f"; the calibration is off by {off:.0%}: not to be trusted here"
+            held = f"off by {off:.0%}" if off < math.inf else "held against no other model"
+            note = f"; the calibration is {held}: not to be trusted here"
         roof = self.place.roof
         rate = (roof.read_bandwidth or roof.bandwidth) * self.place.count
         return at_least(
             moved[0] / rate, f"{weights.formula} read at {rate / 1e9:,.4g} GB/s{note}", weights.source, "roofline"
         )
+
+    def score(self, name: str) -> Span:
+        """A benchmark's score in %. It was measured on the released weights; what four bits lose of it is not known."""
+        span = self.model.span(name)
+        if self.fmt != "int4" or span == UNKNOWN:
+            return span
+        return replace(span, low=-math.inf, formula=f"{span.formula}, less what four bits lose")
 
     def first_token(self, needs: Needs) -> Span:
         """Least seconds to read one prompt: two operations a weight and token, or all of them read once."""
@@ -98,6 +107,7 @@ class Option:
                 return at_least(0.0, "no rent known")
             ends = [rent * self.place.count * 24 * MONTH for rent in (usd[0], usd[-1])]
             text = f"{self.place.count} x ${usd[0]:g} to ${usd[-1]:g} an hour x {24 * MONTH} h"
+            text += ", some undated" if any(row.date is None for row in known) and needs.rent is None else ""
             return Span(*ends, text, tuple(dict.fromkeys(row.source for row in known)))
         if not needs.requests:
             return at_least(0.0, "requests a day not given")

@@ -4,6 +4,7 @@ Book: ``chapters/scenarios/choose.ipynb``.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ FORMATS = ("float32", "int4")
 GROUP = 32  # weights that share a scale
 # Larger than most caches. The second has three times as many layers, each a quarter as large.
 MODELS = {
-    "dense": design("V1", "30m"),
-    "dense, narrow and deep": DecoderConfig(8192, 256, 704, 24, 4, 4),
-    "mixture": design("V3", "30m"),
+    "dense": replace(design("V1", "30m"), num_hidden_layers=4),
+    "dense, narrow and deep": DecoderConfig(8192, 256, 704, 12, 4, 4),
+    "mixture": replace(design("V3", "30m"), num_hidden_layers=2),
 }
 
 

@@ -135,9 +135,15 @@ def raw_status(row, option, needs):
     if needs.budget:
         at_most(*raw_dollars(row, option, needs), needs.budget)
     for name, least in needs.score.items():
-        low, high = raw_ends(row, name)
+        low, high = raw_score(row, name, option)
         at_most(-high, -low, -least)
     return "out" if bad else "cannot be said" if unsure else "in"
+
+
+def raw_score(row, name, option):
+    """A fact; of four bits only the upper end of a score is known."""
+    low, high = raw_ends(row, name)
+    return (-math.inf, high) if option.fmt == "int4" and name.startswith("mmlu") else (low, high)
 
 
 def raw_dollars(row, option, needs):
@@ -163,7 +169,7 @@ def test_verdicts_and_ranking_are_those_of_the_second_reckoning(seed):
         assert row.status == raw_status(raw, row.option, needs), (row.option.name, needs)
         ends = []
         for name, weight in weights.items():
-            low, high = raw_ends(raw, name)
+            low, high = raw_score(raw, name, row.option)
             if name == "dollars":
                 low, high = raw_dollars(raw, row.option, needs)
             elif name == "memory" and row.option.where != "said":
@@ -172,7 +178,7 @@ def test_verdicts_and_ranking_are_those_of_the_second_reckoning(seed):
                 low, high = (1 / high, 1 / low) if 0 < low and high < math.inf else (0, math.inf)
             elif name not in ("memory", "dollars"):
                 low, high = 100 - high, 100 - low
-            usable = 0 < low and high < math.inf
+            usable = 0 < low and high < math.inf  # both ends
             ends.append((weight * math.log2(low), weight * math.log2(high)) if usable else (0, math.inf))
         keys.append((STATES.index(row.status), sum(low + high for low, high in ends)))
         assert (row.points is None) == (keys[-1][1] == math.inf)
@@ -388,7 +394,7 @@ def test_the_command_line(capsys, monkeypatch, tmp_path):
     assert "in: DeepSeek-VL2-tiny, float16" in capsys.readouterr().out
     assert command.main("--vram 24 --modality picture --context 8000".split()) == 1
     out = capsys.readouterr().out
-    assert "nearest miss: Janus-Pro-1B" in out and "would pass with 4,096" in out
+    assert "nearest miss: Janus-Pro-1B" in out and "would pass if 4,096 were the limit" in out
     asked = {"memory": "24 GB", "modality": ["text"], "where": "own", "wishes": {"memory": 1}}
     path = tmp_path / "needs.json"
     path.write_text(json.dumps(asked), encoding="utf-8")
