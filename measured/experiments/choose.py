@@ -18,6 +18,7 @@ from measured.probes import read_bandwidth
 
 FORMATS = ("float32", "int4")
 GROUP = 32  # weights that share a scale
+READ = 256 << 20  # bytes
 # Larger than most caches. The second has three times as many layers, each a quarter as large.
 MODELS = {
     "dense": replace(design("V1", "30m"), num_hidden_layers=4),
@@ -45,4 +46,4 @@ def decode_runs(
             timing = latency(model, prompt_tokens, new_tokens, runs=runs, seed=seed)["per_token"]
             moved = bytes_per_token(model, prompt_tokens + new_tokens // 2)
             rows.append({"model": name, "format": fmt, "bytes": moved, "seconds": timing})
-    return {"bandwidth": read_bandwidth("cpu", max_seconds=0.2), "runs": rows}
+    return {"bandwidth": read_bandwidth("cpu", size=READ, max_seconds=0.2), "runs": rows}
