@@ -92,6 +92,10 @@ METHODS = {
     "auxiliary loss": ("#009E73", "^", "-."),
     "honest": ("#0072B2", "o", "-"),
     "exaggerates": ("#D55E00", "s", "--"),
+    "the article's V1": ("#0072B2", "o", "-"),
+    "the article's V3": ("#D55E00", "s", "--"),
+    "by API": ("#0072B2", "o", "-"),
+    "own card": ("#D55E00", "s", "--"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -20,7 +20,7 @@ ORDER = (
     ("dslib.scenarios",),
     ("dslib.migration",),
     ("dslib.roadmap",),
-    ("dslib.serve",),
+    ("dslib.serve", "dslib.choose"),
     tuple(f"measured.{name}" for name in "timing machine probes plots tables claims recordings provenance".split()),
     ("measured.exercises", "measured.experiments"),
     ("measured.record", "measured.bench"),
@@ -147,6 +147,7 @@ LIGHT = [
     "from measured import exercises; assert exercises.check('cost/replicas', lambda **_: None).status == 'todo'",
     "from dslib.scenarios import queueing; assert queueing.erlang_c(1, 0.5) == 0.5",
     "from dslib.roadmap import advice, timeline; assert advice.load() and timeline.releases()",
+    "from dslib import choose; assert choose.main(['--vram', '24GB', '--modality', 'image']) == 0",
     "from measured import claims; ledger = claims.load_ledger(); assert len(ledger) > 100 and ledger.counts()",
 ]
 

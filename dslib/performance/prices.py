@@ -9,6 +9,7 @@ Chapter: ``chapters/performance/cost.ipynb``.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,14 @@ class TokenPrice:
     output: float
     source: str
     tier: str
+    peak: float = 1.0  # the dearest hour over the prices given here
     note: str = ""
 
     def __post_init__(self) -> None:
         check.above(0, cached=self.cached, input=self.input, output=self.output)
+        check.at_least(1, peak=self.peak)
+        if not re.fullmatch(r"20\d\d(-\d\d){1,2}|20\d\d", str(self.date)):
+            raise ValueError(f"date: got {self.date!r}, expected the day or month of the price, such as '2025-02'")
 
     def per_request(self, tokens_in: float, tokens_out: float, cached: float = 0.0) -> float:
         """US dollars for one request of which the share ``cached`` of the prompt is found in the cache."""

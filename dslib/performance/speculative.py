@@ -12,9 +12,9 @@ itself.
 "Exactly" is meant up to rounding: a pass over five tokens adds in another order than five passes over one, so two
 tokens that are equally likely to the last digit may change places.
 
-Book: ``chapters/performance/speculation.ipynb``. Sources: Leviathan et al. (arXiv 2211.17192, section 2), Chen et al. (arXiv
-2302.01318) for the rule; LayerSkip (arXiv 2404.16710) for drafts from a model's own layers; looking guesses up in the
-text is known as prompt lookup.
+Book: ``chapters/performance/speculation.ipynb``. Sources: Leviathan et al. (arXiv 2211.17192, section 2), Chen et al.
+(arXiv 2302.01318) for the rule; LayerSkip (arXiv 2404.16710) for drafts from a model's own layers; looking guesses up
+in the text is known as prompt lookup.
 """
 
 from collections.abc import Collection, Sequence

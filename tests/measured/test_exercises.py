@@ -99,6 +99,18 @@ RIGHT = {
         "float(np.prod([2, kv_heads, head_dim, bytes_per_number])) * np.where(np.arange(1, layers + 1) % full_every,"
         " min(tokens, window), tokens).sum()",
     ),
+    "choose/only": (
+        "(lambda need: (lambda a, b: (a, b) if a < b else None)(need(pick)[1], min([need(n)[0] for n in options if n !="
+        " pick] + [math.inf])))(lambda n: [(options[n][i] + users * options[n][2]) / (1 - reserve) for i in (0, 1)])"
+    ),
+    "choose/nearest": (
+        "(lambda far: None if not all(far.values()) else sorted(far, key=lambda n: (len(far[n]), max(far[n])))[0])"
+        "({n: [f[k][0] / limits[k] for k in limits if f[k][0] > limits[k]] for n, f in options.items()})"
+    ),
+    "choose/fraction": (
+        "(lambda says: (max(says[True]), min(says[False])))"
+        "({want: [n / m for n, m, said in answers if bool(said) is want] for want in (True, False)})"
+    ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
     "decoder/parameters": (
@@ -345,6 +357,9 @@ WRONG = {
         "kv_bytes(layers, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number) + 1.0",
         "kv_bytes(layers + 6, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number)",
     ),
+    "choose/only": ("(0.0, math.inf)", "only(pick, options, users + 1, reserve)", "options[pick][:2]"),
+    "choose/nearest": ("min(options)", "max(options)", "'z'"),
+    "choose/fraction": ("1.0", "[0.9, 0.9]", "fraction(answers)[::-1]"),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
     "cost/replicas": (
         "math.ceil(math.ceil(requests_per_day / 86_400 * peak * seconds) / utilisation) + redundancy",

@@ -42,6 +42,7 @@ R1 = prices.api_price("DeepSeek-R1")
         (lambda: prices.api_price("deepseek-chat", "2024"), "date: got '2024', expected 2025-02 or later"),
         (lambda: prices.memory("H300"), ".*got 'H300', expected a GPU of hardware.yml, such as H200"),
         (lambda: TokenPrice("m", "m", "2026", 0, 1, 1, "s", "primary"), "cached: got 0"),
+        (lambda: TokenPrice("m", "m", None, 1, 1, 1, "s", "primary"), "date: got None, expected the day or month"),
         (lambda: R1.per_request(-1, 0), "tokens_in: got -1"),
         (lambda: R1.per_request(1, 0, cached=2), "cached: got 2"),
         (lambda: prices.least_gpus(0, "H200"), "weight_bytes: got 0"),
