@@ -90,6 +90,15 @@ METHODS = {
     "16 experts, top 2": ("#D55E00", "s", "--"),
     "frozen router": ("#A3497F", "P", "-."),
     "auxiliary loss": ("#009E73", "^", "-."),
+    "top-k": ("#D55E00", "s", "--"),
+    "top-p": ("#0072B2", "o", "-"),
+    "min-p": ("#009E73", "^", "-."),
+    "normalised": ("#0072B2", "o", "-"),
+    "as they are": ("#D55E00", "s", "--"),
+    "checker": ("#009E73", "^", "-."),
+    "vote": ("#0072B2", "o", "-"),
+    "own score": ("#A3497F", "D", "-."),
+    "coin": ("#555555", "", ":"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -142,6 +142,7 @@ UPCYCLING, GROWN = (
     "measured.experiments.upcycling",
     ("dense, continued", "copies with noise", "slices", "shared", "from scratch"),
 )
+COMPLEX = "measured.experiments.complex"
 NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
@@ -157,6 +158,7 @@ PROBES = (
     (f"{QUALITY}:trained_quality", {"passages": 4, "length": 64, "group_sizes": [32]}),
     ("measured.experiments.multimodal:legibility_runs", {"heights": [20], "pages": 1}),
     (NGRAMS, {"order": 3, "every": 60}),
+    (f"{COMPLEX}:own_experts", {"top_ks": [4, 16], "windows": 2}),
 )
 PROBES_FILE = "recordings/probes/results.json"
 PARTS = {
@@ -262,6 +264,17 @@ PARTS = {
         for number, (arm, seed) in enumerate(itertools.product(GROWN, range(3)))
     },
     "realtime": tuple((f"{REALTIME}:{name}", {}) for name in ("throughput", "prefix", "long_prompt", "overhead")),
+    "complex": (
+        (f"{COMPLEX}:atlas", {}),
+        (f"{COMPLEX}_answers:answers", {}),
+        (f"{COMPLEX}_answers:answers", {"way": "worked"}),
+        (f"{COMPLEX}:own_experts", {}),
+        (f"{COMPLEX}:forced", {"minimum": 256, "count": 16}),
+        (f"{COMPLEX}:forced", {"minimum": 256, "count": 16, "greedy": True}),
+        (f"{COMPLEX}:atlas", {"source": "own"}),
+        (f"{COMPLEX}:forced", {"minimum": 1024, "count": 4}),
+        *((f"{COMPLEX}:two_of_sixteen", {"seed": seed}) for seed in range(3)),
+    ),
     "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
     "load": (
         (f"{REALTIME}_load:sweep", {}),

@@ -90,6 +90,16 @@ RIGHT = {
         "float(np.prod([2, kv_heads, head_dim, bytes_per_number])) * np.where(np.arange(1, layers + 1) % full_every,"
         " min(tokens, window), tokens).sum()",
     ),
+    "complex/pass-at-k": (
+        "np.mean([1 - math.prod(1 - k / m for m in range(len(row) - sum(row) + 1, len(row) + 1)) for row in right])"
+    ),
+    "complex/budget": (
+        "(lambda score: (lambda best: [-best[2], best[3]])(max((round(float(score(way['problems'], k)), 9),"
+        " -k * way['tokens'], -i, k) for i, way in enumerate(ways) for k in range(1, 1 + min(len(way['problems'][0][0]),"
+        " int(budget / way['tokens']))))))(lambda problems, k: np.mean([np.mean([(h.count(t) == max(map(h.count,"
+        " set(h) - {None}), default=0) > 0) / max(1, sum(h.count(x) == h.count(t) for x in set(h) - {None}))"
+        " for h in itertools.combinations(a, k)]) for a, t in problems]))"
+    ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
     "decoder/parameters": (
@@ -317,6 +327,8 @@ WRONG = {
         "kv_bytes(layers, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number) + 1.0",
         "kv_bytes(layers + 6, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number)",
     ),
+    "complex/pass-at-k": ("1 - unbiased(right, k)", "unbiased(right, k) ** 2", "1.0"),
+    "complex/budget": ("[0, 1]", "[1, 1]", "budget_plan(ways, budget / 2)", "budget_plan(ways[::-1], budget)"),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
     "cost/replicas": (
         "math.ceil(math.ceil(requests_per_day / 86_400 * peak * seconds) / utilisation) + redundancy",
