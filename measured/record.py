@@ -267,10 +267,10 @@ PARTS = {
     "complex": (
         (f"{COMPLEX}:atlas", {}),
         (f"{COMPLEX}_answers:answers", {}),
-        (f"{COMPLEX}_answers:answers", {"way": "worked"}),
         (f"{COMPLEX}:own_experts", {}),
-        (f"{COMPLEX}:forced", {"minimum": 256, "count": 16}),
-        (f"{COMPLEX}:forced", {"minimum": 256, "count": 16, "greedy": True}),
+        (f"{COMPLEX}_answers:answers", {"way": "worked"}),
+        (f"{COMPLEX}:forced", {"count": 16}),
+        (f"{COMPLEX}:forced", {"count": 16, "greedy": True}),
         (f"{COMPLEX}:atlas", {"source": "own"}),
         (f"{COMPLEX}:forced", {"minimum": 1024, "count": 4}),
         *((f"{COMPLEX}:two_of_sixteen", {"seed": seed}) for seed in range(3)),

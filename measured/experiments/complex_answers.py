@@ -67,7 +67,7 @@ def _model():
 
 def answers(
     way: str = "at once", count: int = 40, n: int = 16, temperature: float = 0.8, terms: int = 3, digits: int = 1,
-    shots: int = 4, slots: int = 16, seed: int = 0,
+    shots: int = 4, slots: int = 32, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """``n`` drawn answers to each of ``count`` sums, and the greedy one; each with a seed of its own.
 
