@@ -158,7 +158,6 @@ PROBES = (
     (f"{QUALITY}:trained_quality", {"passages": 4, "length": 64, "group_sizes": [32]}),
     ("measured.experiments.multimodal:legibility_runs", {"heights": [20], "pages": 1}),
     (NGRAMS, {"order": 3, "every": 60}),
-    (f"{COMPLEX}:own_experts", {"top_ks": [4, 16], "windows": 2}),
 )
 PROBES_FILE = "recordings/probes/results.json"
 PARTS = {
