@@ -96,6 +96,15 @@ METHODS = {
     "the article's V3": ("#D55E00", "s", "--"),
     "by API": ("#0072B2", "o", "-"),
     "own card": ("#D55E00", "s", "--"),
+    "top-k": ("#D55E00", "s", "--"),
+    "top-p": ("#0072B2", "o", "-"),
+    "min-p": ("#009E73", "^", "-."),
+    "normalised": ("#0072B2", "o", "-"),
+    "as they are": ("#D55E00", "s", "--"),
+    "checker": ("#009E73", "^", "-."),
+    "vote": ("#0072B2", "o", "-"),
+    "own score": ("#A3497F", "D", "-."),
+    "coin": ("#555555", "", ":"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

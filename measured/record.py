@@ -142,6 +142,7 @@ UPCYCLING, GROWN = (
     "measured.experiments.upcycling",
     ("dense, continued", "copies with noise", "slices", "shared", "from scratch"),
 )
+COMPLEX = "measured.experiments.complex"
 NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
@@ -262,6 +263,17 @@ PARTS = {
         for number, (arm, seed) in enumerate(itertools.product(GROWN, range(3)))
     },
     "realtime": tuple((f"{REALTIME}:{name}", {}) for name in ("throughput", "prefix", "long_prompt", "overhead")),
+    "complex": (
+        (f"{COMPLEX}:atlas", {}),
+        (f"{COMPLEX}_answers:answers", {}),
+        (f"{COMPLEX}:own_experts", {}),
+        (f"{COMPLEX}_answers:answers", {"way": "worked"}),
+        (f"{COMPLEX}:forced", {"count": 16}),
+        (f"{COMPLEX}:forced", {"count": 16, "greedy": True}),
+        (f"{COMPLEX}:atlas", {"source": "own"}),
+        (f"{COMPLEX}:forced", {"minimum": 1024, "count": 4}),
+        *((f"{COMPLEX}:two_of_sixteen", {"seed": seed}) for seed in range(3)),
+    ),
     "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
     "load": (
         (f"{REALTIME}_load:sweep", {}),

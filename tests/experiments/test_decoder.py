@@ -121,6 +121,8 @@ def gpu_calls():
         "cache": {"lab": decoder_runs},
         "decoder": {"lab": speed},
         "does_it_help": {"lab": does_it_help},
+        "complex": {"speed_lab": speed},
+        "load": {"speed_lab": speed},
         "realtime": {"speed_lab": speed},
         "sampling": {"lab": sampling},
         "speed": {"lab": speed},
