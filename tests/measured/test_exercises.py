@@ -116,7 +116,8 @@ RIGHT = {
     ),
     "complex/budget": (
         "(lambda score: (lambda best: [-best[2], best[3]])(max((round(float(score(way['problems'], k)), 9),"
-        " -k * way['tokens'], -i, k) for i, way in enumerate(ways) for k in range(1, 1 + min(len(way['problems'][0][0]),"
+        " -k * way['tokens'], -i, k) for i, way in enumerate(ways)"
+        " for k in range(1, 1 + min(len(way['problems'][0][0]),"
         " int(budget / way['tokens']))))))(lambda problems, k: np.mean([np.mean([(h.count(t) == max(map(h.count,"
         " set(h) - {None}), default=0) > 0) / max(1, sum(h.count(x) == h.count(t) for x in set(h) - {None}))"
         " for h in itertools.combinations(a, k)]) for a, t in problems]))"
