@@ -40,11 +40,16 @@ def brier(probabilities: Iterable[float], outcomes: Iterable[int]) -> float:
     return sum((p - y) ** 2 for p, y in pairs) / len(pairs)
 
 
-def base_rate(met: int, total: int) -> float:
-    """How likely the next one is if ``met`` of ``total`` like it came before: (met + 1) / (total + 2), never 0 or 1."""
+def base_rate(met: int, total: int, chances: int = 1) -> float:
+    """How likely one of the next ``chances`` cases is, if ``met`` of ``total`` like them came before.
+
+    Laplace's rule of succession: (met + 1) / (total + 2) for the next one, never 0 or 1, and so on for those after it.
+    """
     check.whole(0, met=met)
     check.whole(met, total=total)
-    return (met + 1) / (total + 2)
+    check.whole(1, chances=chances)
+    none = math.prod((total - met + 1 + n) / (total + 2 + n) for n in range(chances))
+    return 1 - none
 
 
 def skill(probabilities: Iterable[float], outcomes: Iterable[int], base: float) -> float:

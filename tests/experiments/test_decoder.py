@@ -114,16 +114,13 @@ def test_every_call_that_is_named_exists(part):
 
 def gpu_calls():
     """Every ``recordings.live_or_recorded(module.function, …)`` in the chapters, as (function, arguments)."""
-    modules = {"probes": probes, "moe_speed": moe_speed, "precision": training_precision}
+    modules = {"probes": probes, "moe_speed": moe_speed, "precision": training_precision, "speed_lab": speed}
     pages = {
         "adapters": {"many": many_runs},
         "balance": {"lab": balance},
         "cache": {"lab": decoder_runs},
         "decoder": {"lab": speed},
         "does_it_help": {"lab": does_it_help},
-        "complex": {"speed_lab": speed},
-        "load": {"speed_lab": speed},
-        "realtime": {"speed_lab": speed},
         "sampling": {"lab": sampling},
         "speed": {"lab": speed},
         "upcycling": {"lab": upcycling},

@@ -94,7 +94,8 @@ def test_more_evidence_or_time_never_makes_a_grade_worse():
 def test_scores_by_hand():
     assert advice.brier([0.9, 0.2], [1, 0]) == pytest.approx((0.01 + 0.04) / 2)
     assert advice.brier([0.5] * 7, [1, 0, 1, 1, 0, 0, 1]) == 0.25 and advice.brier([1, 0], [1, 0]) == 0
-    assert advice.base_rate(0, 0) == 0.5 and advice.base_rate(3, 3) == 0.8
+    assert advice.base_rate(0, 0) == 0.5 and advice.base_rate(3, 3) == pytest.approx(0.8)
+    assert advice.base_rate(0, 9, 3) == pytest.approx(1 - 10 / 13)
     assert advice.skill([0.25, 0.25], [0, 1], 0.25) == pytest.approx(0) and advice.skill([0, 1], [0, 1], 0.4) == 1
     rows = advice.calibration([0.1, 0.15, 0.9, 1.0], [0, 1, 1, 1], bins=5)
     assert [row["forecasts"] for row in rows] == [2, 2]
@@ -155,7 +156,8 @@ def test_base_rates_are_those_of_the_timeline():
     ends = {row.id: row.deadline for row in OURS}
     for name, chosen in (("next-mit", numbered), ("v5", [r for r in numbered if r.number == int(r.number)])):
         room = (ends[name] - chosen[-1].day).days
-        gaps = timeline.waits([r.day for r in chosen])
+        waited = (TODAY - chosen[-1].day).days if name == "v5" else 0
+        gaps = [gap for gap in timeline.waits([r.day for r in chosen]) if gap > waited]
         assert base[name] == (sum(gap < room for gap in gaps), len(gaps)), name
     everyday = ("deepseek-chat", "deepseek-v4-flash", "deepseek-flash")
     paid = [price.output for price in api_prices() if price.model in everyday]
@@ -163,6 +165,9 @@ def test_base_rates_are_those_of_the_timeline():
     assert base["price"] == (sum(step < 0 for step in steps), len(steps))
     assert base["pictures-out"] == (0, len(main)) and base["elastic-again"] == (0, len(timeline.releases()))
     assert not any("images" in r.modality.split(" to ")[-1] for r in main)
+    for name, all_of_them in (("pictures-out", main), ("elastic-again", timeline.releases())):
+        pace = len(all_of_them) / (TODAY - all_of_them[0].day).days
+        assert next(row for row in OURS if row.id == name).base["chances"] == round(pace * (ends[name] - TODAY).days)
 
 
 # ---------------------------------------------------------------- the timeline
