@@ -165,10 +165,11 @@ class Ledger(Mapping[str, Claim]):
         order = {"verdict": list(VERDICTS), "part": list(PARTS)}.get(by, list(count))
         return {name: count[name] for name in order}
 
-    def recap(self) -> "Html":
-        """Verdict and statement of each row in a line; what stands at the end of a chapter."""
+    def recap(self, elsewhere: bool = False) -> "Html":
+        """Verdict and statement of each row in a line; what stands at the end of the chapter, or ``elsewhere``."""
         text = "\n".join(f"{SYMBOLS[c.verdict]} {c.verdict:12} {c.id:8} {c.said}" for c in self.values())
-        return Html(claims_html.recap(self.values(), SYMBOLS), text)
+        page = claims_html.LEDGER_PAGE if elsewhere else ""
+        return Html(claims_html.recap(self.values(), SYMBOLS, page), text)
 
     def summary(self) -> "Html":
         """How many rows have which verdict, by part of the book, as an HTML table."""

@@ -32,14 +32,11 @@ def card(claim: Any, symbol: str) -> str:
     return f'<div class="claim-card {_css(claim.verdict)}" id="{claim.anchor}">\n{body}\n</div>'
 
 
-def recap(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
-    """The verdicts of a chapter in short, each with a link to its card above."""
+def recap(claims: Iterable[Any], symbols: Mapping[str, str], page: str = "") -> str:
+    """Verdicts in short, each with a link to its card on this page, or to its row on the ledger's ``page``."""
     rows = [
         f'<li class="{_css(claim.verdict)}"><strong>{_verdict(claim.verdict, symbols[claim.verdict])}</strong> '
-        f'<a href="#{claim.anchor}">{claim.id}</a> {prose(claim.said)}</li>'
-        for claim in claims
-    ]
-    return "\n".join(['<ul class="claim-recap">', *rows, "</ul>"])
+XX, *rows, "</ul>"])
 
 
 def table(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
