@@ -36,7 +36,10 @@ def recap(claims: Iterable[Any], symbols: Mapping[str, str], page: str = "") -> 
     """Verdicts in short, each with a link to its card on this page, or to its row on the ledger's ``page``."""
     rows = [
         f'<li class="{_css(claim.verdict)}"><strong>{_verdict(claim.verdict, symbols[claim.verdict])}</strong> '
-XX, *rows, "</ul>"])
+        f'<a href="{page}#{claim.id if page else claim.anchor}">{claim.id}</a> {prose(claim.said)}</li>'
+        for claim in claims
+    ]
+    return "\n".join(['<ul class="claim-recap">', *rows, "</ul>"])
 
 
 def table(claims: Iterable[Any], symbols: Mapping[str, str]) -> str:
