@@ -72,6 +72,11 @@ def _features(step: Step) -> list[float]:
     return [float(step.writes > 0), step.writes, step.reads, step.tokens, step.cached]
 
 
+def priced(prices: Sequence[float]) -> Clock:
+    """The clock of these prices in seconds, in the order of :func:`held_against`'s."""
+    return lambda step: float(np.dot(prices, _features(step)))
+
+
 def fit(steps: Sequence[tuple[Step, float]]) -> tuple[Clock, list[float]]:
     """The clock that is nearest to measured steps (least squares, no negative price), and its prices in seconds.
 
@@ -81,7 +86,7 @@ def fit(steps: Sequence[tuple[Step, float]]) -> tuple[Clock, list[float]]:
     from scipy.optimize import nnls
 
     prices, _ = nnls(np.array([_features(step) for step, _ in steps]), np.array([seconds for _, seconds in steps]))
-    return (lambda step: float(np.dot(prices, _features(step)))), prices.tolist()
+    return priced(prices), prices.tolist()
 
 
 def simulate(
