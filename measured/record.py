@@ -142,7 +142,9 @@ UPCYCLING, GROWN = (
     "measured.experiments.upcycling",
     ("dense, continued", "copies with noise", "slices", "shared", "from scratch"),
 )
-COMPLEX = "measured.experiments.complex"
+COMPLEX, REASONING = "measured.experiments.complex", "measured.experiments.reasoning"
+REWARDED = ("GRPO", "knows nothing", "coins", "form only", "KL", "stale", "stale, KL")
+CURES = ("stale, masked", "stale, KL unbiased", "stale, not scaled", "stale, top-p", "stale, top-p kept")
 NGRAM_CALLS = ((NGRAMS, {}), (XZ, {"split": "validation"}), (XZ, {"split": "test"}))
 TINY = {"seeds": 1, "steps": 3, "hidden_size": 16, "layers": 2, "length": 16}
 PROBES = (
@@ -274,6 +276,18 @@ PARTS = {
         (f"{COMPLEX}:forced", {"minimum": 1024, "count": 4}),
         *((f"{COMPLEX}:two_of_sixteen", {"seed": seed}) for seed in range(3)),
     ),
+    **{
+        f"reasoning-{seed}": (
+            *((f"{REASONING}:learned", {"arm": arm, "seed": seed}) for arm in REWARDED),
+            *(
+                (f"{REASONING}:distilled", {"way": way, "seed": seed})
+                for way in ("teacher's answers", "teacher's probabilities", "rewards")
+            ),
+        )
+        for seed in range(5)
+    },
+    "reasoning-cures": tuple((f"{REASONING}:learned", {"arm": arm}) for arm in CURES),
+    "reasoning-again": tuple((f"{REASONING}:learned", {"again": again}) for again in range(1, 5)),
     "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
     "load": (
         (f"{REALTIME}_load:sweep", {}),
