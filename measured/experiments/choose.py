@@ -25,12 +25,17 @@ GROUP = 32  # weights that share a scale
 READ = 256 << 20  # bytes
 TRUST = 0.2  # a fit that is further off than this is not used
 _DENSE = design("V1", "30m")
-# Larger than most caches. What the line is fitted on comes in four depths; the second has smaller layers, and more.
+# Larger than most caches. What the line is fitted on comes in three depths; the second has smaller layers, and more.
 MODELS = {
-    "dense": [replace(_DENSE, num_hidden_layers=layers) for layers in (1, 2, 3, 4)],
+    "dense": [replace(_DENSE, num_hidden_layers=layers) for layers in (1, 2, 4)],
     "dense, narrow and deep": [DecoderConfig(8192, 256, 704, 12, 4, 4)],
     "mixture": [replace(design("V3", "30m"), num_hidden_layers=2)],
 }
+
+
+def off(error: float) -> float:
+    """An error, too high or too low alike: 0.25 for a prediction that is a quarter too high, or a fifth too low."""
+    return max(1 + error, 1 / (1 + error)) - 1
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Fit:
 
     @property
     def off(self) -> float:
-        """The worst of the errors as a share, too high or too low alike (0.1: a factor of 1.1); infinite for none."""
-        return max((max(1 + error, 1 / (1 + error)) for _, error in self.errors), default=math.inf) - 1
+        """The worst of the errors, as :func:`off` counts them; infinite for none."""
+        return max((off(error) for _, error in self.errors), default=math.inf)
 
 
 @dataclass(frozen=True)
