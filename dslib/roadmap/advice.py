@@ -226,9 +226,7 @@ def _forecast(row: Any, until: date) -> Forecast:
     conditions, opens = dict(row.get("conditions") or {}), row.get("opens")
     opens = None if opens is None else as_day(f"{where}, opens", opens)
     if end and end < (opens or made):
-        raise ValueError(
-            f"{where}, deadline: got {end}, expected {opens or made}, when it was made or opens, or later"
-        )
+        raise ValueError(f"{where}, deadline: got {end}, expected {opens or made}, when it was made or opens, or later")
     if not conditions and not row.get("why"):
         raise ValueError(f"{where}, why: got nothing, expected why nobody can grade it, as it has no conditions")
     evidence = []
