@@ -193,7 +193,7 @@ def examine(option: Option, needs: Needs) -> list[Constraint]:
         missing = Constraint("engine", one.span("a run in this engine"), 0)
         tests.append(_yes_or_no("engine", True, "", fact.source) if known else missing)
     if own or (option.where == "said" and needs.memory):
-        tests.append(Constraint("memory", option.memory(needs), option.place.memory if own else needs.memory))
+        tests.append(Constraint("memory", option.memory(needs), option.room if own else needs.memory))
     limits = {"context": needs.context, "token_time": needs.token_time, "first_token": needs.first_token}
     for name, limit in (limits | {"dollars": needs.budget} | needs.score).items():
         if limit is not None:

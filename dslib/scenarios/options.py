@@ -21,23 +21,16 @@ HOURS, DAYS = 720, 30  # of a month
 
 
 @dataclass(frozen=True)
-class Place:
-    """Cards, or a machine of which only the memory is known. ``memory`` is of all cards, ``roof`` of one."""
-
-    name: str
-    memory: float
-    count: int = 1
-    roof: roofline.Roof | None = None
-
-
-@dataclass(frozen=True)
 class Option:
     """A model by an API, on cards of one's own in a number format, or (``said``) as the article describes it."""
 
-    model: Model
+    model: Model | None  # None: only a place
     where: str  # "api", "own", "said"
     fmt: str = ""
-    place: Place | None = None
+    card: str = ""
+    count: int = 1
+    room: float = math.inf  # bytes of memory of all cards
+    roof: roofline.Roof | None = None  # of one card; None where only the memory is known
     price: prices.TokenPrice | None = field(default=None, repr=False)
     calibration: Any = field(default=None, repr=False)  # of one card, such as measured.experiments.choose.Calibration
 
@@ -46,7 +39,7 @@ class Option:
         """Model, format and place in a few words."""
         if self.where != "own":
             return f"{self.model.name}, {'API' if self.where == 'api' else 'as described'}"
-        cards = f"{self.place.count} x {self.place.name}" if self.place.roof else self.place.name
+        cards = f"{self.count} x {self.card}" if self.roof else self.card
         return f"{self.model.name}, {self.fmt}, {cards}"
 
     def figure(self, name: str, needs: Needs) -> Span:
@@ -73,32 +66,32 @@ class Option:
         """Seconds of a step that gives each text a token: a floor, or what a calibration of one card says instead."""
         if self.where == "said":
             return self.model.span("token_time")
-        if self.place is None or self.place.roof is None:
+        if self.roof is None:
             return at_least(0.0, "no speed published")
-        read, roof = self.held(needs, "active"), self.place.roof
-        rate = (roof.read_bandwidth or roof.bandwidth) * self.place.count
+        read = self.held(needs, "active")
+        rate = (self.roof.read_bandwidth or self.roof.bandwidth) * self.count
         text = f"{read.formula} read at {rate / 1e9:,.4g} GB/s"
         floor = at_least(read.low / rate, text, read.source, "roofline")
-        one = self.calibration if self.place.count == 1 else None
+        one = self.calibration if self.count == 1 else None
         return one.step(self.fmt, read, floor) if one else floor
 
     def first_token(self, needs: Needs) -> Span:
         """Least seconds to read one prompt: two operations a weight and token, or all of them read once."""
-        if self.where != "own" or self.place.roof is None or not self.place.roof.flops:
+        if self.roof is None or not self.roof.flops:
             return at_least(0.0, "no speed published")
-        roof, active = self.place.roof, self.model.span("active")
+        active, flops = self.model.span("active"), self.roof.flops
         wanted = "float8" if self.fmt in ("float8", "released") else "float16"
-        rate = roof.flops.get(wanted, roof.flops["float16"]) * self.place.count
+        rate = flops.get(wanted, flops["float16"]) * self.count
         work, moved = 2 * active.low * needs.prompt, self.model.stored(self.fmt, "active").low
         text = f"2 x {active.low / 1e9:.3g}B x {needs.prompt:g} tokens at {rate / 1e12:,.4g} TFLOP/s"
-        return at_least(max(work / rate, moved / roof.bandwidth / self.place.count), text, active.source, "roofline")
+        floor = max(work / rate, moved / self.roof.bandwidth / self.count)
+        return at_least(floor, text, active.source, "roofline")
 
     def dollars(self, needs: Needs) -> Span:
         """Dollars a month: tokens at the API's prices, or the rent of the cards, whatever they do."""
         if self.where == "own":
-            an_hour = rent(self.place.name, needs.rent)
-            hours = self.place.count * HOURS
-            return an_hour.times(hours, f"{self.place.count} x {an_hour.formula} x {HOURS} h")
+            an_hour = rent(self.card, needs.rent)
+            return an_hour.times(self.count * HOURS, f"{self.count} x {an_hour.formula} x {HOURS} h")
         month = needs.requests * DAYS
         if not month:
             return at_least(0.0, "requests a day not given")
@@ -132,7 +125,7 @@ def options(needs: Needs, calibration: Any = None) -> Iterator[Option]:
             continue
         if one.name in apis:
             yield Option(one, "api", price=apis[one.name])
-        yield from (Option(one, "own", fmt, at, None, calibration) for at in found for fmt in one.formats)
+        yield from (replace(place, model=one, fmt=fmt) for place in found for fmt in one.formats)
 
 
 def offered(day: str) -> list[prices.TokenPrice]:
@@ -144,11 +137,12 @@ def offered(day: str) -> list[prices.TokenPrice]:
     return found
 
 
-def places(needs: Needs, calibration: Any = None) -> list[Place]:
-    """The need's card, machine or memory; where it names none, one and eight of each of :data:`CARDS`."""
+def places(needs: Needs, calibration: Any = None) -> list[Option]:
+    """Options without a model: the need's card, machine or memory, else one and eight of each of :data:`CARDS`."""
+    own = Option(None, "own", calibration=calibration)
     if needs.memory is not None:
         speed = calibration and roofline.Roof(needs.gpu, calibration.bandwidth, {}, needs.memory, calibration.basis)
-        return [Place(needs.gpu or "the memory given", needs.memory, 1, speed)]
+        return [replace(own, card=needs.gpu or "the memory given", room=needs.memory, roof=speed)]
     named = [(needs.gpu, needs.gpus)] if needs.gpu else [(gpu, count) for gpu in CARDS for count in (1, 8)]
     roofs = [(gpu, count, roofline.published_roof(gpu)) for gpu, count in named]
-    return [Place(gpu, roof.memory_bytes * count, count, roof) for gpu, count, roof in roofs]
+    return [replace(own, card=gpu, count=n, room=n * roof.memory_bytes, roof=roof) for gpu, n, roof in roofs]

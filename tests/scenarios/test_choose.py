@@ -103,9 +103,9 @@ def raw_status(row, option, needs):
     own = option.where == "own"
     if needs.engine and own:
         unsure |= needs.engine not in row["facts"].get("engines", {}).get("value", [])
-    card = HARDWARE.get(option.place.name) if own and option.place.roof else None
+    card = HARDWARE.get(option.card) if own and option.roof else None
     if own:
-        at_most(*raw_bytes(row, option.fmt, needs), needs.memory or card["memory_gb"] * 1e9 * option.place.count)
+        at_most(*raw_bytes(row, option.fmt, needs), needs.memory or card["memory_gb"] * 1e9 * option.count)
     elif article and needs.memory:
         at_most(*raw_ends(row, "memory"), needs.memory)
     if needs.context:
@@ -125,7 +125,7 @@ def raw_status(row, option, needs):
                 needs,
             )
             moved = active * per + cache[0] * (1 - needs.reserve)
-            at_most(moved / (card["bandwidth_gb_s"] * 1e9 * option.place.count), math.inf, needs.token_time)
+            at_most(moved / (card["bandwidth_gb_s"] * 1e9 * option.count), math.inf, needs.token_time)
     if needs.first_token:
         if card is None:
             unsure = True
@@ -133,7 +133,7 @@ def raw_status(row, option, needs):
             rates = card["tflops"]
             rate = rates.get("float8", rates["float16"]) if option.fmt in ("float8", "released") else rates["float16"]
             floor = max(2 * active * needs.prompt / rate / 1e12, active * per / card["bandwidth_gb_s"] / 1e9)
-            at_most(floor / option.place.count, math.inf, needs.first_token)
+            at_most(floor / option.count, math.inf, needs.first_token)
     if needs.budget:
         at_most(*raw_dollars(row, option, needs), needs.budget)
     for name, least in needs.score.items():
@@ -150,8 +150,8 @@ def raw_score(row, name, option):
 
 def raw_dollars(row, option, needs):
     if option.where == "own":
-        usd = [r["usd"] for r in PRICES["gpu_hours"] if r["gpu"] == option.place.name and r["kind"] != "assumed"]
-        return (0, math.inf) if not usd else [one * option.place.count * 720 for one in (min(usd), max(usd))]
+        usd = [r["usd"] for r in PRICES["gpu_hours"] if r["gpu"] == option.card and r["kind"] != "assumed"]
+        return (0, math.inf) if not usd else [one * option.count * 720 for one in (min(usd), max(usd))]
     if option.where == "said":
         return [raw_ends(row, "request_price")[0] * needs.requests * 30] * 2
     today = needs.day or RAW["as_of"]
@@ -230,7 +230,7 @@ def test_removing_the_stated_blockers_lets_it_pass(seed):
     needs, _ = drawn(seed)
     out = choose(needs, {"context": 1}).having("out")
     for row in random.Random(seed).sample(out, min(8, len(out))):
-        fields, place = {}, row.option.place
+        fields = {}
         for test in row.blockers:
             field = {"dollars": "budget", "data stays": "stay", "to be had": "exists"}
             name = field.get(test.name, test.name)
@@ -240,7 +240,7 @@ def test_removing_the_stated_blockers_lets_it_pass(seed):
                 fields["score"] = {k: v for k, v in (fields.get("score") or needs.score).items() if k != name}
             elif name == "released":
                 fields["day"] = datetime.date.fromordinal(int(test.would_pass)).isoformat()
-            elif name == "memory" and place is not None:
+            elif name == "memory" and row.option.where == "own":
                 enough = test.would_pass if math.isfinite(test.would_pass) else test.span.low
                 fields |= {"gpu": None, "memory": enough, "first_token": None, "token_time": None, "budget": None}
             else:
