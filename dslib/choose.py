@@ -56,7 +56,7 @@ def report(answer: Answer, most: int = 10) -> dict[str, Any]:
     def told(row: Judged) -> dict[str, Any]:
         points = [row.points.low, row.points.high] if row.points else f"none, not known: {', '.join(row.missing)}"
         ranked = {"points": points} if answer.weights else {}
-        return {"option": row.option.name} | ranked | {test.name: explain(test) for test in row.tests}
+        return {"option": row.option.name, **ranked, "tests": {test.name: explain(test) for test in row.tests}}
 
     known = {status: answer.having(status) for status in ("in", "cannot be said", "out")}
     miss = nearest(known["out"])

@@ -452,13 +452,20 @@ def test_the_command_line(capsys, monkeypatch, tmp_path):
     assert "DeepSeek-VL2-tiny, float16, the memory given" in str(yaml.safe_load(capsys.readouterr().out)["in"])
     assert command.main("--vram 24 --modality picture --context 8000".split()) == 1
     miss = yaml.safe_load(capsys.readouterr().out)["nearest miss"]
-    assert miss["option"].startswith("Janus-Pro-1B") and "would pass if 4,096 were the limit" in miss["context"]
+    assert (
+        miss["option"].startswith("Janus-Pro-1B") and "would pass if 4,096 were the limit" in miss["tests"]["context"]
+    )
     asked = {"memory": "24 GB", "modality": ["text"], "where": "own", "wishes": {"memory": 1}}
     path = tmp_path / "needs.json"
     path.write_text(json.dumps(asked), encoding="utf-8")
     assert command.main(["--json", str(path)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["in"][0]["option"] == choose(CHAT, {"memory": 1}).best.option.name
+    best = choose(CHAT, {"memory": 1}).best
+    assert found["in"][0]["option"] == best.option.name and found["in"][0]["points"] == [
+        best.points.low,
+        best.points.high,
+    ]
+    assert list(found["in"][0]["tests"]) == [test.name for test in best.tests]
     assert set(found) == {"in", "cannot be said", "counts", "front", "nearest miss", "changes"}
     monkeypatch.setattr("sys.stdin", io.StringIO('{"memory": 24}'))
     assert command.main(["--json", "-"]) == 2
