@@ -116,6 +116,7 @@ class Forecast:
     why: str = ""
     probability: float | None = None
     base: Mapping[str, Any] | None = None
+    opens: date | None = None  # what was seen before that day does not count
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,12 @@ class Grade:
 
 def grade(
     forecast: Forecast, on: str | date, *, months: int = UNDATED, deadline: str | date | None = None,
-    lines: Sequence[str] = ("main",), tiers: Sequence[str] = COUNTED,
+    opens: str | date | None = None, lines: Sequence[str] = ("main",), tiers: Sequence[str] = COUNTED,
 ) -> Grade:  # fmt: skip
     """Grade a forecast with what could be known ``on`` a day.
 
     Args:
-        months: the deadline of a forecast that names none. deadline: another one, for this grading.
+        months: the deadline of a forecast that names none. deadline, opens: other days, for this grading.
         lines, tiers: which evidence may meet a condition.
 
     Raises ValueError for a day that is none, or a day of grading before the forecast was made.
@@ -147,9 +148,10 @@ def grade(
     if not forecast.conditions:
         return Grade("cannot be graded", None, {})
     last = as_day("deadline", deadline) if deadline else forecast.deadline or add_months(forecast.made, months)
+    first_day = as_day("opens", opens) if opens else forecast.opens or date.min
     met: dict[str, date] = {}
     for one in sorted(forecast.evidence, key=lambda e: e.date):
-        if one.shows and one.date <= day and one.line in lines and one.tier in tiers:
+        if one.shows and first_day <= one.date <= day and one.line in lines and one.tier in tiers:
             met.setdefault(one.shows, one.date)
     timely = [name for name, first in met.items() if first <= last]
     if len(timely) == len(forecast.conditions):
@@ -221,9 +223,10 @@ def _forecast(row: Any, until: date) -> Forecast:
     check.one_of(MAKERS, **{f"{where}, by": row["by"]})
     made, end = as_day(f"{where}, made", row["made"]), row.get("deadline")
     end = None if end is None else as_day(f"{where}, deadline", end)
-    conditions = dict(row.get("conditions") or {})
-    if end and end < made:
-        raise ValueError(f"{where}, deadline: got {end}, expected {made}, the day it was made, or later")
+    conditions, opens = dict(row.get("conditions") or {}), row.get("opens")
+    opens = None if opens is None else as_day(f"{where}, opens", opens)
+    if end and end < (opens or made):
+        raise ValueError(f"{where}, deadline: got {end}, expected {opens or made}, when it was made or opens, or later")
     if not conditions and not row.get("why"):
         raise ValueError(f"{where}, why: got nothing, expected why nobody can grade it, as it has no conditions")
     evidence = []
@@ -242,6 +245,7 @@ def _forecast(row: Any, until: date) -> Forecast:
     if row["by"] == "course":
         check.above(0, **{f"{where}, probability": row.get("probability")})
         check.below(0, 1, **{f"{where}, probability": row["probability"]})
-        if not (end and conditions and row.get("base")):
-            raise ValueError(f"{where}: expected a deadline, conditions and a base beside the probability")
-    return Forecast(**row | {"made": made, "deadline": end, "conditions": conditions, "evidence": tuple(evidence)})
+        if not (end and conditions and opens and row.get("base")):
+            raise ValueError(f"{where}: expected opens, a deadline, conditions and a base beside the probability")
+    days = {"made": made, "opens": opens, "deadline": end}
+    return Forecast(**row | days | {"conditions": conditions, "evidence": tuple(evidence)})

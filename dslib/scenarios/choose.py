@@ -1,17 +1,7 @@
 """Choosing a model and a place to run it: constraints cut, wishes rank, and each option says why it is in or out.
 
-Three rules are the whole method. Every figure is a :class:`~dslib.scenarios.facts.Span`, the two ends it lies between:
-
-    verdict   the upper end keeps the limit: in.  The lower end breaks it: out.  Else it cannot be said.
-    points    the sum over wishes of weight x log2(figure), less is better: a halving of a figure counts its weight, and
-              no unit matters (a weighted product). A context enters as 1/tokens, a score by what it leaves to 100.
-    front     what no other option beats for sure on every wish.
-
-:func:`choose` applies them to every model of ``data/options.yml`` in every place. It does not know whether a place
-carries the load (``chapters/scenarios/load.ipynb``), nor how good is good enough (``performance/accuracy.ipynb``).
-Weights and caches are taken to spread evenly over cards. Plain Python; the command line is :mod:`dslib.choose`.
-
-Chapter: ``chapters/scenarios/choose.ipynb``, after :mod:`dslib.scenarios.options`.
+A figure is a :class:`Span`, the two ends it lies between. ``chapters/scenarios/choose.ipynb`` builds all this in lines.
+What a place carries (``load.ipynb``) and how good is good enough (``accuracy.ipynb``) it does not know.
 """
 
 from __future__ import annotations
@@ -19,15 +9,64 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dslib import check
-from dslib.scenarios.facts import UNKNOWN, Span, days, document
-from dslib.scenarios.needs import LICENCES, Calibration, Needs
+from dslib.scenarios.facts import Span, days, document
+from dslib.scenarios.needs import LICENCES, Needs
 from dslib.scenarios.options import Option, options
 
-SCORES = ("mmlu", "mmlu_chat", "mmlu_pro", "mmlu_three")  # base; after tuning; MMLU-Pro; the article's three areas
-WISHES = ("dollars", "token_time", "memory", "context", *SCORES)
+
+def verdict(low: float, high: float, limit: float) -> str:
+    """In if the upper end keeps the limit, out if the lower end breaks it; else it cannot be said."""
+    return "in" if high <= limit else "out" if low > limit else "cannot be said"
+
+
+def points(wished: Mapping[str, Span], weights: Mapping[str, float]) -> Span:
+    """The sum of weight x log2(figure), at both ends: half as much earns the weight, and no unit matters."""
+    low = sum(weight * math.log2(wished[name].low) for name, weight in weights.items())
+    high = sum(weight * math.log2(wished[name].high) for name, weight in weights.items())
+    return Span(low, high, "sum of weight x log2(figure)")
+
+
+def beats(a: Judged, b: Judged) -> bool:
+    """Whether ``a`` is for sure no worse than ``b`` in every wish, and for sure better in one."""
+    pairs = [(a.wished[name], b.wished[name]) for name in a.wished]
+    return all(x.high <= y.low for x, y in pairs) and any(x.high < y.low for x, y in pairs)
+
+
+def front(rows: Sequence[Judged]) -> list[Judged]:
+    """Those that no other beats."""
+    return [row for row in rows if not any(beats(other, row) for other in rows)]
+
+
+def nearest(rows: Sequence[Judged]) -> Judged | None:
+    """Of options that are out, the one with the fewest broken constraints, and of these the smallest miss."""
+    return min(rows, key=lambda row: (len(row.blockers), max(test.miss for test in row.blockers)), default=None)
+
+
+def changes(answer: Answer, factor: float = 2.0) -> dict[str, str]:
+    """What would be best instead if one number of the need were ``factor`` times as large, or as small."""
+    found, now = {}, answer.best and answer.best.option.name
+    for name in NUMBERS:
+        for word, by in ((f"x {factor:g}", factor), (f"/ {factor:g}", 1 / factor)):
+            value = getattr(answer.needs, name)
+            new = value and (max(1, round(value * by)) if name == "users" else value * by)
+            if new == value:
+                continue
+            try:
+                other = choose(replace(answer.needs, **{name: new}), answer.weights, answer.calibration).best
+            except ValueError:  # of a context that is too short then
+                continue
+            if (other and other.option.name) != now:
+                found[f"{name} {word}"] = other.option.name if other else "nothing for sure"
+    return found
+
+
 STATES = ("in", "cannot be said", "out")
+MORE = ("context", "mmlu", "mmlu_chat", "mmlu_pro", "mmlu_three")  # is better. MMLU after tuning; of three areas
+WISHES = ("dollars", "token_time", "memory", *MORE)
+NUMBERS = ("requests", "users", "prompt", "answer", "memory", "token_time", "first_token", "budget", "context")
 
 
 @dataclass(frozen=True)
@@ -43,9 +82,7 @@ class Constraint:
     def verdict(self) -> str:
         """One of :data:`STATES`."""
         low, high, limit = self.span.low, self.span.high, self.limit
-        if self.at_least:
-            low, high, limit = -high, -low, -limit
-        return "in" if high <= limit else "out" if low > limit else "cannot be said"
+        return verdict(-high, -low, -limit) if self.at_least else verdict(low, high, limit)
 
     @property
     def would_pass(self) -> float:
@@ -61,12 +98,12 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Judged:
-    """An option, its tests, what it is in every wish, and its points: None where a wished figure is not known."""
+    """An option, its tests, what it is in every wish, and its points: None where a wished figure has no two ends."""
 
     option: Option
-    tests: tuple[Constraint, ...]
+    tests: list[Constraint]
     wished: Mapping[str, Span] = field(repr=False)
-    points: Span | None
+    points: Span | None = None
 
     @property
     def status(self) -> str:
@@ -74,13 +111,14 @@ class Judged:
         return max((test.verdict for test in self.tests), key=STATES.index)
 
     @property
-    def missing(self) -> tuple[str, ...]:
-        """The wishes whose figure has no two ends, so that it cannot be ranked."""
-        return tuple(name for name, span in self.wished.items() if not _usable(span))
+    def blockers(self) -> list[Constraint]:
+        """The tests that it fails."""
+        return [test for test in self.tests if test.verdict == "out"]
 
-    def blockers(self, verdict: str = "out") -> tuple[Constraint, ...]:
-        """The tests with this verdict."""
-        return tuple(test for test in self.tests if test.verdict == verdict)
+    @property
+    def missing(self) -> list[str]:
+        """The wishes whose figure has no two ends, so that it cannot be ranked."""
+        return [name for name, span in self.wished.items() if not (span.known and span.low > 0)]
 
 
 @dataclass(frozen=True)
@@ -90,36 +128,24 @@ class Answer:
     needs: Needs
     weights: Mapping[str, float]
     rows: tuple[Judged, ...]
+    calibration: Any = None
 
-    def having(self, status: str) -> tuple[Judged, ...]:
+    def having(self, status: str) -> list[Judged]:
         """The rows with this status."""
-        return tuple(row for row in self.rows if row.status == status)
+        return [row for row in self.rows if row.status == status]
 
     @property
     def best(self) -> Judged | None:
         """The first that is in; None if nothing is for sure."""
         return next(iter(self.having("in")), None)
 
-    def front(self) -> tuple[Judged, ...]:
-        """Of those that are in, the ones that no other beats for sure on every wish."""
-        rows = self.having("in")
-        return tuple(row for row in rows if not any(beats(other, row) for other in rows))
 
-    def nearest(self) -> Judged | None:
-        """Of those that are out, the one with the fewest broken constraints, and of these the smallest miss."""
-
-        def distance(row: Judged) -> tuple[int, float]:
-            return len(row.blockers()), max(test.miss for test in row.blockers())
-
-        return min(self.having("out"), key=distance, default=None)
-
-
-def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration: Calibration | None = None) -> Answer:
+def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration: Any = None) -> Answer:
     """Judge and rank every option.
 
     Args:
         weights: wish (one of :data:`WISHES`) -> weight; they sum to 1. None: no order among those that are in.
-        calibration: how fast ``needs.gpu`` reads; it has to be of that machine.
+        calibration: how fast ``needs.gpu`` decodes, such as a ``measured.experiments.choose.Calibration``.
 
     Raises ValueError for a need without a constraint where nothing is wished either, an unknown wish, weights that are
     negative or do not sum to 1, and a calibration of another machine.
@@ -131,21 +157,26 @@ def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration
         check.at_least(0, **{f"weights, {name}": weight})
     if weights and abs(sum(weights.values()) - 1) > 1e-9:
         raise ValueError(f"weights: got {weights}, which sum to {sum(weights.values()):g}, expected a sum of 1")
-    if not weights and not needs.constraints():
+    if not weights and needs == Needs():
         raise ValueError("needs: got no constraint and no wish, expected at least one, such as a memory or a modality")
     if calibration and calibration.machine != needs.gpu:
         raise ValueError(f"calibration: got one of {calibration.machine!r}, expected one of gpu {needs.gpu!r}")
     rows = []
     for option in options(needs, calibration):
-        wished = {name: wish(name, option, needs, calibration) for name in weights}
-        rows.append(Judged(option, examine(option, needs, calibration), wished, points(wished, weights)))
-    return Answer(needs, weights, tuple(sorted(rows, key=_order)))
+        row = Judged(option, examine(option, needs), {name: wish(name, option, needs) for name in weights})
+        rows.append(row if row.missing else replace(row, points=points(row.wished, weights)))
+
+    def order(row: Judged) -> tuple:
+        middle = row.points.low + row.points.high if row.points else math.inf
+        return STATES.index(row.status), middle, row.option.name
+
+    return Answer(needs, weights, tuple(sorted(rows, key=order)), calibration)
 
 
-def examine(option: Option, needs: Needs, calibration: Calibration | None = None) -> tuple[Constraint, ...]:
+def examine(option: Option, needs: Needs) -> list[Constraint]:
     """Every constraint of the need on one option, but those that do not touch it: an API has no card and no licence."""
     one, own = option.model, option.where == "own"
-    tests = [Constraint("released", one.released(), days(needs.day or document()["as_of"])[1])]
+    tests = [Constraint("released", one.span("released"), days(needs.day or document()["as_of"])[1])]
     if needs.exists:
         tests.append(_yes_or_no("to be had", not one.imaginary, "no weights and no API under this name"))
     if needs.modality:
@@ -155,83 +186,28 @@ def examine(option: Option, needs: Needs, calibration: Calibration | None = None
     if needs.stay:
         tests.append(_yes_or_no("data stays", option.where != "api", "prompts go to the provider"))
     if needs.licence and option.where != "api":
-        fact = one.facts.get("licence")
-        level = Span(*[document()["licences"][fact.value]] * 2, fact.value, fact.source) if fact else UNKNOWN
-        tests.append(Constraint("licence", level, LICENCES[needs.licence]))
+        tests.append(Constraint("licence", one.span("licence"), LICENCES[needs.licence]))
     if needs.engine and own:
         fact = one.facts.get("engines")  # a list of those known to run it: absence proves nothing
-        runs = fact is not None and needs.engine.lower() in map(str.lower, fact.value)
-        tests.append(
-            _yes_or_no("engine", True, needs.engine, fact.source) if runs else Constraint("engine", UNKNOWN, 0)
-        )
+        known = fact is not None and needs.engine.lower() in map(str.lower, fact.value)
+        missing = Constraint("engine", one.span("a run in this engine"), 0)
+        tests.append(_yes_or_no("engine", True, "", fact.source) if known else missing)
     if own or (option.where == "said" and needs.memory):
-        tests.append(Constraint("memory", option.memory(needs), option.place.memory if own else needs.memory))
-    if needs.context is not None:
-        tests.append(Constraint("context", one.span("context"), needs.context, at_least=True))
-    if needs.token_time is not None:
-        tests.append(Constraint("token time", option.token_time(needs, calibration), needs.token_time))
-    if needs.first_token is not None:
-        tests.append(Constraint("first token", option.first_token(needs), needs.first_token))
-    if needs.budget is not None:
-        tests.append(Constraint("budget", option.dollars(needs), needs.budget))
-    return (
-        *tests,
-        *(Constraint(name, option.score(name), least, at_least=True) for name, least in needs.score.items()),
-    )
+        tests.append(Constraint("memory", option.memory(needs), option.room if own else needs.memory))
+    limits = {"context": needs.context, "token_time": needs.token_time, "first_token": needs.first_token}
+    for name, limit in (limits | {"dollars": needs.budget} | needs.score).items():
+        if limit is not None:
+            tests.append(Constraint(name, option.figure(name, needs), limit, at_least=name in MORE))
+    return tests
 
 
-def wish(name: str, option: Option, needs: Needs, calibration: Calibration | None = None) -> Span:
-    """The figure that a wish is about, turned so that less is better."""
-    if name == "token_time":
-        return option.token_time(needs, calibration)
-    if name in ("dollars", "memory"):
-        return getattr(option, name)(needs)
-    span = option.model.span(name) if name == "context" else option.score(name)
-    if not _usable(span):
+def wish(name: str, option: Option, needs: Needs) -> Span:
+    """The figure that a wish is about, turned so that less is better: 1 / context, and what a score leaves to 100."""
+    span = option.figure(name, needs)
+    if name not in MORE or not span.known:
         return span
     low, high = (1 / span.high, 1 / span.low) if name == "context" else (100 - span.high, 100 - span.low)
     return replace(span, low=low, high=high)
-
-
-def points(wished: Mapping[str, Span], weights: Mapping[str, float]) -> Span | None:
-    """The sum of weight x log2(figure) at both ends; None where a figure has no two ends."""
-    if not all(map(_usable, wished.values())):
-        return None
-    low, high = (
-        sum(weights[name] * math.log2(getattr(span, end)) for name, span in wished.items()) for end in ("low", "high")
-    )
-    return Span(low, high, "sum of weight x log2(figure)")
-
-
-def beats(a: Judged, b: Judged) -> bool:
-    """Whether ``a`` is for sure no worse than ``b`` in every wish, and for sure better in one."""
-    pairs = [(a.wished[name], b.wished[name]) for name in a.wished]
-    return all(x.high <= y.low for x, y in pairs) and any(x.high < y.low for x, y in pairs)
-
-
-def changes(answer: Answer, calibration: Calibration | None = None, factor: float = 2.0) -> dict[str, str]:
-    """What would be best instead if one number of the need were ``factor`` times as large, or as small."""
-    found, now = {}, answer.best and answer.best.option.name
-    for name, value in answer.needs.numbers().items():
-        for word, new in ((f"x {factor:g}", value * factor), (f"/ {factor:g}", value / factor)):
-            if name == "users" and new != (new := max(1, round(new))):
-                continue
-            try:
-                other = choose(replace(answer.needs, **{name: new}), answer.weights, calibration).best
-            except ValueError:  # of a context that is too short then
-                continue
-            if (other and other.option.name) != now:
-                found[f"{name} {word}"] = other.option.name if other else "nothing for sure"
-    return found
-
-
-def _order(row: Judged) -> tuple:
-    middle = math.inf if row.points is None else row.points.low + row.points.high
-    return STATES.index(row.status), middle, row.option.name
-
-
-def _usable(span: Span) -> bool:
-    return span.known and span.low > 0
 
 
 def _yes_or_no(name: str, good: bool, text: str, source: Sequence[str] = ()) -> Constraint:

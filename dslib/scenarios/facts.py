@@ -1,13 +1,8 @@
-"""What is known of each model, each figure as two ends with a source.
+"""What is known of each model, from ``data/options.yml`` and ``published.yml``: a figure is two ends with a source.
 
-:class:`Span` is what is known of a figure: it lies between two ends. Of an exact figure they are equal, of a price that
-differs by provider they are not, a roofline floor has no upper one, and what nobody states has neither. Then one
-comparison serves them all: a limit holds if the upper end keeps it, fails if the lower one breaks it, and otherwise it
-cannot be said.
-
-Facts stand in ``data/options.yml`` and, where they were there already, in ``published.yml``. Plain Python and PyYAML.
-Chapter: ``chapters/scenarios/choose.ipynb``, with :mod:`~dslib.scenarios.needs` (what is asked),
-:mod:`~dslib.scenarios.options` (models in places) and :mod:`dslib.scenarios.choose`, in this order.
+Of an exact figure the ends are equal, of a price that differs by provider they are not, a roofline floor has no upper
+one, and what nobody states has neither. Then come ``needs.py`` (what is asked), ``options.py`` (models in places) and
+``choose.py``. Chapter: ``chapters/scenarios/choose.ipynb``.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from typing import Any
 
 from dslib import check
 from dslib.data.files import read_yaml
-from dslib.data.published_figures import TIERS, Figure, figure
+from dslib.data.published_figures import Figure, figure
 
 BASES = ("measured", "recorded", "published", "roofline", "article", "unknown")  # of a figure, the surest first
 CACHE_NUMBER_BYTES = 2  # keys and values in 16 bits, whatever the weights are stored in
@@ -30,7 +25,7 @@ CACHE_NUMBER_BYTES = 2  # keys and values in 16 bits, whatever the weights are s
 
 @dataclass(frozen=True)
 class Span:
-    """A figure between ``low`` and ``high``: how it was computed, from which sources, on what basis."""
+    """A figure between ``low`` and ``high``: how it was computed, from which sources, on what basis (:data:`BASES`)."""
 
     low: float
     high: float
@@ -41,15 +36,20 @@ class Span:
     def __post_init__(self) -> None:
         if not self.low <= self.high:  # NaN, too
             raise ValueError(f"low, high: got {self.low!r} and {self.high!r}, expected low at most high")
-        check.one_of(BASES, basis=self.basis)
 
     @property
     def known(self) -> bool:
         """Whether both ends are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def __add__(self, other: Span) -> Span:
+        source = tuple(dict.fromkeys(self.source + other.source))
+        basis = max(self.basis, other.basis, key=BASES.index)  # the less sure one
+        return Span(self.low + other.low, self.high + other.high, f"{self.formula} + {other.formula}", source, basis)
 
-UNKNOWN = Span(-math.inf, math.inf, "nothing stated", basis="unknown")
+    def times(self, factor: float, formula: str) -> Span:
+        """The figure ``factor`` times as large (above 0)."""
+        return replace(self, low=self.low * factor, high=self.high * factor, formula=formula)
 
 
 def at_least(low: float, formula: str, source: tuple[str, ...] = (), basis: str = "unknown") -> Span:
@@ -64,7 +64,6 @@ def cache_bytes(shape: Mapping[str, Any], tokens: float) -> float:
     tokens where there is one. ``{"kind": "latent", layers, rank, rope}``: one latent and one shared rotary key a layer
     (MLA). ``{"kind": "bytes", per_token[, fixed]}``: counted elsewhere.
     """
-    check.at_least(0, tokens=tokens)
     check.one_of(("heads", "latent", "bytes"), kind=shape.get("kind"))
     if shape["kind"] == "bytes":
         return float(shape["per_token"] * tokens + shape.get("fixed", 0))
@@ -84,34 +83,30 @@ class Model:
     formats: tuple[str, ...] = ()
 
     def span(self, name: str) -> Span:
-        """A fact as a span: a pair of numbers is one itself, and what is missing is :data:`UNKNOWN`."""
-        fact = self.facts.get(name)
+        """A fact; a pair is its two ends, a date its day numbers, a licence its level. What is missing has no ends."""
+        fact, words = self.facts.get(name), name.replace("_", " ")
         if fact is None or fact.value is None:
-            return UNKNOWN
-        low, high = fact.value if isinstance(fact.value, tuple) else (fact.value, fact.value)
+            return Span(-math.inf, math.inf, f"{words} not stated", basis="unknown")
+        value, text = fact.value, fact.note or f"{words} as stated"
+        if isinstance(value, str):
+            value, text = document()["licences"][value] if name == "licence" else days(value), value
+        low, high = value if isinstance(value, tuple) else (value, value)
         basis = "article" if fact.tier == "article" else "published"
-        return Span(float(low), float(high), fact.note or f"{name.replace('_', ' ')} as stated", fact.source, basis)
+        return Span(float(low), float(high), text, fact.source, basis)
 
     @property
     def imaginary(self) -> bool:
         """Only the article describes it: there is nothing to download or to call."""
         return self.facts["modality"].tier == "article"
 
-    def released(self) -> Span:
-        """The day it came out, as a day number; of a month its first and last day."""
-        fact = self.facts["released"]
-        return Span(*days(fact.value), f"released {fact.value}", fact.source)
-
     def stored(self, fmt: str, part: str = "parameters") -> Span:
         """Bytes of all weights in a format, or of the ``"active"`` ones, which one token reads."""
-        if fmt == "released":  # as DeepSeek stores them: of what a token reads, at least FP4 and its scales
-            active = self.span("active")
-            floor = at_least(0.53125 * active.low, "active parameters in FP4", active.source, active.basis)
-            return self.span("weights") if part == "parameters" else floor
         check.one_of(document()["formats"], format=fmt)
         count, (low, high) = self.span(part), document()["formats"][fmt]["value"]
-        if count == UNKNOWN:
-            return at_least(0.0, f"{part} not stated")
+        if fmt == "released" and part == "parameters":  # several formats at once, counted in the file
+            return self.span("weights")
+        if count.basis == "unknown":
+            return at_least(0.0, count.formula)
         text = f"{count.low / 1e9:,.4g}B {part} in {fmt}"
         return replace(count, low=count.low * low, high=count.high * high, formula=text)
 
@@ -133,12 +128,14 @@ def model(name: str) -> Model:
 
 @cache
 def models() -> dict[str, Model]:
-    """Every model of ``data/options.yml`` by id. Raises ValueError, with model and fact, for a faulty row."""
-    rows = document()["models"]
-    return {key: Model(key, row["name"], _facts(key, row), tuple(row.get("formats", ()))) for key, row in rows.items()}
+    """Every model of ``data/options.yml`` by id."""
+    found = {}
+    for key, row in document()["models"].items():
+        facts = {name: _fact(row, fact) for name, fact in row["facts"].items()}
+        found[key] = Model(key, row["name"], facts, tuple(row.get("formats", ())))
+    return found
 
 
-@cache
 def document() -> dict[str, Any]:
     """The contents of ``data/options.yml``."""
     return read_yaml("options.yml")
@@ -154,20 +151,10 @@ def days(text: str) -> tuple[int, int]:
         raise ValueError(f"date: got {text!r}, expected a day or a month, such as '2025-09-17'") from error
 
 
-def _facts(key: str, row: Mapping[str, Any]) -> dict[str, Figure]:
-    facts = {}
-    for name, fact in row["facts"].items():
-        if "figure" in fact:
-            one = figure(row["published"], fact["figure"])
-            facts[name] = replace(one, value=one.value[row["variant"]]) if isinstance(one.value, tuple) else one
-            continue
-        if not {"value", "source", "tier"} <= set(fact):
-            raise ValueError(
-                f"options.yml, {key}, fact {name!r}: got {fact!r}, expected a figure, or value, source, tier"
-            )
-        check.one_of((*TIERS, "article"), **{f"options.yml, {key}, fact {name!r}, tier": fact["tier"]})
-        value = tuple(fact["value"]) if isinstance(fact["value"], list) else fact["value"]
-        facts[name] = Figure(
-            value, "", tuple(fact["source"]), fact["tier"], str(fact.get("at", "")), fact.get("note", "")
-        )
-    return facts
+def _fact(row: Mapping[str, Any], fact: Mapping[str, Any]) -> Figure:
+    """A fact of the file, or the figure of ``published.yml`` that it names."""
+    if "figure" in fact:
+        one = figure(row["published"], fact["figure"])
+        return replace(one, value=one.value[row["variant"]]) if isinstance(one.value, tuple) else one
+    value = tuple(fact["value"]) if isinstance(fact["value"], list) else fact["value"]
+    return Figure(value, "", tuple(fact["source"]), fact["tier"], note=fact.get("note", ""))

@@ -1,7 +1,6 @@
-"""Models in places, and the figures of each such option: bytes, seconds, dollars.
+"""Models in places, and the figures of each such option: bytes, seconds, dollars. Then comes ``choose.py``.
 
-Chapter: ``chapters/scenarios/choose.ipynb``; before it :mod:`~dslib.scenarios.facts`, after it
-:mod:`dslib.scenarios.choose`.
+Chapter: ``chapters/scenarios/choose.ipynb``.
 """
 
 from __future__ import annotations
@@ -10,118 +9,113 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 from dslib import roofline
 from dslib.performance import prices
-from dslib.scenarios.facts import BASES, UNKNOWN, Model, Span, at_least, document, model, models
-from dslib.scenarios.needs import Calibration, Needs
+from dslib.scenarios.facts import Model, Span, at_least, document, model, models
+from dslib.scenarios.needs import Needs
 
 CARDS = ("T4", "L4", "A10", "A100_40GB", "A100_80GB", "H100_SXM", "H200")  # where a need names none: one or eight of
-MONTH = 30  # days
-
-
-@dataclass(frozen=True)
-class Place:
-    """Cards, or a machine of which only the memory is known. ``memory`` is of all cards, ``roof`` of one."""
-
-    name: str
-    memory: float
-    count: int = 1
-    roof: roofline.Roof | None = None
+HOURS, DAYS = 720, 30  # of a month
 
 
 @dataclass(frozen=True)
 class Option:
     """A model by an API, on cards of one's own in a number format, or (``said``) as the article describes it."""
 
-    model: Model
+    model: Model | None  # None: only a place
     where: str  # "api", "own", "said"
     fmt: str = ""
-    place: Place | None = None
+    card: str = ""
+    count: int = 1
+    room: float = math.inf  # bytes of memory of all cards
+    roof: roofline.Roof | None = None  # of one card; None where only the memory is known
     price: prices.TokenPrice | None = field(default=None, repr=False)
+    calibration: Any = field(default=None, repr=False)  # of one card, such as measured.experiments.choose.Calibration
 
     @property
     def name(self) -> str:
         """Model, format and place in a few words."""
         if self.where != "own":
             return f"{self.model.name}, {'API' if self.where == 'api' else 'as described'}"
-        cards = f"{self.place.count} x {self.place.name}" if self.place.roof else self.place.name
+        cards = f"{self.count} x {self.card}" if self.roof else self.card
         return f"{self.model.name}, {self.fmt}, {cards}"
 
-    def memory(self, needs: Needs) -> Span:
-        """Bytes that the place must have: weights and the caches of all texts, over the share that may be used."""
-        if self.where != "own":
-            return self.model.span("memory") if self.where == "said" else UNKNOWN
-        weights, cache = self.model.stored(self.fmt), self.model.cache(needs.length)
-        ends = [(w + needs.users * c) / (1 - needs.reserve) for w, c in zip(_ends(weights), _ends(cache), strict=True)]
-        return _joined(
-            ends, f"({weights.formula} + {needs.users} x {cache.formula}) / {1 - needs.reserve:g}", weights, cache
-        )
+    def figure(self, name: str, needs: Needs) -> Span:
+        """What a constraint or a wish of this name is about: one of the methods below, a context, or a score."""
+        if name in ("memory", "token_time", "first_token", "dollars"):
+            return getattr(self, name)(needs)
+        span = self.model.span(name)  # a score was measured on the released weights; what four bits lose is not known
+        loses = self.fmt == "int4" and name != "context" and span.known
+        return replace(span, low=-math.inf, formula=f"{span.formula}, less what four bits lose") if loses else span
 
-    def token_time(self, needs: Needs, calibration: Calibration | None = None) -> Span:
-        """Seconds of a step that gives each text a token: calibrated where that may be trusted, else a floor."""
+    def held(self, needs: Needs, part: str = "parameters") -> Span:
+        """Bytes of the weights, or of the ``"active"`` ones, and of the caches of all texts."""
+        cache = self.model.cache(needs.length)
+        return self.model.stored(self.fmt, part) + cache.times(needs.users, f"{needs.users} x {cache.formula}")
+
+    def memory(self, needs: Needs) -> Span:
+        """Bytes that the place must have: weights and caches over the share of it that may be used."""
+        if self.where != "own":
+            return self.model.span("memory" if self.where == "said" else "memory of the provider")
+        held, share = self.held(needs), 1 - needs.reserve
+        return held.times(1 / share, f"({held.formula}) / {share:g}")
+
+    def token_time(self, needs: Needs) -> Span:
+        """Seconds of a step that gives each text a token: a floor, or what a calibration of one card says instead."""
         if self.where == "said":
             return self.model.span("token_time")
-        if self.place is None or self.place.roof is None:
+        if self.roof is None:
             return at_least(0.0, "no speed published")
-        weights, cache, note = self.model.stored(self.fmt, "active"), self.model.cache(needs.length), ""
-        moved = [w + needs.users * c for w, c in zip(_ends(weights), _ends(cache), strict=True)]
-        if calibration and self.fmt in calibration.rates and needs.users == self.place.count == 1 and weights.known:
-            rate, off = calibration.rates[self.fmt], calibration.worst(self.fmt)
-            if calibration.trusted(self.fmt):
-                ends = [moved[0] / rate / (1 + off), moved[1] / rate * (1 + off)]
-                text = f"{weights.formula} read at {rate / 1e9:.3g} GB/s, {off:.0%} either way"
-                return Span(*ends, text, weights.source, calibration.basis)
-            held = f"off by {off:.0%}" if off < math.inf else "held against no other model"
-            note = f"; the calibration is {held}: not to be trusted here"
-        roof = self.place.roof
-        rate = (roof.read_bandwidth or roof.bandwidth) * self.place.count
-        return at_least(
-            moved[0] / rate, f"{weights.formula} read at {rate / 1e9:,.4g} GB/s{note}", weights.source, "roofline"
-        )
-
-    def score(self, name: str) -> Span:
-        """A benchmark's score in %. It was measured on the released weights; what four bits lose of it is not known."""
-        span = self.model.span(name)
-        if self.fmt != "int4" or span == UNKNOWN:
-            return span
-        return replace(span, low=-math.inf, formula=f"{span.formula}, less what four bits lose")
+        read = self.held(needs, "active")
+        rate = (self.roof.read_bandwidth or self.roof.bandwidth) * self.count
+        text = f"{read.formula} read at {rate / 1e9:,.4g} GB/s"
+        floor = at_least(read.low / rate, text, read.source, "roofline")
+        one = self.calibration if self.count == 1 else None
+        return one.step(self.fmt, read, floor) if one else floor
 
     def first_token(self, needs: Needs) -> Span:
         """Least seconds to read one prompt: two operations a weight and token, or all of them read once."""
-        if self.where != "own" or self.place.roof is None or not self.place.roof.flops:
+        if self.roof is None or not self.roof.flops:
             return at_least(0.0, "no speed published")
-        roof, active = self.place.roof, self.model.span("active")
+        active, flops = self.model.span("active"), self.roof.flops
         wanted = "float8" if self.fmt in ("float8", "released") else "float16"
-        rate = roof.flops.get(wanted, roof.flops["float16"]) * self.place.count
-        work, moved = 2 * max(active.low, 0.0) * needs.prompt, self.model.stored(self.fmt, "active").low
-        text = f"2 x {max(active.low, 0.0) / 1e9:.3g}B x {needs.prompt:g} tokens at {rate / 1e12:,.4g} TFLOP/s"
-        return at_least(max(work / rate, moved / roof.bandwidth / self.place.count), text, active.source, "roofline")
+        rate = flops.get(wanted, flops["float16"]) * self.count
+        work, moved = 2 * active.low * needs.prompt, self.model.stored(self.fmt, "active").low
+        text = f"2 x {active.low / 1e9:.3g}B x {needs.prompt:g} tokens at {rate / 1e12:,.4g} TFLOP/s"
+        floor = max(work / rate, moved / self.roof.bandwidth / self.count)
+        return at_least(floor, text, active.source, "roofline")
 
     def dollars(self, needs: Needs) -> Span:
         """Dollars a month: tokens at the API's prices, or the rent of the cards, whatever they do."""
         if self.where == "own":
-            known = rents(self.place.name)
-            usd = [row.usd for row in known] if needs.rent is None else [needs.rent]
-            if not usd:
-                return at_least(0.0, "no rent known")
-            ends = [rent * self.place.count * 24 * MONTH for rent in (usd[0], usd[-1])]
-            text = f"{self.place.count} x ${usd[0]:g} to ${usd[-1]:g} an hour x {24 * MONTH} h"
-            text += ", some undated" if any(row.date is None for row in known) and needs.rent is None else ""
-            return Span(*ends, text, tuple(dict.fromkeys(row.source for row in known)))
-        if not needs.requests:
+            an_hour = rent(self.card, needs.rent)
+            return an_hour.times(self.count * HOURS, f"{self.count} x {an_hour.formula} x {HOURS} h")
+        month = needs.requests * DAYS
+        if not month:
             return at_least(0.0, "requests a day not given")
-        month = needs.requests * MONTH
         if self.where == "said":
-            one = self.model.span("request_price")
-            return replace(one, low=one.low * month, high=one.high * month)
+            return self.model.span("request_price").times(month, f"{month:,.0f} requests at the article's price")
         usd = month * self.price.per_request(needs.prompt, needs.answer)
-        return Span(
-            usd, usd * self.price.peak, f"{month:,.0f} requests at prices of {self.price.date}", (self.price.source,)
-        )
+        text = f"{month:,.0f} requests at prices of {self.price.date}"
+        return Span(usd, usd * self.price.peak, text, (self.price.source,))
 
 
-def options(needs: Needs, calibration: Calibration | None = None) -> Iterator[Option]:
+@cache
+def rent(gpu: str, given: float | None = None) -> Span:
+    """Dollars an hour of a card: what is given, else the known prices; none that an author only calculates with."""
+    if given is not None:
+        return Span(given, given, f"${given:g} an hour, given")
+    known = [row for row in prices.gpu_prices() if row.gpu == gpu and row.kind != "assumed"]
+    if not known:
+        return at_least(0.0, "a rent not known")
+    low, high = known[0].usd, known[-1].usd
+    text = f"${low:g} to ${high:g} an hour" + (", some undated" if any(row.date is None for row in known) else "")
+    return Span(low, high, text, tuple(dict.fromkeys(row.source for row in known)))
+
+
+def options(needs: Needs, calibration: Any = None) -> Iterator[Option]:
     """Every model in every place that the need leaves open, at the prices of its day."""
     apis = {price.serves: price for price in offered(needs.day or document()["as_of"])} if needs.where != "own" else {}
     found = places(needs, calibration) if needs.where != "api" else []
@@ -131,7 +125,7 @@ def options(needs: Needs, calibration: Calibration | None = None) -> Iterator[Op
             continue
         if one.name in apis:
             yield Option(one, "api", price=apis[one.name])
-        yield from (Option(one, "own", fmt, place) for place in found for fmt in one.formats)
+        yield from (replace(place, model=one, fmt=fmt) for place in found for fmt in one.formats)
 
 
 def offered(day: str) -> list[prices.TokenPrice]:
@@ -143,27 +137,12 @@ def offered(day: str) -> list[prices.TokenPrice]:
     return found
 
 
-@cache
-def rents(gpu: str) -> tuple[prices.Price, ...]:
-    """Known prices of a card and hour, the cheapest first; none that an author only calculates with."""
-    return tuple(row for row in prices.gpu_prices() if row.gpu == gpu and row.kind != "assumed")
-
-
-def places(needs: Needs, calibration: Calibration | None = None) -> list[Place]:
-    """The need's card, machine or memory; where it names none, one and eight of each of :data:`CARDS`."""
+def places(needs: Needs, calibration: Any = None) -> list[Option]:
+    """Options without a model: the need's card, machine or memory, else one and eight of each of :data:`CARDS`."""
+    own = Option(None, "own", calibration=calibration)
     if needs.memory is not None:
         speed = calibration and roofline.Roof(needs.gpu, calibration.bandwidth, {}, needs.memory, calibration.basis)
-        return [Place(needs.gpu or "the memory given", needs.memory, 1, speed)]
+        return [replace(own, card=needs.gpu or "the memory given", room=needs.memory, roof=speed)]
     named = [(needs.gpu, needs.gpus)] if needs.gpu else [(gpu, count) for gpu in CARDS for count in (1, 8)]
     roofs = [(gpu, count, roofline.published_roof(gpu)) for gpu, count in named]
-    return [Place(gpu, roof.memory_bytes * count, count, roof) for gpu, count, roof in roofs]
-
-
-def _ends(span: Span) -> tuple[float, float]:
-    return max(span.low, 0.0), span.high
-
-
-def _joined(ends, formula: str, *parts: Span) -> Span:
-    """A sum with the sources of its parts, on the least sure of their bases."""
-    source = tuple(dict.fromkeys(key for part in parts for key in part.source))
-    return Span(*ends, formula, source, max((part.basis for part in parts), key=BASES.index))
+    return [replace(own, card=gpu, count=n, room=n * roof.memory_bytes, roof=roof) for gpu, n, roof in roofs]

@@ -145,8 +145,30 @@ def test_the_grades_and_what_they_hang_on():
 
 def test_ours_are_open_and_say_what_they_stand_on():
     assert len(OURS) == 5 and [advice.grade(row, TODAY).word for row in OURS] == ["open"] * 5
-    assert all(0 < row.probability < 1 and row.deadline > row.made == TODAY for row in OURS)
+    assert all(0 < row.probability < 1 and row.deadline >= row.opens > row.made == TODAY for row in OURS)
+    only_then = next(row for row in OURS if row.id == "price")
+    assert only_then.opens == only_then.deadline, "only the page of that day decides"
     assert all(advice.base_rate(row.base["met"], row.base["total"]) for row in OURS)
+
+
+def test_what_was_seen_before_the_opening_day_does_not_count():
+    early = one([("a", "2026-01-15"), ("a", "2026-02-15"), ("b", "2026-02-20")])
+    assert advice.grade(early, "2026-12-01", opens="2026-02-01").met["a"] == date(2026, 2, 15)
+    assert advice.grade(early, "2026-12-01", opens="2026-02-16").word == "partly"
+    assert advice.grade(dataclasses.replace(early, opens=date(2026, 3, 1)), "2026-12-01").word == "not met"
+    after = {name: advice.grade(row, TODAY, opens="2025-09-18") for name, row in ARTICLE.items()}
+    assert [name for name, grade in after.items() if grade.word == "met"] == ["unified", "chips"]
+    assert not after["chips"].already and after["chips"].met["new-chips"] == date(2026, 4, 24)
+
+
+def test_other_wordings_stand_on_evidence_that_is_listed():
+    days = {str(piece.date) for row in ARTICLE.values() for piece in row.evidence}
+    told = {}
+    for row in DOCUMENT["wordings"]:
+        assert row["seen"] is None or row["seen"] in days, row["rule"]
+        assert ARTICLE[row["of"]].conditions and set(row) <= {"of", "rule", "seen", "deadline"}
+        told.setdefault(row["of"], []).append(row["seen"])
+    assert len(told) == 5 and all(len(seen) >= 2 for seen in told.values())
 
 
 def test_base_rates_are_those_of_the_timeline():
@@ -235,6 +257,9 @@ def piece(**changes):
         (faulty("v5", probability=1), ("row v5, probability: got 1", "below 1")),
         (faulty("v5", base=None), ("row v5", "a base beside")),
         (faulty("v5", deadline=None), ("row v5", "a deadline, conditions")),
+        (faulty("v5", opens=None), ("row v5", "expected opens")),
+        (faulty("v5", opens="2027-07-01"), ("row v5, deadline", "opens, or later")),
+        (faulty("v5", opens="soon"), ("row v5, opens: got 'soon'", "a day such as")),
         (piece(shows="colour"), ("evidence 1, shows: got 'colour'", "'takes-images'")),
         (piece(date="2027-01-01"), ("evidence 1, date", "or earlier")),
         (piece(date="2024-09"), ("evidence 1, date: got '2024-09'", "a day such as")),

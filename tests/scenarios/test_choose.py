@@ -1,6 +1,5 @@
 """Choosing, held against a second reckoning from the raw data, and the rules that any choice has to keep."""
 
-import dataclasses
 import datetime
 import io
 import itertools
@@ -8,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -15,11 +15,13 @@ import yaml
 from dslib import choose as command
 from dslib.data import published_figures
 from dslib.data.files import data_path
+from dslib.data.published_figures import TIERS
 from dslib.scenarios import facts
-from dslib.scenarios.choose import STATES, WISHES, Constraint, beats, changes, choose, points
+from dslib.scenarios.choose import STATES, WISHES, Constraint, beats, changes, choose, front, nearest, points
 from dslib.scenarios.facts import Span, document, models
-from dslib.scenarios.needs import TRUST, Calibration, Needs, calibrate
+from dslib.scenarios.needs import Needs
 from dslib.scenarios.options import CARDS, offered
+from measured.experiments.choose import TRUST, Calibration, Fit, calibrate
 
 RAW = yaml.safe_load(data_path("options.yml").read_text(encoding="utf-8"))
 HARDWARE = yaml.safe_load(data_path("hardware.yml").read_text(encoding="utf-8"))["gpus"]
@@ -101,9 +103,9 @@ def raw_status(row, option, needs):
     own = option.where == "own"
     if needs.engine and own:
         unsure |= needs.engine not in row["facts"].get("engines", {}).get("value", [])
-    card = HARDWARE.get(option.place.name) if own and option.place.roof else None
+    card = HARDWARE.get(option.card) if own and option.roof else None
     if own:
-        at_most(*raw_bytes(row, option.fmt, needs), needs.memory or card["memory_gb"] * 1e9 * option.place.count)
+        at_most(*raw_bytes(row, option.fmt, needs), needs.memory or card["memory_gb"] * 1e9 * option.count)
     elif article and needs.memory:
         at_most(*raw_ends(row, "memory"), needs.memory)
     if needs.context:
@@ -123,7 +125,7 @@ def raw_status(row, option, needs):
                 needs,
             )
             moved = active * per + cache[0] * (1 - needs.reserve)
-            at_most(moved / (card["bandwidth_gb_s"] * 1e9 * option.place.count), math.inf, needs.token_time)
+            at_most(moved / (card["bandwidth_gb_s"] * 1e9 * option.count), math.inf, needs.token_time)
     if needs.first_token:
         if card is None:
             unsure = True
@@ -131,7 +133,7 @@ def raw_status(row, option, needs):
             rates = card["tflops"]
             rate = rates.get("float8", rates["float16"]) if option.fmt in ("float8", "released") else rates["float16"]
             floor = max(2 * active * needs.prompt / rate / 1e12, active * per / card["bandwidth_gb_s"] / 1e9)
-            at_most(floor / option.place.count, math.inf, needs.first_token)
+            at_most(floor / option.count, math.inf, needs.first_token)
     if needs.budget:
         at_most(*raw_dollars(row, option, needs), needs.budget)
     for name, least in needs.score.items():
@@ -148,8 +150,8 @@ def raw_score(row, name, option):
 
 def raw_dollars(row, option, needs):
     if option.where == "own":
-        usd = [r["usd"] for r in PRICES["gpu_hours"] if r["gpu"] == option.place.name and r["kind"] != "assumed"]
-        return (0, math.inf) if not usd else [one * option.place.count * 720 for one in (min(usd), max(usd))]
+        usd = [r["usd"] for r in PRICES["gpu_hours"] if r["gpu"] == option.card and r["kind"] != "assumed"]
+        return (0, math.inf) if not usd else [one * option.count * 720 for one in (min(usd), max(usd))]
     if option.where == "said":
         return [raw_ends(row, "request_price")[0] * needs.requests * 30] * 2
     today = needs.day or RAW["as_of"]
@@ -197,10 +199,10 @@ def test_what_is_beaten_for_sure_never_stands_above(seed):
         rows = [row for row in answer.having(status) if row.points is not None][:60]
         for place, row in enumerate(rows):
             assert not any(beats(later, row) for later in rows[place + 1 :])
-    front = answer.front()
-    assert bool(front) == bool(answer.having("in"))
+    best = front(answer.having("in"))
+    assert bool(best) == bool(answer.having("in"))
     for row in answer.having("in"):
-        assert (row in front) != any(beats(other, row) for other in answer.having("in"))
+        assert (row in best) != any(beats(other, row) for other in answer.having("in"))
 
 
 RELAXED = {
@@ -217,7 +219,7 @@ def test_relaxing_removes_nothing(seed):
     before = {row.option.name: STATES.index(row.status) for row in choose(needs, {"context": 1}).rows}
     for name, relax in RELAXED.items():
         if value := getattr(needs, name):
-            easier = dataclasses.replace(needs, **{name: relax(value)})
+            easier = replace(needs, **{name: relax(value)})
             after = {row.option.name: STATES.index(row.status) for row in choose(easier, {"context": 1}).rows}
             assert all(after[option] <= state for option, state in before.items()), name
 
@@ -228,14 +230,9 @@ def test_removing_the_stated_blockers_lets_it_pass(seed):
     needs, _ = drawn(seed)
     out = choose(needs, {"context": 1}).having("out")
     for row in random.Random(seed).sample(out, min(8, len(out))):
-        fields, place = {}, row.option.place
-        for test in row.blockers():
-            field = {
-                "token time": "token_time",
-                "first token": "first_token",
-                "data stays": "stay",
-                "to be had": "exists",
-            }
+        fields = {}
+        for test in row.blockers:
+            field = {"dollars": "budget", "data stays": "stay", "to be had": "exists"}
             name = field.get(test.name, test.name)
             if name in ("modality", "stay", "exists", "licence", "engine"):
                 fields[name] = {"modality": (), "stay": False, "exists": False}.get(name)
@@ -243,29 +240,29 @@ def test_removing_the_stated_blockers_lets_it_pass(seed):
                 fields["score"] = {k: v for k, v in (fields.get("score") or needs.score).items() if k != name}
             elif name == "released":
                 fields["day"] = datetime.date.fromordinal(int(test.would_pass)).isoformat()
-            elif name == "memory" and place is not None:
+            elif name == "memory" and row.option.where == "own":
                 enough = test.would_pass if math.isfinite(test.would_pass) else test.span.low
                 fields |= {"gpu": None, "memory": enough, "first_token": None, "token_time": None, "budget": None}
             else:
                 fields[name] = test.would_pass if math.isfinite(test.would_pass) else None
         if fields.get("context", 1) is None or 0 < (fields.get("context") or 1e9) < needs.prompt + needs.answer:
             continue
-        eased = dataclasses.replace(needs, **fields)
+        eased = replace(needs, **fields)
         again = [one for one in choose(eased, {"context": 1}).rows if one.option.model.id == row.option.model.id]
         same = [one for one in again if (one.option.where, one.option.fmt) == (row.option.where, row.option.fmt)]
         if row.option.where == "api" and "day" in fields:
             continue  # other prices on that day
-        assert same and any(one.status != "out" for one in same), (row.option.name, row.blockers(), fields)
+        assert same and any(one.status != "out" for one in same), (row.option.name, row.blockers, fields)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_nearest_miss_breaks_the_fewest(seed):
     answer = choose(*drawn(seed))
-    nearest = answer.nearest()
+    near = nearest(answer.having("out"))
     for row in answer.having("out"):
-        assert len(nearest.blockers()) <= len(row.blockers())
-        if len(nearest.blockers()) == len(row.blockers()) == 1:
-            assert nearest.blockers()[0].miss <= row.blockers()[0].miss
+        assert len(near.blockers) <= len(row.blockers)
+        if len(near.blockers) == len(row.blockers) == 1:
+            assert near.blockers[0].miss <= row.blockers[0].miss
 
 
 def test_units_do_not_matter():
@@ -278,9 +275,7 @@ def test_units_do_not_matter():
     for factor in (1e-9, 8.0):  # GB, bits: the same amount is added to everybody
         for row in ranked:
             span = row.wished["memory"]
-            scaled = points(
-                {"memory": dataclasses.replace(span, low=span.low * factor, high=span.high * factor)}, {"memory": 1}
-            )
+            scaled = points({"memory": replace(span, low=span.low * factor, high=span.high * factor)}, {"memory": 1})
             assert scaled.low - row.points.low == pytest.approx(math.log2(factor))
 
 
@@ -307,7 +302,11 @@ def test_every_fact_has_a_source_and_the_sums_are_right():
     bib = set(re.findall(r"^@\w+\{(\w+),", (data_path().parent / "references.bib").read_text(encoding="utf-8"), re.M))
     used = {key for one in models().values() for fact in one.facts.values() for key in fact.source}
     used |= {key for part in ("formats", "apis") for row in RAW[part].values() for key in row["source"]}
+    used |= {key for row in RAW["workloads"] for key in row["source"]}
     assert used <= bib
+    for row in RAW["models"].values():
+        for fact in row["facts"].values():
+            assert "figure" in fact or (fact["source"] and fact["tier"] in (*TIERS, "article") and "value" in fact)
     for one in models().values():
         assert {"released", "modality"} <= set(one.facts), one.id
         assert one.imaginary or one.formats, one.id
@@ -343,34 +342,93 @@ def test_each_recommendation_is_right_where_the_data_says_so():
             assert level == {right.get("picks", row["picks"])}, row["claim"]
 
 
+def asked(row):
+    """The answers to a workload's question, as it is put first and again."""
+    first = Needs.of(row["needs"])
+    return choose(first), choose(replace(first, **row["again"]))
+
+
+def test_real_workloads_are_answered_and_argued_with_as_the_rows_say():
+    code, chats, day = RAW["workloads"]
+    first, again = asked(code)
+    open_, left = first.having("cannot be said"), again.having("cannot be said")
+    assert (len(open_), len(left), len(first.having("in"))) == (13, 7, 0), code["disagree"]
+    assert [row.option.model.id for row in left].count("coder_1_3b") == 3
+    trace = {row["name"]: row for row in PRICES["workloads"]}["code completion"]
+    assert (round(trace["tokens_in"]), round(trace["tokens_out"]), trace["requests"]) == (2048, 28, 8819)
+    assert trace["peak_minute"] == 2.95
+
+    served = published_figures.entries()["serving_gpustack"]
+    tokens = served["chat_run"].value
+    assert (round(tokens[0] / 1000), round(tokens[1] / 1000)) == (219, 201)
+    for answer, measured, floor, times in zip(
+        asked(chats), (served["thousand_at_once"].value[0], served["four_at_a_time"].value[0]), (1.7, 1.0), (131, 20),
+        strict=True,
+    ):  # fmt: skip
+        row = next(row for row in answer.rows if row.option.fmt == "float8")
+        held = {test.name: test for test in row.tests}
+        assert held["memory"].verdict == "in" and held["token_time"].verdict == "cannot be said"
+        low = 1e3 * held["token_time"].span.low
+        assert round(low, 1) == floor and round(measured / low) == times
+    assert round(671e9 / (8 * 4.8e12) * 1e3) == 17
+
+    own, api = asked(day)
+    node = next(row for row in own.having("in") if row.option.fmt == "float8")
+    assert node.tests[-1].span.high == 40_320
+    serving = published_figures.entries()["serving"]
+    inside, cached, out = (serving[name].value for name in ("input_tokens", "cached_tokens", "output_tokens"))
+    assert day["needs"]["requests"] * 1000 == inside and day["needs"]["answer"] == round(1000 * out / inside, 1)
+    assert (serving["nodes"].value, serving["cost_usd_per_day"].value) == (226.75, 87_072)
+    price = next(r for r in PRICES["api_tokens"] if r["serves"] == "DeepSeek-R1")
+    real = ((inside - cached) * price["input"] + cached * price["cached"] + out * price["output"]) / 1e6
+    told = api.rows[0].tests[-1].span.low / 30
+    assert real == pytest.approx(serving["revenue_usd_per_day"].value, rel=1e-3)
+    assert round(told, -3) == 702_000 and round(100 * (told / real - 1)) == 25
+    assert round(100 * cached / inside) == 56 and price["cached"] / price["input"] == pytest.approx(0.25, abs=0.01)
+
+
 # ---------------------------------------------------------------- speed, changes
 
 
-RUNS = [("a", "float16", 100.0, 1.0), ("b", "float16", 110.0, 1.0), ("a", "int4", 30.0, 0.5), ("c", "int4", 30.0, 0.8)]
+RUNS = [("a", "float16", x, 1 + x / 100) for x in (50.0, 100.0, 200.0)] + [("b", "float16", 100.0, 2.5)]
+RUNS += [("a", "int4", 20.0, 0.4), ("a", "int4", 40.0, 0.8), ("c", "int4", 30.0, 1.2)]
 
 
 def test_a_calibration_is_fitted_on_one_and_held_against_the_others():
     fit = calibrate(RUNS, "a", "H200", bandwidth=4e12)
-    assert fit.rates == {"float16": 100.0, "int4": 60.0}
-    assert fit.errors["float16"] == pytest.approx({"b": 0.1}) and fit.errors["int4"] == pytest.approx({"c": -0.375})
-    assert fit.trusted("float16") and not fit.trusted("int4") and not fit.trusted("float8")
-    assert calibrate(RUNS[:1], "a", "H200", 4e12).worst("float16") == math.inf, "held against none"
+    half, four = fit.fits["float16"], fit.fits["int4"]
+    assert (half.start, half.rate, half.reach) == (pytest.approx(1), pytest.approx(100), (50.0, 200.0))
+    assert (four.start, four.rate) == (pytest.approx(0, abs=1e-9), pytest.approx(50))
+    assert dict(half.errors) == pytest.approx({"b": -0.2, "a, left out": 0}, abs=1e-6) and len(half.errors) == 4
+    assert four.off == pytest.approx(1.0), "half as long as measured is off by a factor of 2"
+    assert half.off == pytest.approx(0.25) and calibrate(RUNS[:3], "a", "H200", 4e12).fits["float16"].off < 1e-6
+    assert calibrate(RUNS[-3:-1], "a", "H200", 4e12).fits["int4"].off == math.inf, "held against none"
+
+
+def test_the_band_is_as_wide_as_the_worst_run_that_was_left_out():
+    dice = random.Random(0)
+    runs = [("a", "float16", x, (1 + x) * dice.uniform(0.9, 1.1)) for x in range(1, 10)]
+    fit = calibrate(runs, "a", "H200", bandwidth=4e12).fits["float16"]
+    for number, (_, _, moved, seconds) in enumerate(runs):
+        left = calibrate(runs[:number] + runs[number + 1 :], "a", "H200", 4e12).fits["float16"]
+        guess = left.seconds(moved)
+        assert guess / (1 + fit.off) <= seconds * (1 + 1e-9) and seconds <= guess * (1 + fit.off) * (1 + 1e-9)
 
 
 def test_a_speed_is_calibrated_only_where_that_may_be_trusted():
     needs = Needs(gpu="H200", token_time="10 ms", model="coder_1_3b")
     floor = {r.option.fmt: r.tests[-1].span for r in choose(needs).rows}
-    fit = Calibration("H200", 4e12, {"float16": 1e12, "int4": 1e12}, {"float16": {"b": 0.1}, "int4": {"c": -0.375}})
+    close, wide = Fit(1e-3, 1e12, (2e9, 9e9), [("b", 0.1)]), Fit(0, 1e12, (0.5e9, 9e9), [("c", -0.375)])
+    fit = Calibration("H200", 4e12, {"float16": close, "int4": wide, "float32": replace(close, reach=(1e9, 2e9))})
     found = {r.option.fmt: r.tests[-1].span for r in choose(needs, calibration=fit).rows}
-    seconds = (1346471936 * 2 + 1200 * 196608) / 1e12
+    seconds = 1e-3 + (1346471936 * 2 + 1200 * 196608) / 1e12
     assert (found["float16"].low, found["float16"].high) == pytest.approx((seconds / 1.1, seconds * 1.1))
     assert found["float16"].basis == "measured" and floor["float16"].basis == "roofline"
-    assert found["int4"].low == floor["int4"].low and "38%: not to be trusted" in found["int4"].formula
+    assert found["int4"].low == floor["int4"].low and "60%: not to be trusted" in found["int4"].formula
+    assert "of 1 to 2 GB a step: not to be trusted" in found["float32"].formula and found["float32"].high == math.inf
     assert floor["float16"].high == math.inf and TRUST == 0.2
     here = Needs(gpu="my laptop", memory="16 GB", token_time="100 ms")
-    mine = dataclasses.replace(
-        fit, machine="my laptop", bandwidth=20e9, rates={"int4": 15e9}, errors={"int4": {"b": 0.1}}
-    )
+    mine = Calibration("my laptop", 20e9, {"int4": Fit(0, 15e9, (0.5e9, 2e9), [("b", 0.1)])})
     assert choose(here, {"token_time": 1}, mine).best.option.name == "DeepSeek-Coder-1.3B, int4, 1 x my laptop"
 
 
@@ -382,7 +440,7 @@ def test_what_would_change_the_answer():
         field, sign, factor = name.split()
         value = getattr(answer.needs, field) * (float(factor) if sign == "x" else 1 / float(factor))
         value = round(value) if field == "users" else value
-        again = choose(dataclasses.replace(answer.needs, **{field: value}), answer.weights).best
+        again = choose(replace(answer.needs, **{field: value}), answer.weights).best
         assert (again.option.name if again else "nothing for sure") == new != answer.best.option.name
 
 
@@ -391,22 +449,34 @@ def test_what_would_change_the_answer():
 
 def test_the_command_line(capsys, monkeypatch, tmp_path):
     assert command.main("--vram 24GB --modality image --licence commercial".split()) == 0
-    assert "in: DeepSeek-VL2-tiny, float16" in capsys.readouterr().out
+    assert "DeepSeek-VL2-tiny, float16, the memory given" in str(yaml.safe_load(capsys.readouterr().out)["in"])
     assert command.main("--vram 24 --modality picture --context 8000".split()) == 1
-    out = capsys.readouterr().out
-    assert "nearest miss: Janus-Pro-1B" in out and "would pass if 4,096 were the limit" in out
+    miss = yaml.safe_load(capsys.readouterr().out)["nearest miss"]
+    assert (
+        miss["option"].startswith("Janus-Pro-1B") and "would pass if 4,096 were the limit" in miss["tests"]["context"]
+    )
     asked = {"memory": "24 GB", "modality": ["text"], "where": "own", "wishes": {"memory": 1}}
     path = tmp_path / "needs.json"
     path.write_text(json.dumps(asked), encoding="utf-8")
     assert command.main(["--json", str(path)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["in"][0]["option"] == choose(CHAT, {"memory": 1}).best.option.name
+    best = choose(CHAT, {"memory": 1}).best
+    assert found["in"][0]["option"] == best.option.name and found["in"][0]["points"] == [
+        best.points.low,
+        best.points.high,
+    ]
+    assert list(found["in"][0]["tests"]) == [test.name for test in best.tests]
     assert set(found) == {"in", "cannot be said", "counts", "front", "nearest miss", "changes"}
     monkeypatch.setattr("sys.stdin", io.StringIO('{"memory": 24}'))
     assert command.main(["--json", "-"]) == 2
     assert "unit" in capsys.readouterr().err
     assert command.main(["--gpu", "A100 90GB"]) == 2 and "A100_80GB" in capsys.readouterr().err
-    assert command.main(["--vram", "24", "--wish", "memory"]) == 2 and "memory=" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--vram", "24", "--wish", "memory"])
+    assert "NAME=NUMBER" in (told := capsys.readouterr().err) and "'memory'" in told
+    assert command.main("--vram 24 --modality text --wish mmlu=0.5 --wish memory=0.5".split()) == 0
+    known = yaml.safe_load(capsys.readouterr().out)["in"]
+    assert len(known[0]["points"]) == 2 and "none, not known: mmlu" in known[-1]["points"]
 
 
 @pytest.mark.parametrize(
@@ -437,6 +507,7 @@ def test_the_command_line(capsys, monkeypatch, tmp_path):
             "gpu None",
         ),
         (lambda: calibrate(RUNS, "z", "H200", 4e12), "on: got 'z'", "among the runs"),
+        (lambda: calibrate(RUNS[:1], "a", "H200", 4e12), "runs of a, float16: got 1", "at least 2"),
         (lambda: calibrate([("a", "int4", 0.0, 1.0)], "a", "H200", 4e12), "bytes of a, int4: got 0", "above 0"),
         (lambda: facts.days("last week"), "date: got 'last week'", "2025-09-17"),
         (lambda: choose(Needs(memory="1 GB", day="2025-13")), "date: got '2025-13'", "a day or a month"),
