@@ -26,13 +26,14 @@ PARTS = {
     "library and book": [*PYTEST, "--durations=10", "tests"],
     "notebooks": [*PYTEST, "--nbval", *pages()],
 }
-# What multiplies by kernels that are chosen by the processor. Without vectors only four bits go another way than with
-# AVX2, and their page would take minutes.
-BITS = ["tests/fast/test_int4.py", "tests/fast/test_int4_rows.py", "tests/experiments/test_int4_speed.py"]
-PAGES = ["chapters/architecture/int4.ipynb", "chapters/performance/training.ipynb"]
+# What multiplies by kernels that are chosen by the processor: every test of a file that has the mark, and two pages, in
+# one run, as either alone would leave a core idle. Without vectors only four bits go another way than with AVX2, and
+# their page would take minutes.
 MARKED = sorted(str(path) for path in Path("tests").rglob("test_*.py") if "mark.processor" in path.read_text("utf-8"))
+BITS = ["tests/fast/test_int4.py", "tests/fast/test_int4_rows.py", "tests/experiments/test_int4_speed.py"]
+PAGES = ["chapters/performance/training.ipynb", "chapters/architecture/int4.ipynb"]
 LESSER = {
-    "AVX2": {"tests": [*PYTEST, "-m", "processor", *MARKED], "notebooks": [*PYTEST, "--nbval", *PAGES]},
+    "AVX2": {"tests and notebooks": [*PYTEST, "--nbval", *PAGES, *MARKED]},
     "DEFAULT": {"tests of four bits": [*PYTEST, *BITS]},
 }
 SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+ (?:needs (AVX-512|CUDA))?")
