@@ -12,12 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Above ten seconds each. `make test` hands out files in this order: a long one that began last would leave a core idle.
 LONG = [
-    "fast/test_exact.py", "performance/test_speculative.py", "experiments/test_realtime.py",
-    "measured/test_exercises.py", "measured/test_recordings.py", "scenarios/serving/test_engine.py",
-    "experiments/test_does_it_help.py", "experiments/test_adapters.py", "book/test_install.py",
-    "experiments/test_whole.py", "experiments/test_speed.py", "experiments/test_decoder.py", "fast/test_cuda_graph.py",
-    "scenarios/serving/test_load.py", "scenarios/serving/test_server.py", "measured/test_plots.py",
-    "experiments/test_int4_speed.py", "book/test_workflow.py", "book/test_explore.py", "book/test_model.py",
+    "fast/test_exact.py", "scenarios/serving/test_engine.py", "measured/test_exercises.py",
+    "measured/test_recordings.py", "performance/test_speculative.py", "book/test_install.py",
+    "experiments/test_whole.py", "experiments/test_int4_speed.py", "fast/test_cuda_graph.py",
+    "scenarios/serving/test_load.py", "experiments/test_realtime.py", "experiments/test_decoder.py",
+    "book/test_workflow.py", "scenarios/serving/test_server.py", "measured/test_plots.py", "book/test_explore.py",
+    "experiments/test_adapters.py", "experiments/test_speed.py", "book/test_model.py", "book/test_processor.py",
 ]  # fmt: skip
 
 
