@@ -13,7 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Above ten seconds each. `make test` hands out files in this order: a long one that began last would leave a core idle.
 LONG = [
     "fast/test_exact.py", "scenarios/serving/test_engine.py", "measured/test_exercises.py",
-    "notebooks/test_notebooks.py", "measured/test_recordings.py", "performance/test_speculative.py", "book/test_install.py",
+    "notebooks/test_notebooks.py", "measured/test_recordings.py", "performance/test_speculative.py",
+    "book/test_install.py",
     "experiments/test_whole.py", "experiments/test_int4_speed.py", "fast/test_cuda_graph.py",
     "scenarios/serving/test_load.py", "experiments/test_realtime.py", "experiments/test_decoder.py",
     "book/test_workflow.py", "scenarios/serving/test_server.py", "measured/test_plots.py", "book/test_explore.py",
