@@ -8,20 +8,32 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from tools import processor
+from tools import notebooks, opening, processor
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile"]
+# The files in the order in which they are collected (tests/conftest.py), not by the number of their tests.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+
+
+def pages() -> list[str]:
+    """The notebooks, those that take longest first: a long one that began last would leave one core idle."""
+    seconds = {path: (opening.run_of(notebooks.read(path)) or [0])[0] for path in notebooks.find()}
+    return [path.relative_to(notebooks.ROOT).as_posix() for path in sorted(seconds, key=seconds.get, reverse=True)]
+
+
 PARTS = {
     "library and book": [*PYTEST, "--durations=10", "tests"],
-    "notebooks": [*PYTEST, "--nbval", "chapters"],
+    "notebooks": [*PYTEST, "--nbval", *pages()],
 }
-# What multiplies by kernels that are chosen by the processor. Without vectors only four bits go another way than with
-# AVX2, and their page would take minutes.
+# What multiplies by kernels that are chosen by the processor: every test of a file that has the mark, and two pages, in
+# one run, as either alone would leave a core idle. Without vectors only four bits go another way than with AVX2, and
+# their page would take minutes.
+MARKED = sorted(str(path) for path in Path("tests").rglob("test_*.py") if "mark.processor" in path.read_text("utf-8"))
 BITS = ["tests/fast/test_int4.py", "tests/fast/test_int4_rows.py", "tests/experiments/test_int4_speed.py"]
-PAGES = ["chapters/architecture/int4.ipynb", "chapters/performance/training.ipynb"]
+PAGES = ["chapters/performance/training.ipynb", "chapters/architecture/int4.ipynb"]
 LESSER = {
-    "AVX2": {"tests": [*PYTEST, "-m", "processor", "tests"], "notebooks": [*PYTEST, "--nbval", *PAGES]},
+    "AVX2": {"tests and notebooks": [*PYTEST, "--nbval", *PAGES, *MARKED]},
     "DEFAULT": {"tests of four bits": [*PYTEST, *BITS]},
 }
 SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+ (?:needs (AVX-512|CUDA))?")

@@ -1,5 +1,7 @@
 """Adapters' experiments, at a size of seconds: what is compared is what the page says it is."""
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,13 @@ from dslib.data.text import slices
 from measured.experiments import adapters as lab
 
 SHORT = {"steps": 2, "rows": 1, "every": 1, "windows": 2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _read_once():
+    with pytest.MonkeyPatch.context() as patch:  # for all runs together: it takes longer than a run
+        patch.setattr(lab, "new_domain", functools.cache(lab.new_domain))
+        yield
 
 
 def test_the_new_domain_is_split_by_document_and_strange_to_the_model():

@@ -5,9 +5,18 @@ import sys
 import pytest
 
 from dslib.architecture import whole
+from dslib.architecture.decoder import with_layers
 from dslib.architecture.weights.pretrained import load_smollm2
 from measured.experiments import realtime as lab
 from measured.experiments import realtime_vllm
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """SmolLM2's first two layers: what is shown here does not depend on how deep a model is."""
+    model, tokenizer = load_smollm2()
+    for module in (lab, realtime_vllm):
+        monkeypatch.setattr(module, "load_smollm2", lambda: (with_layers(model, [0, 1]), tokenizer))
 
 
 def test_requests_are_the_same_every_time_and_of_mixed_lengths():
@@ -18,7 +27,7 @@ def test_requests_are_the_same_every_time_and_of_mixed_lengths():
     assert all(16 <= len(one.prompt) <= 160 and 8 <= one.max_new_tokens <= 96 for one in made)
 
 
-def test_all_ways_serve_and_the_engine_writes_what_generate_writes(monkeypatch):
+def test_all_ways_serve_and_the_engine_writes_what_generate_writes(shallow, monkeypatch):
     monkeypatch.setattr(lab, "SLOTS", 2)
     monkeypatch.setattr(lab.requests_of, "__defaults__", ((4, 8), (2, 5)))
     made = lab.throughput(count=3, rounds=1)
@@ -42,7 +51,7 @@ def test_gaps_are_told_with_chunks_and_without(monkeypatch):
     assert all(0 < one["middle"] <= one["p99"] <= one["most"] for one in gaps.values())
 
 
-def test_overhead_is_a_ratio_of_a_step_to_its_pass():
+def test_overhead_is_a_ratio_of_a_step_to_its_pass(shallow):
     low, high = lab.overhead(rounds=3)["ratio"][1:]
     assert 0.5 < low <= high
 
@@ -58,7 +67,7 @@ for _ in sys.stdin:
 """
 
 
-def test_vllm_has_its_turns_in_a_process_of_its_own(monkeypatch):
+def test_vllm_has_its_turns_in_a_process_of_its_own(shallow, monkeypatch):
     monkeypatch.setattr(lab.requests_of, "__defaults__", ((4, 8), (2, 5)))
     monkeypatch.setenv("VLLM_PYTHON", sys.executable)
     monkeypatch.setattr(realtime_vllm, "VLLM", TURNS)

@@ -1,6 +1,5 @@
 """Growing a mixture, at a size of seconds: arms differ in what they say, and measures measure what they are called."""
 
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -24,9 +23,7 @@ IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def runs():
-    with pytest.MonkeyPatch.context() as patch:  # unpacked once, and not for every arm
-        patch.setattr(lab.corpus, "token_stream", cache(lab.corpus.token_stream))
-        return {arm: lab.grow(arm, **SHORT) for arm in lab.GROWN}
+    return {arm: lab.grow(arm, **SHORT) for arm in lab.GROWN}
 
 
 def test_arms_share_the_dense_start_and_the_turn_changes_nothing_but_by_noise(runs):

@@ -1,6 +1,7 @@
 """The whole model's experiments, at a size of seconds: against plain lines, and that what they compare is the same."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,11 +77,12 @@ def test_the_ways_to_train_compute_one_loss(shipped):
         torch.testing.assert_close(loss, losses["plain"], rtol=1e-4, atol=1e-4)
 
 
-def test_steps_are_compared_at_the_rows_that_are_best_for_each():
-    made = lab.step_speed(length=16, rows=(32, 64), rounds=2, compiled=False, precision="bfloat16")
+def test_steps_are_compared_at_the_rows_that_are_best_for_each(monkeypatch):
+    monkeypatch.setattr(lab, "Plan", partial(Plan, late_length=16))  # a batch of 512 tokens would be the least
+    made = lab.step_speed(length=16, rows=(2, 4), rounds=2, compiled=False, precision="bfloat16")
     assert made["compiled"] is False
     assert set(made["ratios"]) == set(made["tokens_per_second"]) - {"quick"}
-    assert all(set(rates) == {"32", "64"} for rates in made["tokens_per_second"].values())
+    assert all(set(rates) == {"2", "4"} for rates in made["tokens_per_second"].values())
     assert all(low <= median <= high for median, low, high in made["ratios"].values())
 
 
