@@ -238,6 +238,19 @@ RIGHT = {
         "next((c for c in sorted(chunks, reverse=True) if (lambda gaps: (gaps > limit).mean() <= allowed and gaps.max()"
         " <= never)(np.array(_gaps(prompts, c, fixed, per_token)))), None)"
     ),
+    "reasoning/advantages": (
+        "torch.cat([(part - part.mean()) / (part.std() + 1e-4) for part in rewards.split(size)])",
+        "torch.cat([(p - sum(p) / size) / (((p - p.mean()) ** 2).sum() / (size - 1)).sqrt().add(1e-4) for p in rewards"
+        ".split(size)])",
+    ),
+    "reasoning/mended": (
+        "np.mean([((torch.maximum(-(n - o).exp() * a, -(n - o).exp().clamp(0.8, 1.2) * a) + beta * ((r - n).exp()"
+        " + n - r - 1))[m > 0]).mean().item() for n, o, a, m, r in zip(new, old, advantage, mask, reference)])"
+    ),
+    "reasoning/think": (
+        "max(sum(q[on] for q, on in zip(questions, way)) for way in itertools.product((0, 1), repeat=len(questions))"
+        " if np.dot(way, [q[2] for q in questions]) <= budget)"
+    ),
     "sampling/temperature": ("math.log(ratio, wanted)", "np.log2(ratio) / np.float64(math.log2(wanted))"),
     "sampling/top-k-top-p": (
         "torch.stack([TopPLogitsWarper(float(q))(None, TopKLogitsWarper(k)(None, row[None].clone()))[0]"
@@ -475,6 +488,18 @@ WRONG = {
         "chunks[-1]",
         "largest_chunk(prompts, chunks, fixed, per_token / 2, limit, allowed, never)",
     ),
+    "reasoning/advantages": (
+        "group_advantages(rewards, size) + 0.1",
+        "-group_advantages(rewards, size)",
+        "rewards - rewards.mean()",
+    ),
+    "reasoning/mended": (
+        "-mended(new, old, advantage, mask, reference, beta)",
+        "mended(new, old, -advantage, mask, reference, beta)",
+        "mended(old, new, advantage, mask, reference, beta)",
+        "mended(new, old, advantage, mask, reference, 0.0)",
+    ),
+    "reasoning/think": ("best_plan(questions, budget // 2)", "best_plan(questions[:-1], budget)", "1.0"),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/gumbel": (
