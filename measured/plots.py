@@ -105,6 +105,16 @@ METHODS = {
     "vote": ("#0072B2", "o", "-"),
     "own score": ("#A3497F", "D", "-."),
     "coin": ("#555555", "", ":"),
+    "GRPO": ("#0072B2", "o", "-"),
+    "knows nothing": ("#000000", "D", ":"),
+    "form only": ("#009E73", "^", "-."),
+    "coins": ("#8C6D00", "v", "--"),
+    "KL": ("#009E73", "^", "-."),
+    "stale": ("#D55E00", "s", "--"),
+    "stale, KL": ("#A3497F", "D", (0, (3, 1, 1, 1))),
+    "teacher's answers": ("#0072B2", "o", "-"),
+    "teacher's probabilities": ("#009E73", "^", "-."),
+    "rewards": ("#D55E00", "s", "--"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -287,6 +287,11 @@ PARTS = {
         for seed in range(5)
     },
     "reasoning-cures": tuple((f"{REASONING}:learned", {"arm": arm}) for arm in CURES),
+    "reasoning-apart": tuple(
+        (f"{REASONING}:learned", {"seed": seed, **change})
+        for change in ({"learning_rate": 1e-3}, {"updates": 8})
+        for seed in range(5)
+    ),
     "reasoning-again": tuple((f"{REASONING}:learned", {"again": again}) for again in range(1, 5)),
     "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
     "load": (
