@@ -35,7 +35,7 @@ UNDATED = 12  # months that count for every forecast whose author gave no day
 
 
 def brier(probabilities: Iterable[float], outcomes: Iterable[int]) -> float:
-    """Mean of (p - y)^2: 0 for a seer, 0.25 for who always says one half. ValueError for what is no probability."""
+    """Mean of (p - y)^2: 0 for who knew, 0.25 for who always says one half. ValueError for what is no probability."""
     pairs = _pairs(probabilities, outcomes)
     return sum((p - y) ** 2 for p, y in pairs) / len(pairs)
 
@@ -117,6 +117,7 @@ class Forecast:
     probability: float | None = None
     base: Mapping[str, Any] | None = None
     opens: date | None = None  # what was seen before that day does not count
+    clarified: Mapping[str, str] | None = None  # ``day``, before it opens, and ``how`` the rule is meant
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def grade(
     first_day = as_day("opens", opens) if opens else forecast.opens or date.min
     met: dict[str, date] = {}
     for one in sorted(forecast.evidence, key=lambda e: e.date):
-        if one.shows and first_day <= one.date <= day and one.line in lines and one.tier in tiers:
+        counts = one.shows in forecast.conditions and one.line in lines and one.tier in tiers
+        if counts and first_day <= one.date <= day:
             met.setdefault(one.shows, one.date)
     timely = [name for name, first in met.items() if first <= last]
     if len(timely) == len(forecast.conditions):
@@ -227,6 +229,10 @@ def _forecast(row: Any, until: date) -> Forecast:
     opens = None if opens is None else as_day(f"{where}, opens", opens)
     if end and end < (opens or made):
         raise ValueError(f"{where}, deadline: got {end}, expected {opens or made}, when it was made or opens, or later")
+    if clear := row.get("clarified"):
+        day = as_day(f"{where}, clarified", clear.get("day"))
+        if not clear.get("how") or day < made or (opens and day >= opens):
+            raise ValueError(f"{where}, clarified: got {clear!r}, expected how, and a day before it opens")
     if not conditions and not row.get("why"):
         raise ValueError(f"{where}, why: got nothing, expected why nobody can grade it, as it has no conditions")
     evidence = []

@@ -9,7 +9,7 @@ from measured.exercises import exercise, named
 def _verdict(
     deadline, conditions, evidence, on,
     counts: Callable = lambda day, tier, on: day <= on and tier != "unverified",
-    first: Callable = min, timely: Callable = str.__le__, enough: Callable = all, early=True, late=True,
+    first: Callable = min, timely: Callable = str.__le__, enough: Callable = all, early=True, late=True, foreign=False,
 ) -> str:  # fmt: skip
     """The reference and, by its options, the usual ways to get it wrong."""
     days = [[day for day, shows, tier in evidence if shows == name and counts(day, tier, on)] for name in conditions]
@@ -19,7 +19,7 @@ def _verdict(
         return "open"
     if enough(bool(seen) for seen in days):
         return "met late" if late else "met"
-    return "partly" if any(days) else "not met"
+    return "partly" if any(days) or (foreign and any(day <= on for day, *_ in evidence)) else "not met"
 
 
 @exercise(
@@ -30,6 +30,7 @@ def _verdict(
         ("2026-03-31", ["a", "b"], [("2026-04-01", "a", "primary"), ("2026-01-02", "b", "primary")], "2026-11-28"),
         ("2026-03-31", ["a", "b"], [("2026-02-01", "b", "primary"), ("2026-02-02", "c", "primary")], "2026-11-28"),
         ("2026-03-31", ["a"], [("2026-02-01", "a", "unverified")], "2026-04-15"),
+        ("2026-03-31", ["a"], [("2026-02-01", "b", "primary")], "2026-06-01"),
         ("2026-12-31", ["a"], [("2026-12-01", "a", "primary")], "2026-11-28"),
         ("2026-12-31", ["a", "b"], [("2026-11-01", "a", "primary")], "2026-11-28"),
         ("2026-12-31", ["a"], [("2026-11-28", "a", "secondary")], "2026-11-28"),
@@ -54,6 +55,8 @@ def _verdict(
             One condition is enough for you. All of them are needed.
         _verdict(deadline, conditions, evidence, on, early=False)
             While the deadline is ahead, what has not come may still come: the forecast is open.
+        _verdict(deadline, conditions, evidence, on, foreign=True)
+            You take evidence for something else as part of it. Only what shows one of the conditions counts.
         _verdict(deadline, conditions, evidence, on, late=False)
             What came after the deadline is met late. A forecast that may come at any time cannot fail.
     """,
@@ -110,3 +113,77 @@ def _ratio(probabilities, outcomes, base, loss: Callable = _square) -> float:
 def skill(probabilities: Sequence[float], outcomes: Sequence[int], earlier: Sequence[int]) -> float:
     """1 minus the forecaster's Brier score over that of the base rate of ``earlier``, (met + 1) / (total + 2)."""
     return 1 - _ratio(probabilities, outcomes, base_rate(sum(earlier), len(earlier)))
+
+
+def _by_rule(rule, seen, on, opens=True, once=False, ahead=False, foreign=False, timely=str.__le__) -> str:
+    """The grade by one of two rules; the options are mistakes."""
+    if once:  # the first day only, whether the rule was open by then or not
+        seen = [(min(day for day, other in seen if other == what), what) for _, what in seen]
+    kept = [(day, what, "primary") for day, what in seen if not opens or rule["opens"] <= day]
+    if ahead:
+        kept = [(min(day, on), what, tier) if day <= rule["by"] else (day, what, tier) for day, what, tier in kept]
+    return _verdict(rule["by"], rule["needs"], kept, on, foreign=foreign, timely=timely)
+
+
+def _apart(one, other, seen, days, same=False, coarse=False, **how) -> list[int]:
+    """The positions of the days on which the grades by two rules differ."""
+    pairs = [(_by_rule(one, seen, on, **how), _by_rule(other, seen, on, **how)) for on in days]
+    if coarse:
+        pairs = [(a == "met", b == "met") for a, b in pairs]
+    return [n for n, (a, b) in enumerate(pairs) if (a == b) == same]
+
+
+def _rule(needs: str, by: str, opens: str = "2020-01-01") -> dict:
+    return {"needs": list(needs), "opens": opens, "by": by}
+
+
+@exercise(
+    "advice/rules",
+    cases=named(
+        "one other seen days",
+        (
+            _rule("a", "2026-09-17"), _rule("a", "2026-09-17", "2025-09-18"),
+            [("2026-04-24", "a"), ("2025-08-22", "a")], ["2025-12-01", "2026-04-23", "2026-04-24", "2026-10-01"],
+        ),
+        (
+            _rule("a", "2026-03-31"), _rule("ab", "2026-03-31"),
+            [("2026-02-01", "b")], ["2026-03-31", "2026-04-15"],
+        ),
+        (
+            _rule("a", "2026-03-31"), _rule("a", "2026-12-31"),
+            [("2026-05-01", "a")], ["2026-02-01", "2026-04-15", "2026-06-01", "2027-01-01"],
+        ),
+        (
+            _rule("a", "2026-03-31", "2026-03-01"), _rule("a", "2026-03-31", "2025-01-01"),
+            [("2026-03-31", "a"), ("2025-09-01", "a")], ["2026-03-30", "2026-03-31", "2026-06-01"],
+        ),
+        (
+            _rule("a", "2026-03-31"), _rule("b", "2026-03-31"),
+            [("2026-02-01", "a")], ["2026-01-31", "2026-03-31", "2026-06-01"],
+        ),
+    ),
+    mistakes="""
+        _apart(one, other, seen, days, opens=False)
+            You leave out the opening day. What was seen before a rule opens does not count under that rule.
+        _apart(one, other, seen, days, once=True)
+            You keep the first day of each condition and then ask whether the rule was open. It may be seen again later.
+        _apart(one, other, seen, days, foreign=True)
+            You count evidence for what a rule does not need. It is worth nothing under that rule.
+        _apart(one, other, seen, days, ahead=True)
+            You look past the day of grading. What is seen later cannot be known on it.
+        _apart(one, dict(other, by=one["by"]), seen, days)
+            You grade both by the deadline of the first. Each rule has its own.
+        _apart(one, dict(other, needs=one["needs"]), seen, days)
+            You grade both by the conditions of the first. Each rule has its own.
+        _apart(one, other, seen, days, coarse=True)
+            You ask only whether it is met. Open, partly and not met are different answers too.
+        _apart(one, other, seen, days, same=True)
+            You return the days on which they agree.
+        _apart(one, other, seen, days, timely=str.__lt__)
+            The day of the deadline itself is in time.
+    """,
+    hint="Under each rule leave out what does not count, then take first days, then grade. Compare the two words.",
+)  # fmt: skip
+def disagree(one: dict, other: dict, seen: Sequence[tuple[str, str]], days: Sequence[str]) -> list[int]:
+    """Positions in ``days`` at which the rules ``one`` and ``other`` (needs, opens, by) give different grades."""
+    return _apart(one, other, seen, days)

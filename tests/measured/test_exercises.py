@@ -58,6 +58,12 @@ RIGHT = {
         "(lambda p, y, b: 1 - ((p - y) ** 2).mean() / ((b - y) ** 2).mean())(np.array(probabilities), np.array("
         "outcomes), np.mean([0, 1, *earlier]))"
     ),
+    "advice/rules": (
+        "(lambda g: [n for n, d in enumerate(days) if g(one, d) != g(other, d)])(lambda r, on: (lambda f: 'met' if "
+        "f(r['by']) == len(r['needs']) else 'open' if on <= r['by'] else 'met late' if f(on) == len(r['needs']) else "
+        "'partly' if f(on) else 'not met')(lambda end: len({w for d, w in seen if w in r['needs'] and r['opens'] <= d "
+        "<= min(on, end)})))"
+    ),
     "balance/bias-update": (
         "torch.stack([b + speed * (n.float().mean() - n).sign() for b, n in zip(bias, (torch.stack([(layer[mask] == e)"
         ".sum() for e in range(len(bias[0]))]) for layer in indices))])",
@@ -348,6 +354,13 @@ WRONG = {
         "skill(probabilities, outcomes, earlier[1:])",
         "skill(outcomes, outcomes, earlier)",
         "skill([1 - p for p in probabilities], outcomes, earlier)",
+    ),
+    "advice/rules": (
+        "list(range(len(days)))",
+        "disagree(one, other, seen[:1], days)",
+        "disagree(one, dict(other, opens=one['opens']), seen, days)",
+        "disagree(one, other, seen, days)[:1]",
+        "[n for n, on in enumerate(days) if one['by'] < on <= other['by']]",
     ),
     "balance/bias-update": ("new_bias(bias, indices, mask, 2 * speed)", "new_bias(bias, indices, ~mask, speed)"),
     "balance/sequence-loss": (

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dslib.data.files import data_path, read_yaml
-from dslib.performance.prices import api_prices
+from dslib.performance.prices import api_prices, workloads
 from dslib.roadmap import advice, timeline
 from dslib.roadmap.advice import Evidence, Forecast
 from measured.claims import load_ledger
@@ -47,6 +47,9 @@ def one(seen, deadline="2026-03-31", conditions=("a", "b"), tier="primary", line
         ([("a", "2026-06-01")], "2026-12-01", "partly"),
         ([], "2026-04-01", "not met"),
         ([], "2026-03-31", "open"),
+        ([("c", "2026-02-01")], "2026-06-01", "not met"),
+        ([("c", "2026-02-01"), ("a", "2026-02-01")], "2026-06-01", "partly"),
+        ([("c", "2026-02-01"), ("d", "2026-02-01")], "2026-02-15", "open"),
     ],
 )
 def test_days_decide(seen, on, word):
@@ -149,6 +152,21 @@ def test_ours_are_open_and_say_what_they_stand_on():
     only_then = next(row for row in OURS if row.id == "price")
     assert only_then.opens == only_then.deadline, "only the page of that day decides"
     assert all(advice.base_rate(row.base["met"], row.base["total"]) for row in OURS)
+
+
+def test_what_was_written_stays_and_is_only_made_clear():
+    """Probabilities, days and bases as on the day of writing; a clarification comes before the row opens."""
+    first, second = "2027-06-30", "2027-12-31"
+    assert {r.id: (r.probability, str(r.opens), str(r.deadline), *list(r.base.values())[:2]) for r in OURS} == {
+        "next-mit": (0.88, "2026-11-29", first, 7, 7), "v5": (0.35, "2026-11-29", first, 1, 2),
+        "price": (0.6, first, first, 3, 5), "pictures-out": (0.12, "2026-11-29", second, 0, 9),
+        "elastic-again": (0.08, "2026-11-29", second, 0, 15),
+    }  # fmt: skip
+    assert all(row.clarified["day"] == "2026-11-28" < str(row.opens) for row in OURS)
+    assert DOCUMENT["unreadable"]["day"] == "2026-11-28" and "archive" in DOCUMENT["unreadable"]["how"]
+    chat, now = workloads()["chat"], [p for p in api_prices() if p.model == "deepseek-flash"][-1]
+    thousand = (chat["tokens_in"] * now.input + chat["tokens_out"] * now.output) / 1000
+    assert now.date == "2026-11-15" and f"{thousand:.2f} dollars a thousand" in ROWS["price"].clarified["how"]
 
 
 def test_what_was_seen_before_the_opening_day_does_not_count():
@@ -259,6 +277,9 @@ def piece(**changes):
         (faulty("v5", deadline=None), ("row v5", "a deadline, conditions")),
         (faulty("v5", opens=None), ("row v5", "expected opens")),
         (faulty("v5", opens="2027-07-01"), ("row v5, deadline", "opens, or later")),
+        (faulty("v5", clarified={"how": "so", "day": "2026-11-29"}), ("row v5, clarified", "before it opens")),
+        (faulty("v5", clarified={"how": "so", "day": "2026-11-27"}), ("row v5, clarified", "before it opens")),
+        (faulty("v5", clarified={"day": "2026-11-28"}), ("row v5, clarified", "expected how")),
         (faulty("v5", opens="soon"), ("row v5, opens: got 'soon'", "a day such as")),
         (piece(shows="colour"), ("evidence 1, shows: got 'colour'", "'takes-images'")),
         (piece(date="2027-01-01"), ("evidence 1, date", "or earlier")),
