@@ -61,6 +61,7 @@ def report(answer: Answer, most: int = 10) -> dict[str, Any]:
     known = {status: answer.having(status) for status in ("in", "cannot be said", "out")}
     miss = nearest(known["out"])
     return {
+        "first": answer.first,
         "counts": {status: len(rows) for status, rows in known.items()},
         "in": [told(row) for row in known["in"][:most]],
         "cannot be said": [told(row) for row in known["cannot be said"][:most]],
@@ -86,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         print(f"dslib.choose: error: {error}", file=sys.stderr)
         return 2
-    as_text = json.dumps(found, indent=2) if source else yaml.safe_dump(found, sort_keys=False, width=1000)
-    print(as_text)
+    print(json.dumps(found, indent=2) if source else yaml.safe_dump(found, sort_keys=False, width=1000))
     return 0 if found["in"] else 1
 
 

@@ -36,18 +36,27 @@ def beats(a: Judged, b: Judged) -> bool:
 
 
 def front(rows: Sequence[Judged]) -> list[Judged]:
-    """Those that no other beats."""
+    """Those that no other beats for sure; so an option of which a wished figure is not known stays."""
     return [row for row in rows if not any(beats(other, row) for other in rows)]
 
 
 def nearest(rows: Sequence[Judged]) -> Judged | None:
-    """Of options that are out, the one with the fewest broken constraints, and of these the smallest miss."""
-    return min(rows, key=lambda row: (len(row.blockers), max(test.miss for test in row.blockers)), default=None)
+    """Of options that are out, the one that the fewest changes of limits let in for sure, and of these the smallest.
+
+    What no limit lets in comes last. An unknown figure counts as a broken one, so knowing less brings none nearer.
+    """
+
+    def far(row: Judged) -> tuple[float, ...]:
+        misses = sorted((test.miss() for test in row.tests if test.verdict != "in"), reverse=True)
+        never = sum(math.isinf(test.miss()) for test in row.blockers)
+        return never, len(misses), *misses, max(test.miss(sure=False) for test in row.blockers)
+
+    return min(rows, key=far, default=None)
 
 
 def changes(answer: Answer, factor: float = 2.0) -> dict[str, str]:
     """What would be best instead if one number of the need were ``factor`` times as large, or as small."""
-    found, now = {}, answer.best and answer.best.option.name
+    found = {}
     for name in NUMBERS:
         for word, by in ((f"x {factor:g}", factor), (f"/ {factor:g}", 1 / factor)):
             value = getattr(answer.needs, name)
@@ -55,11 +64,11 @@ def changes(answer: Answer, factor: float = 2.0) -> dict[str, str]:
             if new == value:
                 continue
             try:
-                other = choose(replace(answer.needs, **{name: new}), answer.weights, answer.calibration).best
+                first = choose(replace(answer.needs, **{name: new}), answer.weights, answer.calibration).first
             except ValueError:  # of a context that is too short then
                 continue
-            if (other and other.option.name) != now:
-                found[f"{name} {word}"] = other.option.name if other else "nothing for sure"
+            if first != answer.first:
+                found[f"{name} {word}"] = first
     return found
 
 
@@ -89,10 +98,10 @@ class Constraint:
         """The limit at which it is in for sure; infinite, either way, where no limit makes it so."""
         return self.span.low if self.at_least else self.span.high
 
-    @property
-    def miss(self) -> float:
-        """By how many doublings the limit is missed at best; infinite for what is no matter of degree."""
-        low, high = sorted((self.span.high if self.at_least else self.span.low, self.limit))
+    def miss(self, sure: bool = True) -> float:
+        """How many doublings of the limit let it in for sure, or at best; infinite for what is no matter of degree."""
+        end = self.would_pass if sure else self.span.high if self.at_least else self.span.low
+        low, high = sorted((end, self.limit))
         return math.log2(high / low) if low > 0 and high < math.inf else math.inf
 
 
@@ -136,8 +145,15 @@ class Answer:
 
     @property
     def best(self) -> Judged | None:
-        """The first that is in; None if nothing is for sure."""
-        return next(iter(self.having("in")), None)
+        """The first that is in, if it is ranked or alone; else None."""
+        found = self.having("in")
+        return found[0] if found and (len(found) == 1 or (self.weights and found[0].points)) else None
+
+    @property
+    def first(self) -> str:
+        """The name of the best, or why none is named."""
+        nobody = "nothing that can be ranked" if self.having("in") else "nothing for sure"
+        return self.best.option.name if self.best else nobody
 
 
 def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration: Any = None) -> Answer:
@@ -152,8 +168,7 @@ def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration
     """
     weights = dict(weights or {})
     for name, weight in weights.items():
-        if name not in WISHES:
-            raise check.unknown("weights", name, WISHES, "wishes that have a figure")
+        check.one_of(WISHES, weights=name)
         check.at_least(0, **{f"weights, {name}": weight})
     if weights and abs(sum(weights.values()) - 1) > 1e-9:
         raise ValueError(f"weights: got {weights}, which sum to {sum(weights.values()):g}, expected a sum of 1")
