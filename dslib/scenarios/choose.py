@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,18 +59,13 @@ def changes(answer: Answer, factor: float = 2.0) -> dict[str, str]:
     """What would be best instead if one number of the need were ``factor`` times as large, or as small."""
     found = {}
     for name in NUMBERS:
-        for word, by in ((f"x {factor:g}", factor), (f"/ {factor:g}", 1 / factor)):
-            value = getattr(answer.needs, name)
-            new = value and (max(1, round(value * by)) if name == "users" else value * by)
-            if new == value:
-                continue
-            try:
-                first = choose(replace(answer.needs, **{name: new}), answer.weights, answer.calibration).first
-            except ValueError:  # of a context that is too short then
-                continue
-            if first != answer.first:
-                found[f"{name} {word}"] = first
-    return found
+        value = getattr(answer.needs, name)
+        for word, by in ((f"x {factor:g}", factor), (f"/ {factor:g}", 1 / factor)) if value else ():
+            new = max(1, round(value * by)) if name == "users" else value * by
+            with suppress(ValueError):  # of a context that is too short then
+                other = replace(answer.needs, **{name: new})
+                found[f"{name} {word}"] = choose(other, answer.weights, answer.calibration).first
+    return {name: first for name, first in found.items() if first != answer.first}
 
 
 STATES = ("in", "cannot be said", "out")
@@ -163,8 +159,7 @@ def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration
         weights: wish (one of :data:`WISHES`) -> weight; they sum to 1. None: no order among those that are in.
         calibration: how fast ``needs.gpu`` decodes, such as a ``measured.experiments.choose.Calibration``.
 
-    Raises ValueError for a need without a constraint where nothing is wished either, an unknown wish, weights that are
-    negative or do not sum to 1, and a calibration of another machine.
+    Raises ValueError for no constraint and no wish, unfit wishes or weights, and a calibration of another machine.
     """
     weights = dict(weights or {})
     for name, weight in weights.items():
@@ -205,8 +200,8 @@ def examine(option: Option, needs: Needs) -> list[Constraint]:
     if needs.engine and own:
         fact = one.facts.get("engines")  # a list of those known to run it: absence proves nothing
         known = fact is not None and needs.engine.lower() in map(str.lower, fact.value)
-        missing = Constraint("engine", one.span("a run in this engine"), 0)
-        tests.append(_yes_or_no("engine", True, "", fact.source) if known else missing)
+        span = Span(0.0, 0.0, "yes", fact.source) if known else one.span("a run in this engine")
+        tests.append(Constraint("engine", span, 0.0))
     if own or (option.where == "said" and needs.memory):
         tests.append(Constraint("memory", option.memory(needs), option.room if own else needs.memory))
     limits = {"context": needs.context, "token_time": needs.token_time, "first_token": needs.first_token}

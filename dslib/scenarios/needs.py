@@ -46,7 +46,7 @@ class Needs:
     gpus: int = 1
     prompt: float = 1000  # tokens
     answer: float = 200
-    users: int = 1  # texts at once
+    users: int = 1  # concurrent texts
     requests: float = 0  # a day
     reserve: float = 0.1  # share of the memory kept for runtime, activations, fragmentation
     rent: float | None = None  # dollars a card and hour; None: what data/prices.yml knows
