@@ -4,9 +4,8 @@
     python -m dslib.choose --gpu A100_80GB --context 16000 --wish mmlu=0.7 --wish memory=0.3
     echo '{"memory": "24 GB", "wishes": {"memory": 1}}' | python -m dslib.choose --json -
 
-Exit status: 0 something fits, 1 nothing is sure to fit (the nearest miss is named), 2 bad arguments. Amounts carry a
-unit; a bare number after --vram is in GB. ``--json`` reads the fields of ``dslib.scenarios.needs.Needs`` and "wishes".
-Book: ``chapters/scenarios/choose.ipynb``.
+Exit status: 0 something fits, 1 nothing is sure to (the nearest miss is named), 2 bad arguments. Amounts have units,
+GB is meant after --vram. ``--json``: fields of ``Needs``, and "wishes". Book: ``chapters/scenarios/choose.ipynb``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dslib.scenarios.choose import Answer, Constraint, Judged, changes, choose, front, nearest
+from dslib.scenarios.choose import STATES, Answer, Constraint, Judged, changes, choose, front, nearest
 from dslib.scenarios.needs import Needs
 
 UNITS = {"memory": (1e-9, " GB"), "token_time": (1e3, " ms"), "first_token": (1e3, " ms"), "dollars": (1, " $ a month")}
@@ -58,9 +57,10 @@ def report(answer: Answer, most: int = 10) -> dict[str, Any]:
         ranked = {"points": points} if answer.weights else {}
         return {"option": row.option.name, **ranked, "tests": {test.name: explain(test) for test in row.tests}}
 
-    known = {status: answer.having(status) for status in ("in", "cannot be said", "out")}
+    known = {status: answer.having(status) for status in STATES}
     miss = nearest(known["out"])
     return {
+        "first": answer.first,
         "counts": {status: len(rows) for status, rows in known.items()},
         "in": [told(row) for row in known["in"][:most]],
         "cannot be said": [told(row) for row in known["cannot be said"][:most]],
@@ -86,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         print(f"dslib.choose: error: {error}", file=sys.stderr)
         return 2
-    as_text = json.dumps(found, indent=2) if source else yaml.safe_dump(found, sort_keys=False, width=1000)
-    print(as_text)
+    print(json.dumps(found, indent=2) if source else yaml.safe_dump(found, sort_keys=False, width=1000))
     return 0 if found["in"] else 1
 
 
@@ -97,10 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--vram", help="memory of the place, such as 24GB")
     for name in ("gpu", "where", "model", "licence", "engine", "day", "token-time", "first-token", "budget"):
         ask.add_argument(f"--{name}")
-    for name in ("context", "prompt", "answer", "requests", "reserve", "rent"):
-        ask.add_argument(f"--{name}", type=float)
-    for name in ("gpus", "users"):
-        ask.add_argument(f"--{name}", type=int)
+    for name in ("context", "prompt", "answer", "requests", "reserve", "rent", "gpus", "users"):
+        ask.add_argument(f"--{name}", type=json.loads, metavar="NUMBER")
     ask.add_argument("--modality", action="append", help="text, image or picture; may be repeated")
     ask.add_argument("--stay", action="store_true", help="prompts may not leave the house")
     for name in ("score", "wish"):

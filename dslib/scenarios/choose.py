@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,31 +37,35 @@ def beats(a: Judged, b: Judged) -> bool:
 
 
 def front(rows: Sequence[Judged]) -> list[Judged]:
-    """Those that no other beats."""
+    """Those that no other beats for sure; so an option of which a wished figure is not known stays."""
     return [row for row in rows if not any(beats(other, row) for other in rows)]
 
 
 def nearest(rows: Sequence[Judged]) -> Judged | None:
-    """Of options that are out, the one with the fewest broken constraints, and of these the smallest miss."""
-    return min(rows, key=lambda row: (len(row.blockers), max(test.miss for test in row.blockers)), default=None)
+    """Of options that are out, the one that the fewest changes of limits let in for sure, and of these the smallest.
+
+    What no limit lets in comes last. An unknown figure counts as a broken one, so knowing less brings none nearer.
+    """
+
+    def far(row: Judged) -> tuple[float, ...]:
+        misses = sorted((test.miss() for test in row.tests if test.verdict != "in"), reverse=True)
+        never = sum(math.isinf(test.miss()) for test in row.blockers)
+        return never, len(misses), *misses, max(test.miss(sure=False) for test in row.blockers)
+
+    return min(rows, key=far, default=None)
 
 
 def changes(answer: Answer, factor: float = 2.0) -> dict[str, str]:
     """What would be best instead if one number of the need were ``factor`` times as large, or as small."""
-    found, now = {}, answer.best and answer.best.option.name
+    found = {}
     for name in NUMBERS:
-        for word, by in ((f"x {factor:g}", factor), (f"/ {factor:g}", 1 / factor)):
-            value = getattr(answer.needs, name)
-            new = value and (max(1, round(value * by)) if name == "users" else value * by)
-            if new == value:
-                continue
-            try:
-                other = choose(replace(answer.needs, **{name: new}), answer.weights, answer.calibration).best
-            except ValueError:  # of a context that is too short then
-                continue
-            if (other and other.option.name) != now:
-                found[f"{name} {word}"] = other.option.name if other else "nothing for sure"
-    return found
+        value = getattr(answer.needs, name)
+        for word, by in ((f"x {factor:g}", factor), (f"/ {factor:g}", 1 / factor)) if value else ():
+            new = max(1, round(value * by)) if name == "users" else value * by
+            with suppress(ValueError):  # of a context that is too short then
+                other = replace(answer.needs, **{name: new})
+                found[f"{name} {word}"] = choose(other, answer.weights, answer.calibration).first
+    return {name: first for name, first in found.items() if first != answer.first}
 
 
 STATES = ("in", "cannot be said", "out")
@@ -89,10 +94,10 @@ class Constraint:
         """The limit at which it is in for sure; infinite, either way, where no limit makes it so."""
         return self.span.low if self.at_least else self.span.high
 
-    @property
-    def miss(self) -> float:
-        """By how many doublings the limit is missed at best; infinite for what is no matter of degree."""
-        low, high = sorted((self.span.high if self.at_least else self.span.low, self.limit))
+    def miss(self, sure: bool = True) -> float:
+        """How many doublings of the limit let it in for sure, or at best; infinite for what is no matter of degree."""
+        end = self.would_pass if sure else self.span.high if self.at_least else self.span.low
+        low, high = sorted((end, self.limit))
         return math.log2(high / low) if low > 0 and high < math.inf else math.inf
 
 
@@ -136,8 +141,15 @@ class Answer:
 
     @property
     def best(self) -> Judged | None:
-        """The first that is in; None if nothing is for sure."""
-        return next(iter(self.having("in")), None)
+        """The first that is in, if it is ranked or alone; else None."""
+        found = self.having("in")
+        return found[0] if found and (len(found) == 1 or (self.weights and found[0].points)) else None
+
+    @property
+    def first(self) -> str:
+        """The name of the best, or why none is named."""
+        nobody = "nothing that can be ranked" if self.having("in") else "nothing for sure"
+        return self.best.option.name if self.best else nobody
 
 
 def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration: Any = None) -> Answer:
@@ -147,13 +159,11 @@ def choose(needs: Needs, weights: Mapping[str, float] | None = None, calibration
         weights: wish (one of :data:`WISHES`) -> weight; they sum to 1. None: no order among those that are in.
         calibration: how fast ``needs.gpu`` decodes, such as a ``measured.experiments.choose.Calibration``.
 
-    Raises ValueError for a need without a constraint where nothing is wished either, an unknown wish, weights that are
-    negative or do not sum to 1, and a calibration of another machine.
+    Raises ValueError for no constraint and no wish, unfit wishes or weights, and a calibration of another machine.
     """
     weights = dict(weights or {})
     for name, weight in weights.items():
-        if name not in WISHES:
-            raise check.unknown("weights", name, WISHES, "wishes that have a figure")
+        check.one_of(WISHES, weights=name)
         check.at_least(0, **{f"weights, {name}": weight})
     if weights and abs(sum(weights.values()) - 1) > 1e-9:
         raise ValueError(f"weights: got {weights}, which sum to {sum(weights.values()):g}, expected a sum of 1")
@@ -190,8 +200,8 @@ def examine(option: Option, needs: Needs) -> list[Constraint]:
     if needs.engine and own:
         fact = one.facts.get("engines")  # a list of those known to run it: absence proves nothing
         known = fact is not None and needs.engine.lower() in map(str.lower, fact.value)
-        missing = Constraint("engine", one.span("a run in this engine"), 0)
-        tests.append(_yes_or_no("engine", True, "", fact.source) if known else missing)
+        span = Span(0.0, 0.0, "yes", fact.source) if known else one.span("a run in this engine")
+        tests.append(Constraint("engine", span, 0.0))
     if own or (option.where == "said" and needs.memory):
         tests.append(Constraint("memory", option.memory(needs), option.room if own else needs.memory))
     limits = {"context": needs.context, "token_time": needs.token_time, "first_token": needs.first_token}

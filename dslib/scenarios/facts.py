@@ -1,8 +1,7 @@
 """What is known of each model, from ``data/options.yml`` and ``published.yml``: a figure is two ends with a source.
 
-Of an exact figure the ends are equal, of a price that differs by provider they are not, a roofline floor has no upper
-one, and what nobody states has neither. Then come ``needs.py`` (what is asked), ``options.py`` (models in places) and
-``choose.py``. Chapter: ``chapters/scenarios/choose.ipynb``.
+Of an exact figure the ends are equal, a roofline floor has no upper one, and what nobody states has neither. Then come
+``needs.py``, ``options.py`` (models in places) and ``choose.py``. Chapter: ``chapters/scenarios/choose.ipynb``.
 """
 
 from __future__ import annotations
@@ -60,9 +59,8 @@ def at_least(low: float, formula: str, source: tuple[str, ...] = (), basis: str 
 def cache_bytes(shape: Mapping[str, Any], tokens: float) -> float:
     """Bytes that one text keeps after ``tokens`` tokens, by the shape of its cache.
 
-    ``{"kind": "heads", layers, kv_heads, head_dim[, window]}``: keys and values of each head, of the last ``window``
-    tokens where there is one. ``{"kind": "latent", layers, rank, rope}``: one latent and one shared rotary key a layer
-    (MLA). ``{"kind": "bytes", per_token[, fixed]}``: counted elsewhere.
+    ``{"kind": "heads", layers, kv_heads, head_dim[, window]}``: keys and values of each head, of the last ``window`` or
+    all. ``{"kind": "latent", layers, rank, rope}``: as in MLA. ``{"kind": "bytes", per_token[, fixed]}``: as counted.
     """
     check.one_of(("heads", "latent", "bytes"), kind=shape.get("kind"))
     if shape["kind"] == "bytes":

@@ -46,7 +46,7 @@ class Needs:
     gpus: int = 1
     prompt: float = 1000  # tokens
     answer: float = 200
-    users: int = 1  # texts at once
+    users: int = 1  # concurrent texts
     requests: float = 0  # a day
     reserve: float = 0.1  # share of the memory kept for runtime, activations, fragmentation
     rent: float | None = None  # dollars a card and hour; None: what data/prices.yml knows
@@ -55,8 +55,7 @@ class Needs:
         for name in UNITS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, amount(name, value))
-        optional = {"context": self.context, "rent": self.rent}
-        given = {name: value for name, value in optional.items() if value is not None}
+        given = {name: value for name in ("context", "rent") if (value := getattr(self, name)) is not None}
         check.above(0, prompt=self.prompt, answer=self.answer, **given)
         check.whole(1, users=self.users, gpus=self.gpus)
         check.at_least(0, requests=self.requests)
@@ -79,10 +78,9 @@ class Needs:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Needs:
         """From plain data, such as JSON, in which every amount has a unit. ValueError for unknown names, too."""
-        known = [one.name for one in dataclasses.fields(cls)]
-        for name in given:
-            if name not in known:
-                raise check.unknown("needs", name, known, "a field of Needs")
+        known = {one.name for one in dataclasses.fields(cls)}
+        for name in given.keys() - known:
+            raise check.unknown("needs", name, known, "a field of Needs")
         lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         with_units = {name: str(given[name]) for name in UNITS if given.get(name) is not None}
         return cls(**{**given, **lists, **with_units})

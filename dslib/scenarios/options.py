@@ -1,7 +1,4 @@
-"""Models in places, and the figures of each such option: bytes, seconds, dollars. Then comes ``choose.py``.
-
-Chapter: ``chapters/scenarios/choose.ipynb``.
-"""
+"""Models in places, and their figures: bytes, seconds, dollars. Chapter: ``chapters/scenarios/choose.ipynb``."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ HOURS, DAYS = 720, 30  # of a month
 
 @dataclass(frozen=True)
 class Option:
-    """A model by an API, on cards of one's own in a number format, or (``said``) as the article describes it."""
+    """A model by an API, on your own cards in a number format, or (``said``) as the article describes it."""
 
     model: Model | None  # None: only a place
     where: str  # "api", "own", "said"

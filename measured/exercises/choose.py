@@ -69,20 +69,24 @@ _THREE = {
     "c": {"memory": (200.0, 200.0), "ms": (5.0, math.inf), "usd": (40.0, 40.0)},
 }
 
+_HIDDEN = {  # the second is the first, of which less is known
+    "told": {"memory": (172.0, 180.0), "score": (14.0, 14.0)},
+    "silent": {"memory": (171.0, math.inf), "score": (0.0, math.inf)},
+    "small": {"memory": (150.0, 150.0), "score": (24.0, 26.0)},
+    "wide": {"memory": (145.0, 300.0), "score": (9.0, 9.0)},
+}
 
-def _nearest(
-    options, limits, end: Callable = lambda pair: pair[0], worst: Callable = max, ratio: Callable | None = None,
-    count=True, sure=True,
-):  # fmt: skip
-    """The reference and, by its options, the usual ways to get it wrong."""
+
+def _nearest(options, limits, end=1, worst: Callable = max, ratio: Callable | None = None, count=True, only=0.0, out=0):
+    """The reference and, by its options, the usual ways to get it wrong: ``only`` counts broken limits alone."""
     ratio = ratio or (lambda value, limit: value / limit)
     found = {}
     for name, figures in options.items():
-        missed = [ratio(end(figures[key]), limit) for key, limit in limits.items() if end(figures[key]) > limit]
-        if sure and not missed:
+        if out is not None and all(figures[key][out] <= limit for key, limit in limits.items()):
             return None
-        if missed:
-            found[name] = (len(missed) if count else 0, worst(missed))
+        kept = {key: limit for key, limit in limits.items() if not only or figures[key][0] > limit}
+        missed = [ratio(figures[key][end], limit) for key, limit in kept.items() if figures[key][end] > limit]
+        found[name] = (len(missed) if count else 0, worst(missed, default=0.0))
     return min(found, key=found.get, default=None)
 
 
@@ -91,6 +95,10 @@ def _nearest(
     cases=named(
         "options limits",
         (_THREE, {"memory": 16.0, "ms": 10.0, "usd": 99.0}),
+        (_HIDDEN, {"memory": 141.0, "score": 20.0}),
+        (_HIDDEN, {"memory": 120.0, "score": 10.0}),
+        ({"a": {"x": (1.0, 1.0)}, "b": {"x": (3.0, 4.0)}}, {"x": 2.0}),
+        ({"a": {"x": (10.0, 10.0), "y": (2.0, 2.0)}, "b": {"x": (3.0, 3.0), "y": (3.0, 3.0)}}, {"x": 1.0, "y": 1.0}),
         (_THREE, {"memory": 24.0, "ms": 8.0, "usd": 39.0}),
         (_THREE, {"memory": 24.0, "ms": 10.0, "usd": 200.0}),
         (_THREE, {"memory": 24.0, "ms": 4.0, "usd": 200.0}),
@@ -117,21 +125,28 @@ def _nearest(
         ),
     ),
     mistakes="""
-        _nearest(options, limits, end=lambda pair: pair[1])
-            An option is out if even its lower end breaks the limit. You judge by the upper end.
+        _nearest(options, limits, end=0)
+            By lower ends an option is near because its figures are unknown. It is in for sure from the upper ends on.
+        _nearest(options, limits, only=1.0)
+            You count the broken limits alone, so an unknown figure is as good as one that keeps its limit.
+        _nearest(options, limits, out=1)
+            An option is out if even its lower end breaks a limit. One that may be in is not out: None.
         _nearest(options, limits, count=False)
-            First the number of broken limits counts, and only then how far they are missed.
+            First the number of limits that have to change counts, and only then by how much.
         _nearest(options, limits, worst=min)
-            Of several misses the largest decides: all of them have to go.
+            Of several changes the largest decides: all of them have to be made.
         _nearest(options, limits, ratio=lambda value, limit: value - limit)
             You compare differences, so the answer depends on the units. Compare ratios.
-        _nearest(options, limits, sure=False)
+        _nearest(options, limits, out=None)
             Where some option is not out, nothing is missed: None.
     """,
-    hint="For each option: which limits does its lower end break, and by what ratio? None if some option breaks none.",
+    hint="Is any option not out, by its lower ends? Else for each: which upper ends exceed their limit, by what ratio?",
 )
 def nearest(options: Mapping[str, Mapping[str, Sequence[float]]], limits: Mapping[str, float]) -> str | None:
-    """Where every option is out: the one with the fewest broken limits, of these with the smallest largest ratio."""
+    """Where every option is out: the one let in for sure by the fewest changes of limits, of these by the smallest.
+
+    A change is the ratio of a figure's upper end to its limit, and of several the largest counts.
+    """
     return _nearest(options, limits)
 
 

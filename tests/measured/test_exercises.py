@@ -110,8 +110,9 @@ RIGHT = {
         " pick] + [math.inf])))(lambda n: [(options[n][i] + users * options[n][2]) / (1 - reserve) for i in (0, 1)])"
     ),
     "choose/nearest": (
-        "(lambda far: None if not all(far.values()) else sorted(far, key=lambda n: (len(far[n]), max(far[n])))[0])"
-        "({n: [f[k][0] / limits[k] for k in limits if f[k][0] > limits[k]] for n, f in options.items()})"
+        "(lambda far: None if not all(any(f[k][0] > limits[k] for k in limits) for f in options.values()) else "
+        "sorted(far, key=lambda n: (len(far[n]), max(far[n])))[0])"
+        "({n: [f[k][1] / limits[k] for k in limits if f[k][1] > limits[k]] for n, f in options.items()})"
     ),
     "choose/fraction": (
         "(lambda says: (max(says[True]), min(says[False])))"

@@ -61,6 +61,17 @@ def test_weights(name, kind, config, near):
     assert stored.low == stored.high == pytest.approx(sum(p.nbytes for p in network.parameters()), rel=near, abs=0)
 
 
+def test_weights_of_a_model_of_your_own():
+    """What the page counts by hand for Mistral 7B, from the table of its paper."""
+    config = MistralConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    block = 2 * 4096 * (4096 + 8 * 128) + 3 * 4096 * 14336
+    norms = (2 * 32 + 1) * 4096  # which the page leaves out
+    assert on_meta(MistralForCausalLM, config).num_parameters() == 2 * 32_000 * 4096 + 32 * block + norms
+
+
 def test_cache_of_heads_and_of_a_window():
     shape = model("coder_1_3b").facts["cache"].value
     assert cache_bytes(shape, 100) == kept(on_meta(LlamaForCausalLM, CODER), CODER, 100)
