@@ -17,7 +17,7 @@ Shapes: P questions, G answers to each, B = P G answers, T tokens of an answer, 
 
 Book: ``chapters/scenarios/reasoning.ipynb``. Sources: DeepSeekMath (arXiv 2402.03300, section 4.1) for GRPO, Dr. GRPO
 (arXiv 2503.20783) for leaving out the deviation, DeepSeek-V3.2 (arXiv 2512.02556, section 3.1) for ``unbiased``,
-``off_policy`` and the kept sampling mask, on-policy distillation after MiniLLM (arXiv 2306.08543).
+``off_policy`` and the kept sampling mask, on-policy distillation after Agarwal et al. (arXiv 2306.13649).
 """
 
 import copy

@@ -120,6 +120,46 @@ def mended(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, reference:
     return _loss(new, old, advantage, mask, reference, beta)
 
 
+def _drift(new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    return ((old - new) * mask).sum(1) / mask.sum(1)
+
+
+def _answers(seed: int, limit: float) -> tuple:
+    new, old, advantage, mask, _, _ = _batch(seed, 24, 5, 0.0)
+    return new, old, advantage, mask, limit
+
+
+@exercise(
+    "reasoning/mask",
+    cases=named(
+        "new old advantage mask limit",
+        _answers(10, 0.1),
+        _answers(11, 0.5),
+        _answers(12, 0.0),
+        _answers(13, 0.3),
+        _answers(14, 0.2),
+    ),
+    mistakes="""
+        (_drift(new, old, mask) <= limit).long().tolist()
+            You leave out good answers, too. Only answers with a negative advantage are left out.
+        ((advantage >= 0) | (_drift(old, new, mask) <= limit)).long().tolist()
+            The sign is turned round: an answer is stale when it has become *rarer*, when old is above new.
+        ((advantage >= 0) | (((old - new) * mask).sum(1) <= limit)).long().tolist()
+            Take the mean over the answer's tokens, not the sum: long answers would be left out for their length.
+        ((advantage >= 0) | ((old - new).mean(1) <= limit)).long().tolist()
+            Tokens behind the end count in your mean.
+        ((advantage >= 0) | (((old - new).abs() * mask).sum(1) / mask.sum(1) <= limit)).long().tolist()
+            You take the distance of each token. Tokens that became likelier make up for those that became rarer.
+        ((advantage <= 0) | (_drift(new, old, mask) <= limit)).long().tolist()
+            The good answers are left out, and the bad ones kept.
+    """,
+    hint="Keep an answer if its advantage is not negative, or the masked mean of old - new is at most the limit.",
+)
+def kept(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, limit: float) -> list[int]:
+    """1 for each of B answers that V3.2's mask keeps, else 0: (B, T) log-probabilities and mask, (B,) advantages."""
+    return ((advantage >= 0) | (_drift(new, old, mask) <= limit)).long().tolist()
+
+
 def _asked(seed: int, count: int) -> list[tuple[float, float, int]]:
     """(right at once, right after thinking, tokens more) of some questions."""
     dice = random.Random(seed)

@@ -20,7 +20,7 @@ JOBS = yaml.safe_load(workflow.WORKFLOW.read_text(encoding="utf-8"))["jobs"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"dslib", "measured", "tests", "tools", "conftest"}
 # Written with a guard: found by importorskip, or in a function that says what is missing.
-OPTIONAL = {"triton"}
+OPTIONAL = {"triton"} | {"trl", "datasets"}  # the latter by hand, for tools/trl_losses.py
 
 
 def pinned(*names):

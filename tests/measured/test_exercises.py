@@ -250,6 +250,9 @@ RIGHT = {
         "torch.cat([(p - sum(p) / size) / (((p - p.mean()) ** 2).sum() / (size - 1)).sqrt().add(1e-4) for p in rewards"
         ".split(size)])",
     ),
+    "reasoning/mask": (
+        "[int(a >= 0 or ((o - n)[m > 0]).mean().item() <= limit) for n, o, a, m in zip(new, old, advantage, mask)]"
+    ),
     "reasoning/mended": (
         "np.mean([((torch.maximum(-(n - o).exp() * a, -(n - o).exp().clamp(0.8, 1.2) * a) + beta * ((r - n).exp()"
         " + n - r - 1))[m > 0]).mean().item() for n, o, a, m, r in zip(new, old, advantage, mask, reference)])"
@@ -506,6 +509,12 @@ WRONG = {
         "group_advantages(rewards, size) + 0.1",
         "-group_advantages(rewards, size)",
         "rewards - rewards.mean()",
+    ),
+    "reasoning/mask": (
+        "[1 - one for one in kept(new, old, advantage, mask, limit)]",
+        "[1] * len(new)",
+        "kept(new, old, -advantage, mask, limit)",
+        "kept(new, old, advantage, mask, 2 * limit + 0.1)",
     ),
     "reasoning/mended": (
         "-mended(new, old, advantage, mask, reference, beta)",

@@ -1,6 +1,6 @@
-"""Write ``trl_losses.json``: losses and gradients by TRL, to hold ours against. By hand, in an environment of its own:
+"""Write ``tests/parity/trl_losses.json``: losses and gradients by TRL. By hand, in its own environment:
 
-    python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0 && trl/bin/python tests/parity/trl_losses.py
+    python -m venv trl && trl/bin/pip install trl==1.16.0 torch==2.13.0 && trl/bin/python tools/trl_losses.py
 
 A "model" whose logits are a parameter stands for a policy, so that a gradient is one of logits. TRL computes in float64
 what it computes in training: the loss of a GRPO trainer, the advantages that such a trainer gives to its answers, and
@@ -117,7 +117,7 @@ def main() -> None:
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     text = {"versions": versions, "rules": {name: ours for name, (ours, _) in RULES.items()}, "found": found}
     text["given"] = {name: value.tolist() for name, value in given.items()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(text) + "\n", encoding="utf-8")
+    (Path(__file__).parents[1] / "tests/parity/trl_losses.json").write_text(json.dumps(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
