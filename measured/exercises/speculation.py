@@ -1,29 +1,32 @@
 """Exercises of ``chapters/performance/speculation.ipynb``. Costs are in plain steps."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from measured.exercises import exercise, named
 
 
 @exercise(
-    "speculation/tokens-per-pass",
-    cases=named("acceptance count", (0.8, 4), (0.5, 1), (0.25, 6)),
+    "speculation/tokens-per-round",
+    cases=named("acceptance count empty", (0.8, 4, 0.25), (0.5, 1, 0.6), (0.25, 6, 0.1), (0.7, 2, 0.5)),
     mistakes="""
-        1 + acceptance * count
+        sum(acceptance**power for power in range(count + 1))
+            In a share of the rounds nothing is guessed: they yield one token, the model's own.
+        (1 - empty) * sum(acceptance**power for power in range(count + 1))
+            A round without a guess is a plain step, and a plain step yields one token, not none.
+        1 + (1 - empty) * acceptance * count
             A guess behind one that failed is lost too. The second stays only if the first does, with chance acceptance
             squared, and so on.
-        sum(acceptance**power for power in range(1, count + 1))
-            The pass yields one token of its own besides the guesses that stay.
-        1 / (1 - acceptance)
-            That is the limit for endlessly many guesses. Here there are only so many.
-        1 + count * acceptance**count
-            You counted passes in which all guesses stay. Those in which only the first few do count as well.
+        (1 - empty) * sum(acceptance**power for power in range(1, count + 1))
+            Every pass yields one token of its own besides the guesses that stay.
+        sum(((1 - empty) * acceptance)**power for power in range(count + 1))
+            A round is empty once, not once for each guess: inside a round with guesses the chance is acceptance.
     """,
-    hint="Add the chances that at least one, at least two, … guesses stay; the pass itself gives one more token.",
+    hint="Two kinds of rounds: the empty ones yield 1 token, the others 1 + a + a² + …. Weigh them by their shares.",
 )
-def tokens_per_pass(acceptance: float, count: int) -> float:
-    """Tokens that one checking pass yields on average, if every guess stays with chance ``acceptance``."""
-    return sum(acceptance**power for power in range(count + 1))
+def tokens_per_round(acceptance: float, count: int, empty: float) -> float:
+    """Tokens a round yields on average, if a share ``empty`` of the rounds has no guess and the others ``count``."""
+    return 1 + (1 - empty) * sum(acceptance**power for power in range(1, count + 1))
 
 
 @exercise(
@@ -49,41 +52,72 @@ def break_even(guess: float, check: float) -> float | None:
     return needed if needed <= 1 else None
 
 
-def _residual(p, q, part: Callable = lambda a, b: max(0.0, a - b), stays: Callable = min, norm=True) -> list[float]:
+def _softmax(row: Sequence[float], temperature: float) -> list[float]:
+    powers = [math.exp((one - max(row)) / temperature) for one in row]
+    return [one / sum(powers) for one in powers]
+
+
+def _verify(
+    logits, draft_logits, guesses, uniforms, temperature, draft: float | None = None,
+    rest: Callable = lambda a, b: max(0.0, a - b), norm=True, stops=True, upside_down=False,
+) -> list[float]:  # fmt: skip
     """The reference and, by its options, the usual ways to get it wrong."""
-    rest = [part(a, b) for a, b in zip(p, q, strict=True)]
-    whole = sum(rest) if norm else 1.0
-    return [sum(stays(a, b) for a, b in zip(p, q, strict=True)), *(one / (whole or 1.0) for one in rest)]
+    p = [_softmax(row, temperature) for row in logits]
+    q = [_softmax(row, draft or temperature) for row in draft_logits]
+    chances = [(q[n][x] / p[n][x]) if upside_down else (p[n][x] / q[n][x]) for n, x in enumerate(guesses)]
+    stays = [uniform < chance for uniform, chance in zip(uniforms, chances, strict=True)]
+    kept = [*stays, False].index(False) if stops else sum(stays)
+    if kept == len(guesses):
+        return [kept, *p[kept]]
+    left = [rest(a, b) for a, b in zip(p[kept], q[kept], strict=True)]
+    whole = sum(left) if norm else 1.0
+    return [kept, *(one / (whole or 1.0) for one in left)]
+
+
+_TARGET = [[2.0, 1.0, 0.0, -1.0], [0.5, 1.5, -0.5, 0.0], [-1.0, 0.2, 0.9, 0.4]]
+_OTHER = [[0.3, 1.2, 0.8, -0.4], [1.1, -0.7, 0.6, 0.2], [0.1, 0.4, -0.2, 1.3]]
+_DRAFT, _SURE = [[0.8, 1.4, 0.1, -0.6], [1.6, 0.3, -0.2, 0.9]], [[0.0, 2.1, 0.4, 0.5], [2.4, 0.1, 0.3, -0.2]]
 
 
 @exercise(
-    "speculation/residual",
+    "speculation/verifier",
     cases=named(
-        "p q",
-        ([0.5, 0.3, 0.2], [0.2, 0.7, 0.1]),
-        ([0.1, 0.1, 0.2, 0.6], [0.4, 0.3, 0.2, 0.1]),
-        ([0.25, 0.75], [0.5, 0.5]),
+        "logits draft_logits guesses uniforms temperature",
+        (_TARGET, _DRAFT, [0, 0], [0.9, 0.18], 0.5),
+        (_TARGET, _SURE, [1, 1], [0.7, 0.2], 0.6),
+        (_OTHER, _DRAFT, [1, 0], [0.3, 0.75], 2.0),
+        (_OTHER, _SURE, [2, 0], [0.5, 0.6], 1.5),
+        (_OTHER, _SURE, [2, 0], [0.5, 0.8], 1.5),
     ),
     mistakes="""
-        _residual(p, q, norm=False)
-            What is left sums to the chance that a guess fails. To draw from it, make it sum to one.
-        _residual(p, q, part=lambda a, b: abs(a - b))
-            Where the draft gave too much, nothing is missing: those tokens get nothing, not the difference.
-        _residual(p, q, part=lambda a, b: max(0.0, b - a))
+        _verify(logits, draft_logits, guesses, uniforms, temperature, draft=1.0, rest=lambda a, b: a)
+            That is the verifier as it stands. It has two faults: one in what is compared, one in what is drawn.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, rest=lambda a, b: a)
+            One fault is left: after a rejection, drawing from p itself gives too much to what guesses already bring.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, draft=1.0)
+            One fault is left: q has to be what the draft drew from, and it drew at this temperature.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, norm=False)
+            What is left sums to the chance of a rejection. To draw from it, make it sum to one.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, rest=lambda a, b: abs(a - b))
+            Where the draft gave too much nothing is missing: those tokens get 0, not the difference.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, rest=lambda a, b: max(0.0, b - a))
             That is what the draft gave too much. What it gave too little has to be supplied.
-        _residual(p, q, part=lambda a, b: a)
-            Drawn from the model itself, the tokens that guesses already bring would come out too often.
-        _residual(p, q, stays=lambda a, b: b * a)
-            That would be the chance that two independent draws agree. A guess also stays if the model likes it more
-            than the draft does.
-        _residual(p, q, stays=lambda a, b: min(1.0, a / b) / len(p))
-            The chance for one token is min(1, p/q); the draft proposes tokens with probability q, so weigh by that.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, stops=False)
+            A guess behind a rejected one was made for another text: the first rejection ends the round.
+        _verify(logits, draft_logits, guesses, uniforms, temperature, upside_down=True)
+            The guess stays with chance p over q: the more the model likes it, the better.
     """,
-    hint="A guess x is proposed with q(x) and stays with min(1, p(x)/q(x)): together min(p(x), q(x)).",
+    hint="For each guess: both distributions at the temperature, stay with min(1, p/q), else the residual, then stop.",
 )
-def residual(p: Sequence[float], q: Sequence[float]) -> list[float]:
-    """The chance that a guess drawn from ``q`` stays, then the probabilities of the token drawn when it does not."""
-    return _residual(p, q)
+def verifier(
+    logits: Sequence[Sequence[float]], draft_logits: Sequence[Sequence[float]], guesses: Sequence[int],
+    uniforms: Sequence[float], temperature: float,
+) -> list[float]:  # fmt: skip
+    """How many guesses stay, then the probabilities from which the token behind them is drawn.
+
+    ``uniforms`` are the random numbers between 0 and 1 that decide; the draft drew its guesses at ``temperature``.
+    """
+    return _verify(logits, draft_logits, guesses, uniforms, temperature)
 
 
 def _best(acceptance, guess_cost, pass_cost, tokens: Callable | None = None, last=True) -> int:

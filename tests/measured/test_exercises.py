@@ -282,9 +282,12 @@ RIGHT = {
         "text[: min([text.find(s) for s in stops if s in text]"
         " or [len(text) - max(n for s in stops for n in range(len(s)) if text.endswith(s[:n]))])]",
     ),
-    "speculation/tokens-per-pass": "(1 - Fraction(acceptance) ** (count + 1)) / (1 - Fraction(acceptance))",
-    "speculation/residual": (
-        "(lambda d: np.array([1 - d.clip(0).sum(), *d.clip(0) / d.clip(0).sum()]))(np.array(p) - np.array(q))"
+    "speculation/tokens-per-round": "empty + (1 - empty) * (1 - acceptance ** (count + 1)) / (1 - acceptance)",
+    "speculation/verifier": (
+        "(lambda p, q: (lambda k: [k, *(lambda left: left / left.sum())((p[k] - q[k]).clamp(min=0))])(next((n for n, x"
+        " in enumerate(guesses) if q[n, x] * uniforms[n] >= p[n, x]), len(guesses))))(*((torch.tensor([*rows, *more],"
+        " dtype=torch.float64) / temperature).softmax(-1) * torch.tensor([[1]] * len(rows) + [[0]] * len(more)) for"
+        " rows, more in ((logits, []), (draft_logits, logits[:1]))))"
     ),
     "speculation/best-count": (
         "int(np.argmax([(1 - acceptance ** (k + 1)) / (1 - acceptance) / (k * guess_cost + cost)"
@@ -532,9 +535,16 @@ WRONG = {
     ),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
     "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
-    "speculation/tokens-per-pass": ("acceptance * tokens_per_pass(acceptance, count)",),
+    "speculation/tokens-per-round": (
+        "acceptance * tokens_per_round(acceptance, count, empty)",
+        "tokens_per_round(acceptance, count, 1 - empty)",
+    ),
     "speculation/break-even": ("guess * check", "max(0.0, 1 - guess)"),
-    "speculation/residual": ("residual(q, p)", "residual(p, q)[1:]", "[1.0, *p]"),
+    "speculation/verifier": (
+        "verifier(logits, draft_logits, guesses, [1 - one for one in uniforms], temperature)",
+        "verifier(logits, draft_logits, guesses, uniforms, 1.0)",
+        "verifier(logits, draft_logits, guesses, uniforms, temperature)[1:]",
+    ),
     "speculation/best-count": ("0", "1", "best_count(acceptance, 2 * guess_cost, pass_cost)"),
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
