@@ -513,17 +513,17 @@ WRONG = {
         "-group_advantages(rewards, size)",
         "rewards - rewards.mean()",
     ),
-    "reasoning/mask": (
-        "[1 - one for one in kept(new, old, advantage, mask, limit)]",
-        "[1] * len(new)",
-        "kept(new, old, -advantage, mask, limit)",
-        "kept(new, old, advantage, mask, 2 * limit + 0.1)",
-    ),
     "reasoning/mended": (
         "-mended(new, old, advantage, mask, reference, beta)",
         "mended(new, old, -advantage, mask, reference, beta)",
         "mended(old, new, advantage, mask, reference, beta)",
         "mended(new, old, advantage, mask, reference, 0.0)",
+    ),
+    "reasoning/mask": (
+        "[1 - one for one in kept(new, old, advantage, mask, limit)]",
+        "[1] * len(new)",
+        "kept(new, old, -advantage, mask, limit)",
+        "kept(new, old, advantage, mask, 2 * limit + 0.1)",
     ),
     "reasoning/think": ("best_plan(questions, budget // 2)", "best_plan(questions[:-1], budget)", "1.0"),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
