@@ -7,8 +7,8 @@ the running sum after each digit, the last of which is the answer. Both have the
 Each run starts from nothing: a DeepSeek of 0.19 million parameters is taught to work sums out, and then tuned on
 answers nine in ten of which are short. It can think, and rarely does. What follows changes that, or does not.
 
-Recorded by ``make record PART=reasoning-0`` (to 4), ``PART=reasoning-cures`` and ``PART=reasoning-again``. Book:
-``chapters/scenarios/reasoning.ipynb``.
+Recorded by ``make record PART=reasoning-0`` (to 4), and ``PART=reasoning-…`` with ``cures``, ``apart`` (rate and reuse)
+and ``again``. Book: ``chapters/scenarios/reasoning.ipynb``.
 """
 
 from collections.abc import Callable
