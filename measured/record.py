@@ -287,6 +287,10 @@ PARTS = {
         for seed in range(5)
     },
     "reasoning-cures": tuple((f"{REASONING}:learned", {"arm": arm}) for arm in CURES),
+    **{
+        f"reasoning-cures-{seed}": tuple((f"{REASONING}:learned", {"arm": arm, "seed": seed}) for arm in CURES)
+        for seed in range(1, 5)
+    },
     "reasoning-apart": tuple(
         (f"{REASONING}:learned", {"seed": seed, **change})
         for change in ({"learning_rate": 1e-3}, {"updates": 8})
