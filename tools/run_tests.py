@@ -30,7 +30,7 @@ PARTS = {
 # one run, as either alone would leave a core idle. Without vectors only four bits go another way than with AVX2, and
 # their page would take minutes.
 MARKED = sorted(str(path) for path in Path("tests").rglob("test_*.py") if "mark.processor" in path.read_text("utf-8"))
-BITS = ["tests/fast/test_int4.py", "tests/fast/test_int4_rows.py", "tests/experiments/test_int4_speed.py"]
+BITS = ["tests/fast/test_int4.py", "tests/fast/test_int4_rows.py"]
 PAGES = ["chapters/performance/training.ipynb", "chapters/architecture/int4.ipynb"]
 LESSER = {
     "AVX2": {"tests and notebooks": [*PYTEST, "--nbval", *PAGES, *MARKED]},

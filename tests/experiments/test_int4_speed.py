@@ -1,10 +1,12 @@
 """Timings of 4-bit layers: everybody multiplies by the same weights, and all ways are there."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dslib.architecture.decoder import DecoderConfig, build
 from dslib.fast import int4_rows
 from dslib.fast.int4 import cpu_kernel
 from measured import probes
@@ -46,6 +48,9 @@ def test_what_onnxruntime_says_is_passed_on():
 
 def test_decoding_with_four_bits_reads_fewer_bytes(monkeypatch):
     monkeypatch.setattr(int4_speed, "read_bandwidth", partial(probes.read_bandwidth, size=1 << 20))  # not full buffers
+    config = DecoderConfig(256, 128, 256, 2, 4, 2, tie_word_embeddings=True)  # as SmolLM2, but small
+    tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()))  # noqa: E731
+    monkeypatch.setattr(int4_speed, "load_smollm2", lambda dtype: (build(config, seed=0).to(dtype).eval(), tokenizer))
     found = int4_speed.decode_int4(new_tokens=2, rounds=1)
     read = found["bytes"]
     assert read["float32"] == 2 * read["bfloat16"]
