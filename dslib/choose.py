@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             memory = f"{memory} GB" if memory and not memory.strip("0123456789. ") else memory
             given |= {"score": dict(given["score"]), "memory": memory}
-            needs = {name: value for name, value in given.items() if value}
+            needs = {name: value for name, value in given.items() if value not in (None, {})}
         found = report(choose(Needs.of(needs), wishes))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         print(f"dslib.choose: error: {error}", file=sys.stderr)
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("context", "prompt", "answer", "requests", "reserve", "rent", "gpus", "users"):
         ask.add_argument(f"--{name}", type=json.loads, metavar="NUMBER")
     ask.add_argument("--modality", action="append", help="text, image or picture; may be repeated")
-    ask.add_argument("--stay", action="store_true", help="prompts may not leave the house")
+    ask.add_argument("--stay", action="store_const", const=True, help="prompts may not leave the house")
     for name in ("score", "wish"):
         ask.add_argument(f"--{name}", action="append", default=[], type=pair, metavar="NAME=NUMBER")
     return ask

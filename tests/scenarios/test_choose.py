@@ -543,6 +543,9 @@ def test_the_command_line(capsys, monkeypatch, tmp_path):
     assert command.main(["--json", "-"]) == 2
     assert "unit" in capsys.readouterr().err
     assert command.main(["--gpu", "A100 90GB"]) == 2 and "A100_80GB" in capsys.readouterr().err
+    for reserve, share in (((), "/ 0.9)"), (("--reserve", "0"), "/ 1)")):  # a zero is a number too
+        assert command.main(["--vram", "24", *reserve]) == 0
+        assert share in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         command.main(["--vram", "24", "--wish", "memory"])
     assert "NAME=NUMBER" in (told := capsys.readouterr().err) and "'memory'" in told
