@@ -62,7 +62,7 @@ def _corpus(documents: int, sources: int, places: int, experts: int, k: int, shu
         [max(_over_places(sources, document, chosen, places)),
         max(_over_documents(sources, document, chosen, documents))]
             That is the largest of the shuffles, which a test would use. To subtract, take their mean.
-        [x * math.log(2) for x in by_chance(sources, document, chosen, places, documents)]
+        [0.693147 * x for x in by_chance(sources, document, chosen, places, documents)]
             That is in nats. A bit is ln 2 = 0.693 nats.
         [_information(torch.cat([sources[document[o]] for o in places]), chosen.repeat(len(places), 1)),
         _information(torch.cat([sources[o][document] for o in documents]), chosen.repeat(len(documents), 1))]
