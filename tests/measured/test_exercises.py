@@ -319,6 +319,13 @@ RIGHT = {
         "np.stack([np.concatenate([gate_up[: len(order)][u], gate_up[len(order) :][u], down.T[u]]) for u in"
         " order.view(slices, -1).numpy()])",
     ),
+    "whole/shuffles": (
+        "[np.mean([_information(sources[document], chosen[order.argsort()]) for order in places]),"
+        " np.mean([_information(sources[order[document]], chosen) for order in documents])]",
+        "(lambda H, e: [np.mean([H(z) + H(e) - H(64 * z + e) for z in (x.repeat_interleave(chosen.shape[1]) for x in"
+        " some)]) for some in ([sources[document][o] for o in places], [sources[o][document] for o in documents])])("
+        "lambda v: -sum(q * math.log2(q) for q in np.unique(v, return_counts=True)[1] / len(v)), chosen.flatten())",
+    ),
 }
 WRONG = {
     "accuracy/interval": ("interval(right, 2 * n)", "interval(n - right, n)"),
@@ -579,9 +586,10 @@ WRONG = {
         "split_swiglu(gate_up.roll(len(order), 0), down, order, slices)",
         "split_swiglu(gate_up, down, order, 1)",
     ),
-    "whole/bits-per-byte": (
-        "2 * bits_per_byte(logits, targets, real, sizes)",
-        "bits_per_byte(logits, targets, real, sizes + 1)",
+    "whole/shuffles": (
+        "[2 * x for x in by_chance(sources, document, chosen, places, documents)]",
+        "by_chance(sources, document, chosen[:, :1], places, documents)",
+        "by_chance(sources, document, chosen, places, documents)[:1]",
     ),
     "whole/chain": ("chain(rows, depth).transpose(0, 1)", "chain(rows, depth).flip(0) + 1"),
     "whole/active": ("hidden_size * vocab_size", "2 * active(**locals())"),
