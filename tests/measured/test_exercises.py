@@ -194,12 +194,12 @@ RIGHT = {
         "next(c for c in itertools.count(1) if sum(wait <= limit for wait in _shared(arrivals, service, c))"
         " / len(arrivals) >= share)"
     ),
-    "moe/route": (
-        "(lambda s, r: factor * s * r / (s * r).sum(1, keepdim=True))"
-        "(_scores(logits), (_scores(logits) + bias).argsort(1, descending=True).argsort(1) < top_k)",
-        "[[factor * s / sum(row[j] for j in best) if i in best else 0.0 for i, s in enumerate(row)] for row, best in"
-        " ((row, sorted(range(len(bias)), key=lambda i: -row[i] - bias[i])[:top_k])"
-        " for row in np.sqrt(np.logaddexp(0, logits.numpy())))]",
+    "moe/fills": (
+        "int(np.argmax(2 * (n := np.arange(1, 10**4)) * sum(chance) / rate >= bytes_a_weight / bandwidth * (1 - (1 -"
+        " np.array(chance)[:, None]) ** n).sum(0))) + 1",
+        "(lambda late: min(range(1, 4096), key=lambda n: (not late(n), n)))(lambda n: n * math.fsum(chance) * 2 *"
+        " bandwidth >= rate * bytes_a_weight * math.fsum(1 - math.exp(n * math.log1p(-p)) if p < 1 else 1.0 for p in"
+        " chance))",
     ),
     "moe/places": (
         "np.argsort(np.argsort(indices.numpy().ravel(), kind='stable')).reshape(indices.shape)",
@@ -470,10 +470,10 @@ WRONG = {
         "[np.mean([t[0] - d for d, t in zip(due, tokens)]), 0.0]",
     ),
     "load/cards": ("1", "len(arrivals)", "cards(arrivals, service, limit, share / 2)"),
-    "moe/route": (
-        "route(logits, -bias, top_k, factor)",
-        "route(logits, bias, top_k, factor).softmax(-1)",
-        "route(logits.add_(0.1), bias, top_k, factor)",
+    "moe/fills": (
+        "fills(chance, bytes_a_weight, rate, bandwidth)",
+        "fills(chance, bytes_a_weight, bandwidth, rate) + 1",
+        "len(chance)",
     ),
     "moe/places": ("places(indices) + 1", "places(indices.flip(1))", "torch.argsort(indices, 0)"),
     "moe/repair": (
