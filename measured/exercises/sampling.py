@@ -123,7 +123,7 @@ def _odds(a: float, b: float, theta: float, shift: float) -> float:
     ),
     mistakes="""
         math.exp(a - b)
-            That is without a penalty. Under the softmax alone the shift cancels, and it cancels here.
+            That is without a penalty, where the shift cancels. Is the penalised logit still shifted by as much?
         _odds(a, b, theta, 0.0)
             The shift does not cancel: it comes before the penalty, which multiplies or divides what it has made of A.
         math.exp((a + shift) / theta - (b + shift))
