@@ -268,13 +268,13 @@ RIGHT = {
         "[[float(x) if (r > x).sum() < k and r[r > x].exp().sum() < q * r.topk(k).values.exp().sum() else -np.inf"
         " for x in r] for r, q in zip(logits.double(), p.double())]",
     ),
-    "sampling/gumbel": (
-        "((logits / temperature).softmax(-1) / -u.log() if temperature else logits).argmax(-1)",
-        "np.argmax(logits.numpy() - (temperature or 1e-9) * np.log(-np.log(u.numpy())), axis=1).tolist()",
-    ),
     "sampling/penalty": (
         "logits * (theta ** -logits.sign()) ** written",
         "np.where(written, np.minimum(logits.numpy() * theta, logits.numpy() / theta), logits)",
+    ),
+    "sampling/shift": (
+        "float((torch.tensor([[a + shift]]) * theta ** -np.sign(a + shift) - b - shift).exp())",
+        "np.exp(min((a + shift) * theta, (a + shift) / theta)) / np.exp(b + shift)",
     ),
     "sampling/shown": (
         "re.split('|'.join(map(re.escape, stops)), text, maxsplit=1)[0] if any(s in text for s in stops) else"
@@ -535,12 +535,8 @@ WRONG = {
     "reasoning/think": ("best_plan(questions, budget // 2)", "best_plan(questions[:-1], budget)", "1.0"),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
-    "sampling/gumbel": (
-        "gumbel(logits, temperature, 1 - u)",
-        "gumbel(logits, 1.0, u)",
-        "gumbel(-logits, temperature, u)",
-    ),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
+    "sampling/shift": ("odds(b, a, theta, shift)", "odds(a, b, 1 / theta, shift)", "odds(a, b, theta, -shift)"),
     "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
     "speculation/tokens-per-round": (
         "acceptance * tokens_per_round(acceptance, count, empty)",
