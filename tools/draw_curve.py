@@ -86,8 +86,8 @@ def said() -> str:
     text = (
         "The blue line is a language model of DeepSeek-V3's architecture, in miniature. One command trained it in "
         f"{found['minutes']:.0f} minutes, from text that comes with the book. After {passed[6]:.0f} minutes it had "
-        "passed the best that counting reaches. On documents that nobody had used it needs "
-        f"{found['test']['ours']:.2f} bits a byte; the best n-gram, trained on the same text, "
+        "passed a modified Kneser-Ney 6-gram. On documents that nobody had used it needs "
+        f"{found['test']['ours']:.2f} bits a byte; that 6-gram, trained on the same text, "
         f"{found['test']['counted']:.2f}. [Put it together](chapters/architecture/whole.ipynb) shows all of it on one "
         "screen."
     )

@@ -38,7 +38,8 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 
 `prediction.safetensors` holds the prediction module, as layer 5; transformers' class leaves it unread.
 `dslib.architecture.whole.load()` reads both files and checks their hashes. A text begins with token 0, which also ends
-it.
+it. vLLM 0.32.0 for CPUs reads the files and then stops with `RuntimeError: invalid weight input features 48`, in its
+kernel for experts, whose inner size here is 48.
 
 ## Training
 

@@ -27,7 +27,11 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # steep at 0, so that small singular value
 
 
 def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """(..., m, n) -> the same shape, float or bfloat16; singular values of each matrix end at about 0.7 to 1.2."""
+    """(..., m, n) -> the same shape, float or bfloat16; singular values of each matrix end at about 0.7 to 1.2.
+
+    Not those below a thousandth of the matrix's norm, by which it is divided: five rounds multiply by 3.4445⁵ = 485 at
+    most.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # the smaller Gram matrix of the two
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

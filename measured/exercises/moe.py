@@ -1,10 +1,11 @@
 """Exercises of ``chapters/architecture/moe.ipynb``. Shapes: N tokens, E experts, k experts a token, H hidden size."""
 
+import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from measured.exercises import exercise, named, normal
@@ -12,43 +13,57 @@ from measured.exercises import exercise, named, normal
 _random = partial(normal, dtype=torch.float64)
 
 
+def _skewed(experts: int, top_k: int, skew: float) -> list[float]:
+    """Probabilities that sum to top_k: one half of the experts at ``skew`` times the mean, the other at 2 - skew."""
+    return [top_k / experts * part for part in (skew, 2 - skew) for _ in range(experts // 2)]
+
+
 @exercise(
-    "moe/route",
+    "moe/fills",
     cases=named(
-        "logits bias top_k factor",
-        (_random(4, 4, seed=0), torch.tensor([0.6, -0.6, 0.0, 0.3], dtype=torch.float64), 2, 1.5),
-        (_random(6, 8, seed=1), 0.5 * _random(8, seed=2), 3, 2.5),
-        (_random(3, 5, seed=3), 0.7 * _random(5, seed=4), 1, 1.0),
+        "chance bytes_a_weight bandwidth rate",
+        (_skewed(16, 2, 1.0), 4, 32e9, 204e9),  # a processor: 102
+        (_skewed(64, 6, 1.8), 0.5, 32e9, 160e9),  # few operations for a byte: long before all are touched
+        (_skewed(8, 2, 1.5), 2, 2e12, 19.5e12),
+        ([1.0, 0.5, 0.25, 0.25], 1, 1e11, 5.5e11),
     ),
     mistakes="""
-        factor * _spread(_scores(logits) + bias, _ids(_scores(logits) + bias, top_k))
-            The bias is in the weights. It decides who runs and must not change how much they say: take the weights from
-            the scores without it.
-        factor * _spread(_scores(logits), _ids(_scores(logits), top_k))
-            The bias has no effect here. Choose by score plus bias.
-        factor * _spread(logits.sigmoid(), _ids(logits.sigmoid() + bias, top_k))
-            That is V3's sigmoid. V4's score is the square root of the softplus.
-        factor * _spread(F.softplus(logits), _ids(F.softplus(logits) + bias, top_k))
-            The root is missing: the score is the square root of the softplus.
-        factor * _spread(_scores(logits), _ids(_scores(logits) + bias, top_k), False)
-            The right scores in the right places, but a token's weights do not sum to the factor: divide by the sum of
-            the chosen scores first.
-        _spread(_scores(logits), _ids(_scores(logits) + bias, top_k))
-            The weights sum to 1. Multiply them by the factor.
-        route(logits, bias, top_k, factor).gather(1, _ids(_scores(logits) + bias, top_k))
-            The weights are right and packed, (tokens, k). Asked for is one column an expert, 0 where it was not chosen.
-        factor * _spread(_scores(logits).T, _ids((_scores(logits) + bias).T, min(top_k, len(logits)))).T
-            Top-k over the wrong axis: here each expert chooses tokens. Take the best along each token's own row.
+        fills([sum(chance) / len(chance)] * len(chance), bytes_a_weight, bandwidth, rate)
+            You take every expert to be chosen alike. An expert is touched by N tokens with the probability
+            1 - (1 - p) ** N, with its own p.
+        math.ceil(len(chance) / sum(chance) * rate * bytes_a_weight / (2 * bandwidth) - 1e-9)
+            That is N*, for which all experts have to be touched. Fewer tokens touch fewer experts: try one number of
+            tokens after another.
+        fills(chance, 2 * bytes_a_weight, bandwidth, rate)
+            A multiplication and an addition for each weight and row: two operations.
+        fills(chance, 1, bandwidth, rate)
+            A weight has `bytes_a_weight` bytes, and you read one of each.
+        fills(chance, bytes_a_weight, bandwidth, rate) - 1
+            One too few: with so many tokens reading still takes longer.
+        math.ceil(rate * bytes_a_weight / (2 * bandwidth) - 1e-9)
+            That is the number for a dense layer, which multiplies by all that it reads. A mixture reads E experts and
+            multiplies each token by k.
+        _fills(chance, bytes_a_weight, bandwidth, rate, lambda p, n: min(1.0, n * p))
+            n tokens do not touch an expert n times as often as one does: some choose the same. It stays untouched with
+            the probability (1 - p) ** n.
+        fills(chance, bytes_a_weight * sum(chance), bandwidth, rate)
+            Each token is multiplied by k experts, and you count one: the probabilities sum to k.
     """,
-    hint="Choose by score plus bias; put the chosen scores, without bias and divided by their sum, in their columns.",
+    hint="For n = 1, 2, …: seconds to read the sum of 1 - (1 - p) ** n experts, and to multiply n tokens by k of them.",
 )
-def route(logits: Tensor, bias: Tensor, top_k: int, factor: float) -> Tensor:
-    """Weights as in DeepSeek-V4, one column an expert: (N, E) logits and (E,) bias -> (N, E), rows sum to factor."""
-    scores = F.softplus(logits).sqrt()
-    indices = (scores + bias).topk(top_k, dim=-1).indices  # (N, k)
-    weights = scores.gather(1, indices)
-    weights = factor * weights / weights.sum(-1, keepdim=True)
-    return torch.zeros_like(scores).scatter(1, indices, weights)
+def fills(chance: list[float], bytes_a_weight: float, bandwidth: float, rate: float) -> int:
+    """Tokens from which on multiplying by a mixture's experts takes at least as long as reading those touched.
+
+    chance: for each expert the probability that a token chooses it. The size of an expert cancels.
+    """
+    return _fills(chance, bytes_a_weight, bandwidth, rate, lambda p, n: 1 - (1 - p) ** n)
+
+
+def _fills(chance: list[float], bytes_a_weight: float, bandwidth: float, rate: float, touched: Callable) -> int:
+    for tokens in itertools.count(1):
+        reading = bytes_a_weight * sum(touched(p, tokens) for p in chance) / bandwidth
+        if 2 * tokens * sum(chance) / rate >= reading:
+            return tokens
 
 
 def _choices(tokens: int, experts: int, top_k: int, seed: int) -> dict[str, Tensor]:
@@ -198,10 +213,6 @@ def _by_rule(
         choice = grouped.masked_fill(kept[..., None] == 0, closed).flatten(1)
     table = _spread(scores, _ids(choice, config["num_experts_per_tok"]), config["norm_topk_prob"])
     return config["routed_scaling_factor"] * table
-
-
-def _scores(logits: Tensor) -> Tensor:
-    return F.softplus(logits).sqrt()
 
 
 def _ids(scores: Tensor, top_k: int) -> Tensor:

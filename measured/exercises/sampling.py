@@ -81,35 +81,6 @@ def top_k_top_p(logits: Tensor, k: int, p: Tensor) -> Tensor:
 
 
 @exercise(
-    "sampling/gumbel",
-    cases=named(
-        "logits temperature u",
-        (2 * normal(64, 6, seed=2), 1.0, torch.rand(64, 6, generator=torch.Generator().manual_seed(3))),
-        (2 * normal(64, 6, seed=4), 0.3, torch.rand(64, 6, generator=torch.Generator().manual_seed(5))),
-        (2 * normal(8, 6, seed=6), 0.0, torch.rand(8, 6, generator=torch.Generator().manual_seed(7))),
-    ),
-    mistakes="""
-        (logits - (-u.log()).log()).argmax(-1)
-            The temperature has no effect here: it divides the logits, and not the noise.
-        logits.argmax(-1) if temperature == 0 else (logits / temperature + (-u.log()).log()).argmax(-1)
-            The sign of the noise: it is minus the logarithm of minus the logarithm.
-        logits.argmax(-1) if temperature == 0 else (logits / temperature + u).argmax(-1)
-            Uniform noise gives other probabilities. It has to be Gumbel noise, made of u by two logarithms.
-        logits.argmax(-1) if temperature == 0 else (logits / temperature - u.log()).argmax(-1)
-            That is one logarithm; Gumbel noise takes two.
-        logits.argmax(-1) if temperature == 0 else ((logits / temperature).softmax(-1) - (-u.log()).log()).argmax(-1)
-            The noise is added to logits, not to probabilities.
-        logits.argmax(-1)
-            That is greedy at every temperature.
-    """,
-    hint="Divide the logits by the temperature, add the noise made of u, take the largest; at 0, greedy.",
-)
-def gumbel(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
-    """Token ids (B,) drawn from softmax(logits / temperature) by Gumbel noise made of uniform ``u`` (B, V)."""
-    return logits.argmax(-1) if temperature == 0 else (logits / temperature - (-u.log()).log()).argmax(-1)
-
-
-@exercise(
     "sampling/penalty",
     cases=named(
         "logits written theta",
@@ -133,6 +104,42 @@ def gumbel(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
 def penalise(logits: Tensor, written: Tensor, theta: float) -> Tensor:
     """Logits (B, V) in which every token that is in ``written`` (bool, (B, V)) is less likely."""
     return torch.where(written, torch.where(logits < 0, logits * theta, logits / theta), logits)
+
+
+def _odds(a: float, b: float, theta: float, shift: float) -> float:
+    a, b = a + shift, b + shift
+    return math.exp((a * theta if a < 0 else a / theta) - b)
+
+
+@exercise(
+    "sampling/shift",
+    cases=named(
+        "a b theta shift",
+        (2.0, 1.0, 1.3, 0.0),
+        (2.0, 1.0, 1.3, 10.0),
+        (2.0, 1.0, 1.3, -10.0),
+        (-0.5, 1.5, 1.2, 1.0),
+        (3.0, 3.0, 2.0, -1.0),
+    ),
+    mistakes="""
+        math.exp(a - b)
+            That is without a penalty, where the shift cancels. Is the penalised logit still shifted by as much?
+        _odds(a, b, theta, 0.0)
+            The shift does not cancel: it comes before the penalty, which multiplies or divides what it has made of A.
+        math.exp((a + shift) / theta - (b + shift))
+            Dividing makes a negative logit larger: the penalty multiplies those, as you mended it.
+        math.exp(a + shift - (b + shift) * (theta if b + shift < 0 else 1 / theta))
+            Here B is penalised. A is the token that the text already has.
+        _odds(a, b, theta, shift) * math.exp(b + shift)
+            The penalised logit as a power of e: it has to be compared with B's, which is shifted too.
+        _odds(a, b, theta, shift) / (1 + _odds(a, b, theta, shift))
+            That is A's share of the two. How many times as likely as B is the ratio.
+    """,
+    hint="Add the shift to both, penalise A by its sign (multiply below 0, divide above), then exp of the difference.",
+)
+def odds(a: float, b: float, theta: float, shift: float) -> float:
+    """How many times as likely as B is A, whose logit is penalised after a shift of both."""
+    return _odds(a, b, theta, shift)
 
 
 def _cut(text: str, stops: list[str], end: bool = False) -> str:

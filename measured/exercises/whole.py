@@ -1,67 +1,83 @@
-"""Exercises of ``chapters/architecture/whole.ipynb``. Shapes: B rows, T tokens, V tokens of the vocabulary."""
-
-import math
+"""Exercises of ``chapters/architecture/whole.ipynb``. Shapes: B rows, T tokens; N places, D documents."""
 
 import torch
 from torch import Tensor
 
-from measured.exercises import exercise, named, normal
+from measured.exercises import exercise, named
 
 
 def _ids(*shape: int, seed: int, below: int) -> Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _bits(logits: Tensor, targets: Tensor, real: Tensor) -> Tensor:
-    """Bits of every real target, (n,)."""
-    return -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0][real] / math.log(2)
+def _information(label: Tensor, chosen: Tensor) -> float:
+    """Bits that labels (N,) tell about one of the experts chosen, (N, k)."""
+    joint = torch.zeros(int(label.max()) + 1, int(chosen.max()) + 1, dtype=torch.float64)
+    pairs = label.repeat_interleave(chosen.shape[1]), chosen.flatten()
+    joint.index_put_(pairs, torch.ones(len(pairs[0]), dtype=torch.float64), accumulate=True)
+    p = joint / joint.sum()
+    return (p * (p / (p.sum(0) * p.sum(1, keepdim=True))).log2()).nansum().item()
 
 
-_SIZES = torch.tensor([0, 1, 1, 2, 4, 5, 9])  # bytes of each token; token 0 ends a text and has none
+def _over_places(sources: Tensor, document: Tensor, chosen: Tensor, orders: Tensor) -> list[float]:
+    return [_information(sources[document[order]], chosen) for order in orders]
+
+
+def _over_documents(sources: Tensor, document: Tensor, chosen: Tensor, orders: Tensor) -> list[float]:
+    return [_information(sources[order][document], chosen) for order in orders]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _corpus(documents: int, sources: int, places: int, experts: int, k: int, shuffles: int, seed: int) -> tuple:
+    """Documents that each have a taste for some experts; sources of several documents that have none of their own."""
+    g = torch.Generator().manual_seed(seed)
+    document = torch.randint(documents, (places,), generator=g).sort().values
+    taste = 2 * torch.randn(documents, experts, generator=g)[document]
+    chosen = (taste + torch.randn(places, experts, generator=g)).topk(k).indices
+    orders = (torch.stack([torch.randperm(n, generator=g) for _ in range(shuffles)]) for n in (places, documents))
+    return torch.arange(documents) % sources, document, chosen, *orders
 
 
 @exercise(
-    "whole/bits-per-byte",
+    "whole/shuffles",
     cases=named(
-        "logits targets real sizes",
-        (
-            2 * normal(2, 5, 7, seed=1),
-            torch.tensor([[3, 6, 1, 0, 0], [2, 2, 5, 4, 0]]),
-            torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool(),
-            _SIZES,
-        ),
-        (normal(1, 3, 7, seed=2), torch.tensor([[1, 4, 6]]), torch.ones(1, 3).bool(), 3 * _SIZES.flip(0)),
-        (
-            3 * normal(3, 40, 7, seed=3),
-            _ids(3, 40, seed=4, below=7),
-            torch.arange(40) < torch.tensor([[40], [7], [22]]),
-            _SIZES,
-        ),
+        "sources document chosen places documents",
+        _corpus(4, 2, 12, 3, 1, 2, seed=1),
+        _corpus(9, 3, 90, 6, 2, 5, seed=2),
+        _corpus(66, 8, 1320, 16, 4, 3, seed=3),
     ),
+    tolerance=1e-3,  # who counts in float32 is right as well
     mistakes="""
-        (_bits(logits, targets, real).sum() * math.log(2) / sizes[targets[real]].sum()).item()
-            That is nats a byte: natural logarithms. A bit is ln 2 = 0.693 nats.
-        _bits(logits, targets, real).mean().item()
-            That is bits a token. A byte is the unit: divide by how many bytes the tokens stand for.
-        (_bits(logits, targets, real | True).sum() / sizes[targets].sum()).item()
-            Padding counts here. Only where `real` is True is there a token to predict.
-        (_bits(logits, targets, real | True).sum() / sizes[targets[real]].sum()).item()
-            The bits of padding count here, though its bytes do not.
-        (_bits(logits, targets, real)[sizes[targets[real]] > 0].sum() / sizes[targets[real]].sum()).item()
-            The end of a text costs bits too: a model has to know that it is over. It only has no bytes.
-        (_bits(logits, targets, real) / sizes[targets[real]].clamp(min=1)).mean().item()
-            That is the mean of each token's bits over its bytes. A long text is its sum of bits over its sum of bytes:
-            a short token would count as much as a long one.
-        (_bits(logits, targets, real).mean() / sizes.double().mean()).item()
-            Take the bytes of the tokens that are there, and not the mean of the vocabulary.
-        torch.stack([_bits(a, b, c).sum() / sizes[b[c]].sum() for a, b, c in zip(logits, targets, real)]).mean().item()
-            That is the mean over rows; a short row would count as much as a long one.
+        by_chance(sources, document, chosen, places, documents)[::-1]
+            The two have changed places: first sources shuffled over places, then over documents.
+        [_information(sources[document], chosen)] * 2
+            Nothing is shuffled here: that is what the real labels tell.
+        [_information(sources[document], chosen) - x for x in by_chance(sources, document, chosen, places, documents)]
+            That is the real value less chance. Chance itself is asked for.
+        [_over_places(sources, document, chosen, places)[0], _over_documents(sources, document, chosen, documents)[0]]
+            That is the first shuffle alone. Take the mean over all of them.
+        [max(_over_places(sources, document, chosen, places)),
+        max(_over_documents(sources, document, chosen, documents))]
+            That is the largest of the shuffles, which a test would use. To subtract, take their mean.
+        [0.693147 * x for x in by_chance(sources, document, chosen, places, documents)]
+            That is in nats. A bit is ln 2 = 0.693 nats.
+        [_information(torch.cat([sources[document[o]] for o in places]), chosen.repeat(len(places), 1)),
+        _information(torch.cat([sources[o][document] for o in documents]), chosen.repeat(len(documents), 1))]
+            You pooled the shuffles in one table. That averages chance away: take the information of each shuffle, then
+            the mean.
     """,
-    hint="Sum the bits of all real targets, ends of texts included; divide by the sum of their bytes.",
+    hint="A place's source is sources[document]. Shuffle that over places; or shuffle `sources` before documents hand "
+    "them to their places. Take the information of each shuffle, then the mean of each kind.",
 )
-def bits_per_byte(logits: Tensor, targets: Tensor, real: Tensor, sizes: Tensor) -> float:
-    """Bits a byte: logits (B, T, V) for ``targets`` (B, T) where ``real`` (B, T) is True; ``sizes`` (V,) in bytes."""
-    return (_bits(logits, targets, real).sum() / sizes[targets[real]].sum()).item()
+def by_chance(sources: Tensor, document: Tensor, chosen: Tensor, places: Tensor, documents: Tensor) -> list[float]:
+    """Mean bits about ``chosen`` (N, k), sources (D,) shuffled over places (S, N) and over documents (S, D)."""
+    return [
+        _mean(_over_places(sources, document, chosen, places)),
+        _mean(_over_documents(sources, document, chosen, documents)),
+    ]
 
 
 def _parts(rows: Tensor, depth: int) -> list[Tensor]:

@@ -20,7 +20,7 @@ SIGMOID = {"scoring_func": "sigmoid", "norm_topk_prob": True, "selection_bias": 
 V4 = {"scoring_func": "sqrtsoftplus", "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
 # name -> model_type, transformers' block, arguments of Router, arguments of MoE, what the tiny configuration needs. The
-# numbers of groups and shared experts are published ones. Factors: V2 and V3 publish theirs; V3.2 and V4-Flash have the
+# numbers of groups and shared experts are published ones. So are the factors of V2, V3 and V4-Flash; V3.2 has the
 # default of transformers' configuration of the family; GLM-4.5's (of 355 billion) and dots.llm1's stand in the
 # configurations of their checkpoints, where transformers' default is 1. LFM2 has 1. V4's limit is 10, here a smaller
 # one that this size meets.

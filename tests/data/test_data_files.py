@@ -190,7 +190,7 @@ def test_figures_of_the_4_gb_claim():
 def test_figure_shows_its_source():
     figure = published_figures.figure
     assert repr(figure("deepseek_v3", "params_total")) == "671B parameters [deepseek_v3, p. 1, primary]"
-    assert str(figure("deepseek_v4", "layers")) == "not stated / 43"
+    assert str(figure("deepseek_v4", "routing")) == "not stated / √softplus, scaled by 1.5"
     assert "`deepseek_v2`" in figure("deepseek_v2", "mmlu")._repr_markdown_()
     with pytest.raises(ValueError, match=r"entry: got 'deepseek_v5'.*deepseek_v"):
         figure("deepseek_v5", "layers")

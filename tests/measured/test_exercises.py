@@ -193,12 +193,12 @@ RIGHT = {
         "next(c for c in itertools.count(1) if sum(wait <= limit for wait in _shared(arrivals, service, c))"
         " / len(arrivals) >= share)"
     ),
-    "moe/route": (
-        "(lambda s, r: factor * s * r / (s * r).sum(1, keepdim=True))"
-        "(_scores(logits), (_scores(logits) + bias).argsort(1, descending=True).argsort(1) < top_k)",
-        "[[factor * s / sum(row[j] for j in best) if i in best else 0.0 for i, s in enumerate(row)] for row, best in"
-        " ((row, sorted(range(len(bias)), key=lambda i: -row[i] - bias[i])[:top_k])"
-        " for row in np.sqrt(np.logaddexp(0, logits.numpy())))]",
+    "moe/fills": (
+        "int(np.argmax(2 * (n := np.arange(1, 10**4)) * sum(chance) / rate >= bytes_a_weight / bandwidth * (1 - (1 -"
+        " np.array(chance)[:, None]) ** n).sum(0))) + 1",
+        "(lambda late: min(range(1, 4096), key=lambda n: (not late(n), n)))(lambda n: n * math.fsum(chance) * 2 *"
+        " bandwidth >= rate * bytes_a_weight * math.fsum(1 - math.exp(n * math.log1p(-p)) if p < 1 else 1.0 for p in"
+        " chance))",
     ),
     "moe/places": (
         "np.argsort(np.argsort(indices.numpy().ravel(), kind='stable')).reshape(indices.shape)",
@@ -267,13 +267,13 @@ RIGHT = {
         "[[float(x) if (r > x).sum() < k and r[r > x].exp().sum() < q * r.topk(k).values.exp().sum() else -np.inf"
         " for x in r] for r, q in zip(logits.double(), p.double())]",
     ),
-    "sampling/gumbel": (
-        "((logits / temperature).softmax(-1) / -u.log() if temperature else logits).argmax(-1)",
-        "np.argmax(logits.numpy() - (temperature or 1e-9) * np.log(-np.log(u.numpy())), axis=1).tolist()",
-    ),
     "sampling/penalty": (
         "logits * (theta ** -logits.sign()) ** written",
         "np.where(written, np.minimum(logits.numpy() * theta, logits.numpy() / theta), logits)",
+    ),
+    "sampling/shift": (
+        "float((torch.tensor([[a + shift]]) * theta ** -np.sign(a + shift) - b - shift).exp())",
+        "np.exp(min((a + shift) * theta, (a + shift) / theta)) / np.exp(b + shift)",
     ),
     "sampling/shown": (
         "re.split('|'.join(map(re.escape, stops)), text, maxsplit=1)[0] if any(s in text for s in stops) else"
@@ -317,6 +317,13 @@ RIGHT = {
         " order.chunk(slices)])",
         "np.stack([np.concatenate([gate_up[: len(order)][u], gate_up[len(order) :][u], down.T[u]]) for u in"
         " order.view(slices, -1).numpy()])",
+    ),
+    "whole/shuffles": (
+        "[np.mean([_information(sources[document], chosen[order.argsort()]) for order in places]),"
+        " np.mean([_information(sources[order[document]], chosen) for order in documents])]",
+        "(lambda H, e: [np.mean([H(z) + H(e) - H(64 * z + e) for z in (x.repeat_interleave(chosen.shape[1]) for x in"
+        " some)]) for some in ([sources[document][o] for o in places], [sources[o][document] for o in documents])])("
+        "lambda v: -sum(q * math.log2(q) for q in np.unique(v, return_counts=True)[1] / len(v)), chosen.flatten())",
     ),
 }
 WRONG = {
@@ -467,10 +474,10 @@ WRONG = {
         "[np.mean([t[0] - d for d, t in zip(due, tokens)]), 0.0]",
     ),
     "load/cards": ("1", "len(arrivals)", "cards(arrivals, service, limit, share / 2)"),
-    "moe/route": (
-        "route(logits, -bias, top_k, factor)",
-        "route(logits, bias, top_k, factor).softmax(-1)",
-        "route(logits.add_(0.1), bias, top_k, factor)",
+    "moe/fills": (
+        "fills(chance, bytes_a_weight, rate, bandwidth)",
+        "fills(chance, bytes_a_weight, bandwidth, rate) + 1",
+        "len(chance)",
     ),
     "moe/places": ("places(indices) + 1", "places(indices.flip(1))", "torch.argsort(indices, 0)"),
     "moe/repair": (
@@ -532,12 +539,8 @@ WRONG = {
     "reasoning/think": ("best_plan(questions, budget // 2)", "best_plan(questions[:-1], budget)", "1.0"),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
-    "sampling/gumbel": (
-        "gumbel(logits, temperature, 1 - u)",
-        "gumbel(logits, 1.0, u)",
-        "gumbel(-logits, temperature, u)",
-    ),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
+    "sampling/shift": ("odds(b, a, theta, shift)", "odds(a, b, 1 / theta, shift)", "odds(a, b, theta, -shift)"),
     "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
     "speculation/tokens-per-round": (
         "acceptance * tokens_per_round(acceptance, count, empty)",
@@ -583,9 +586,10 @@ WRONG = {
         "split_swiglu(gate_up.roll(len(order), 0), down, order, slices)",
         "split_swiglu(gate_up, down, order, 1)",
     ),
-    "whole/bits-per-byte": (
-        "2 * bits_per_byte(logits, targets, real, sizes)",
-        "bits_per_byte(logits, targets, real, sizes + 1)",
+    "whole/shuffles": (
+        "[2 * x for x in by_chance(sources, document, chosen, places, documents)]",
+        "by_chance(sources, document, chosen[:, :1], places, documents)",
+        "by_chance(sources, document, chosen, places, documents)[:1]",
     ),
     "whole/chain": ("chain(rows, depth).transpose(0, 1)", "chain(rows, depth).flip(0) + 1"),
     "whole/active": ("hidden_size * vocab_size", "2 * active(**locals())"),
