@@ -3,11 +3,11 @@
 A model is asked n times, and c of its answers are right. How good is a system that asks k times? That depends on who
 picks one of the k answers::
 
-    a checker   pass@k = 1 - C(n - c, k) / C(n, k)                    all hands of k, less those without a right one
-    a score     sum over ranks r: right[r] C(n - r, k - 1) / C(n, k)  the answer of rank r is the best of a hand
-    a vote      right where the right answer is named most often      nobody looks into the answers at all
+    a checker   pass@k = 1 - C(n - c, k) / C(n, k)                    all subsets of k, less those without a right one
+    a score     sum over ranks r: right[r] C(n - r, k - 1) / C(n, k)  the answer of rank r is the best of a subset
+    a vote      right where the right answer is the most frequent     nobody looks into the answers at all
 
-Each is the mean over *every* hand of k of the n answers, so it has no bias and wastes no answer. The number of
+Each is the mean over *every* subset of k of the n answers, so it has no bias and wastes no answer. The number of
 problems is what an interval is of; more answers to the same problem do not replace another problem.
 
 Book: ``chapters/scenarios/complex.ipynb``. Sources: Codex (arXiv 2107.03374, section 2.1) for pass@k,
@@ -64,7 +64,7 @@ def vote(answers: Sequence[Hashable], truth: Hashable, k: int) -> float:
     """The chance that k of n answers, drawn without replacement, name the truth most often; ties are settled by lot.
 
     None is an answer that could not be read: it takes a place among the k and has no vote. Where nobody has one, the
-    vote is lost. Exact, by counting hands with so many votes for the truth and so many other answers level with it.
+    vote is lost. Exact, by counting subsets with so many votes for the truth and so many other answers level with it.
     """
     _hashable(answers)
     if truth is None:
@@ -198,7 +198,7 @@ def loop(ids: Sequence[int], rounds: int = 3) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------- checks, and hands of answers
+# ---------------------------------------------------------------- checks, and subsets of answers
 
 
 def _counts(n: int, right: int, k: int) -> None:
@@ -216,7 +216,7 @@ def _hashable(answers: Sequence[Hashable]) -> None:
 
 
 def _taken(hands: dict, size: int, most: int, k: int, level: int | None = None) -> Counter:
-    """These hands, each with up to ``most`` of ``size`` equal answers more; ``level`` of them make another tie."""
+    """These subsets, each with up to ``most`` of ``size`` equal answers more; ``level`` of them make another tie."""
     grown: Counter = Counter()
     for (taken, ties), ways in hands.items():
         for more in range(min(size, most, k - taken) + 1):

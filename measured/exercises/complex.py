@@ -1,6 +1,5 @@
 """Exercises of ``chapters/scenarios/complex.ipynb``."""
 
-import math  # noqa: F401  in the texts of mistakes
 import random
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -9,49 +8,46 @@ from dslib.scenarios.complex import majority, pass_at_k, vote  # noqa: F401  the
 from measured.exercises import exercise, named
 
 
-def _rows(seed: int, *shape: tuple[int, int]) -> list[list[bool]]:
-    """Truth values of some problems: (answers, right ones) each, in some order."""
-    dice, rows = random.Random(seed), []
-    for n, right in shape:
-        rows.append([True] * right + [False] * (n - right))
-        dice.shuffle(rows[-1])
-    return rows
+def _tries(p: Sequence[float], f: float, least: float, lift=lambda one, a, k: one * (1 - a) ** (k - 1)) -> int:
+    """The reference and, by what a k-th try is said to lift, the usual ways to get it wrong."""
+    k = 0
+    while fmean(lift(one, one + (1 - one) * f, k + 1) for one in p) >= least:
+        k += 1
+    return k
 
 
 @exercise(
-    "complex/pass-at-k",
+    "complex/tries",
     cases=named(
-        "right k",
-        (_rows(0, (8, 2), (8, 0), (8, 5)), 3),
-        (_rows(1, (6, 1), (10, 4), (7, 7), (12, 3)), 2),
-        (_rows(2, (5, 1), (9, 1)), 5),
-        (_rows(3, (4, 1), (4, 3), (16, 2)), 1),
-        (_rows(4, (200, 3), (40, 38)), 20),
+        "p f least",
+        ([0.1, 0.4, 0.02], 0.05, 0.01),
+        ([0.25, 0.25], 0.2, 0.02),
+        ([0.9, 0.01, 0.02, 0.05], 0.1, 0.005),
+        ([0.03, 0.5], 0.0, 0.004),
+        ([0.3, 0.1], 0.3, 0.5),
+        ([0.6, 0.2, 0.05], 0.5, 0.03),
     ),
     mistakes="""
-        fmean(1 - (1 - sum(row) / len(row)) ** k for row in right)
-            That puts an estimate of p into 1 - (1 - p)^k. The power bends, so the mean of such estimates is too low: a
-            problem of which no answer is right by chance counts as hopeless. Count the hands of k among the n instead.
-        fmean(any(row[:k]) for row in right)
-            That looks at one hand of k, the first. It has no bias, but throws the other answers away. Take the mean
-            over all hands.
-        fmean(1 - (1 - sum(map(sum, right)) / sum(map(len, right))) ** k for row in right)
-            The answers of all problems are in one pot. Hard and easy problems then mix within a hand.
-        pass_at_k(sum(map(len, right)), sum(map(sum, right)), k)
-            The answers of all problems are in one pot. A hand belongs to one problem; the mean over problems comes
-            last.
-        fmean(math.comb(sum(row), k) / math.comb(len(row), k) for row in right)
-            That is the chance that *all* k are right. One is enough.
-        fmean(sum(row) / len(row) for row in right)
-            That is pass@1, whatever k is.
-        fmean(math.comb(len(row) - sum(row), k) / math.comb(len(row), k) for row in right)
-            That is the chance that none of the k is right.
+        _tries(p, 0.0, least)
+            That is a checker which lets no wrong answer through. With f above 0 a wrong answer may end the search, so
+            fewer tries are worth their tokens.
+        _tries([fmean(p)], f, least)
+            You put the mean chance into the formula. It bends: take the lift of each problem, then the mean.
+        _tries(p, f, least, lift=lambda one, a, k: a * (1 - a) ** (k - 1))
+            You count what is accepted, right or wrong. A try helps only where the accepted answer is right.
+        _tries(p, f, least, lift=lambda one, a, k: one * (1 - one) ** (k - 1) * one / a)
+            You let the search go on until an answer is right, and discount what it finds. It ends with the first answer
+            that is accepted, which comes sooner: with probability a a try.
+        _tries(p, f, least) + 1
+            One too many: the first try that lifts the success by less than `least` is no longer allowed.
+        max(0, _tries(p, f, least) - 1)
+            One too few: the last try that still lifts the success by `least` is allowed.
     """,
-    hint="For each problem: 1 less the share of hands of k that hold no right answer; then the mean over problems.",
+    hint="The k-th try wins where the k - 1 before it were rejected and it is right: p (1 - a)^(k - 1).",
 )
-def unbiased(right: Sequence[Sequence[bool]], k: int) -> float:
-    """Mean pass@k over problems, of which each has at least k answers."""
-    return fmean(pass_at_k(len(row), sum(row), k) for row in right)
+def tries(p: Sequence[float], f: float, least: float) -> int:
+    """How many tries lift the mean success by ``least`` or more each, with a checker that accepts a share f wrongly."""
+    return _tries(p, f, least)
 
 
 def _problems(seed: int, count: int, n: int, sharp: float, hard: float) -> list[list]:
@@ -80,15 +76,23 @@ def _most(way: Mapping, budget: float) -> int:
     return min(len(way["problems"][0][0]), int(budget // way["tokens"]))
 
 
-def _plan(ways: Sequence[Mapping], budget: float, score=_voted, most=_most, least=lambda top: 1) -> list[int]:
+def _halves(problems: Sequence) -> tuple[Sequence, Sequence]:
+    """The problems by which a plan is chosen, and those on which it is reported."""
+    return problems[: len(problems) // 2], problems[len(problems) // 2 :]
+
+
+def _plan(
+    ways: Sequence[Mapping], budget: float, score=_voted, told=None, most=_most, least=lambda top: 1,
+    chosen_by=lambda problems: _halves(problems)[0], reported_on=lambda problems: _halves(problems)[1],
+) -> list[float]:  # fmt: skip
     """The reference and, by its options, the usual ways to get it wrong."""
     found = [
-        (round(score(way["problems"], k), 9), -k * way["tokens"], -number, k)
+        (round(score(chosen_by(way["problems"]), k), 9), -k * way["tokens"], -number, k)
         for number, way in enumerate(ways)
         for k in range(least(most(way, budget)), most(way, budget) + 1)
     ]
     _, _, number, k = max(found)
-    return [-number, k]
+    return [-number, k, (told or score)(reported_on(ways[-number]["problems"]), k)]
 
 
 _CASES = (
@@ -112,18 +116,25 @@ _CASES = (
             most often.
         _plan(ways, budget, least=lambda top: top)
             You always spend the whole budget. Where a wrong answer is the favourite, more votes make it worse.
-        _plan(ways, budget, score=lambda problems, k: _passed(problems, 1))
+        _plan(ways, budget, score=lambda problems, k: _passed(problems, 1), told=_voted)
             You choose the way by its single answers. A way that is worse alone may be better in a vote, because it can
             be asked more often.
         _plan(ways, budget, most=lambda way, budget: len(way["problems"][0][0]))
             That forgets the budget: a way may be asked only as often as its tokens allow.
         _plan(ways, budget, score=lambda problems, k: fmean(majority(a[:k]) == truth for a, truth in problems))
-            You look at one hand, the first k. With few problems its luck decides. Take the mean over all hands of k.
+            You look at the first k answers only. With few problems their luck decides. Take the mean over all subsets.
         _plan(ways, budget, score=lambda problems, k: fmean(majority(a) == truth for a, truth in problems))
-            You let all answers vote, whatever k is. A hand of k has fewer voters.
+            You let all answers vote, whatever k is. Of a subset of k there are fewer voters.
+        _plan(ways, budget, chosen_by=lambda problems: problems)
+            You choose by all problems. Those on which the plan is reported must not have chosen it.
+        _plan(ways, budget, reported_on=lambda problems: _halves(problems)[0])
+            You report on the problems that chose the plan. What is the best of many looks better there than it is.
+        _plan(ways, budget, reported_on=lambda problems: problems)
+            You report on all problems, and half of them chose the plan. Use those alone that did not.
     """,
-    hint="For each way and each k that the budget pays: the mean over problems of `vote`. Take the best.",
+    hint="For each way and each k that the budget pays: the mean of `vote` over the first half. Take the best of them.",
 )
-def budget_plan(ways: Sequence[Mapping], budget: float) -> list[int]:
-    """[which way, how many answers] for the best vote within ``budget`` tokens a problem; the cheaper of equal ones."""
+def budget_plan(ways: Sequence[Mapping], budget: float) -> list[float]:
+    """[which way, how many answers, its mean vote on the second half] for the best vote on the first half of the
+    problems within ``budget`` tokens a problem; the cheaper of equal ones."""
     return _plan(ways, budget)

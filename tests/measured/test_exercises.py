@@ -118,14 +118,13 @@ RIGHT = {
         "(lambda says: (max(says[True]), min(says[False])))"
         "({want: [n / m for n, m, said in answers if bool(said) is want] for want in (True, False)})"
     ),
-    "complex/pass-at-k": (
-        "np.mean([1 - math.prod(1 - k / m for m in range(len(row) - sum(row) + 1, len(row) + 1)) for row in right])"
-    ),
+    "complex/tries": ("int(sum(np.mean([q * (1 - q - f + q * f) ** k for q in p]) >= least for k in range(5000)))"),
     "complex/budget": (
-        "(lambda score: (lambda best: [-best[2], best[3]])(max((round(float(score(way['problems'], k)), 9),"
-        " -k * way['tokens'], -i, k) for i, way in enumerate(ways)"
-        " for k in range(1, 1 + min(len(way['problems'][0][0]),"
-        " int(budget / way['tokens']))))))(lambda problems, k: np.mean([np.mean([(h.count(t) == max(map(h.count,"
+        "(lambda half, score: (lambda best: [-best[2], best[3], score(ways[-best[2]]['problems'][half:], best[3])])("
+        "max((round(float(score(way['problems'][:half], k)), 9), -k * way['tokens'], -i, k)"
+        " for i, way in enumerate(ways)"
+        " for k in range(1, 1 + min(len(way['problems'][0][0]), int(budget / way['tokens'])))))"
+        ")(len(ways[0]['problems']) // 2, lambda problems, k: np.mean([np.mean([(h.count(t) == max(map(h.count,"
         " set(h) - {None}), default=0) > 0) / max(1, sum(h.count(x) == h.count(t) for x in set(h) - {None}))"
         " for h in itertools.combinations(a, k)]) for a, t in problems]))"
     ),
@@ -411,8 +410,13 @@ WRONG = {
     "choose/only": ("(0.0, math.inf)", "only(pick, options, users + 1, reserve)", "options[pick][:2]"),
     "choose/nearest": ("min(options)", "max(options)", "'z'"),
     "choose/fraction": ("1.0", "[0.9, 0.9]", "fraction(answers)[::-1]"),
-    "complex/pass-at-k": ("1 - unbiased(right, k)", "unbiased(right, k) ** 2", "1.0"),
-    "complex/budget": ("[0, 1]", "[1, 1]", "budget_plan(ways, budget / 2)", "budget_plan(ways[::-1], budget)"),
+    "complex/tries": ("tries(p, f, least / 2)", "tries([max(p)], f, least)", "tries(p, f / 2, least)", "len(p)"),
+    "complex/budget": (
+        "[0, 1, 0.5]",
+        "budget_plan(ways, budget)[:2]",
+        "budget_plan(ways, budget / 2)",
+        "[*budget_plan(ways, budget)[:2], 1.0]",
+    ),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
     "cost/replicas": (
         "math.ceil(math.ceil(requests_per_day / 86_400 * peak * seconds) / utilisation) + redundancy",
