@@ -8,12 +8,13 @@ Book: ``chapters/scenarios/realtime.ipynb``.
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dslib.scenarios.realtime import BlockPool, Scheduler
+from dslib.scenarios.realtime import Request as EngineRequest
 from dslib.scenarios.serving.scheduler import Text
 
 Request = tuple[Any, int, list[int], int]
@@ -99,6 +100,16 @@ def filled(run: dict[str, Any]) -> float:
 def steps_ratio(size: int, seeds: Iterable[int] = range(10)) -> list[float]:
     """How many times as many steps strips of the longest text take, for each draw of the crowd; in order of size."""
     return sorted(len(in_blocks(LONGEST, seed)["used"]) / len(in_blocks(size, seed)["used"]) for seed in seeds)
+
+
+def passes(requests: Sequence[EngineRequest], slots: int = 8, chunk: int = 256) -> tuple[int, int, int]:
+    """Of these requests: passes in static batches and in the engine, with room for all, and the engine's steps."""
+    answers = [one.max_new_tokens for one in requests]
+    static = sum(max(answers[start : start + slots]) for start in range(0, len(answers), slots))
+    number = itertools.count()
+    coming = [(n, 0, [next(number) for _ in one.prompt], one.max_new_tokens) for n, one in enumerate(requests)]
+    plans = [[text.left for text, _ in work] for work in play(Scheduler(BlockPool(100_000, 16), slots, chunk), coming)]
+    return static, sum((1 in plan) + sum(left > 1 for left in plan) for plan in plans), len(plans)
 
 
 WAITS, READS, WRITES, LOST = 1, 2, 3, 4

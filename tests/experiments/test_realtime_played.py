@@ -51,3 +51,9 @@ def test_draws_differ_and_the_ratio_is_told_in_order():
     found = lab.steps_ratio(8, range(3))
     assert found == sorted(found) and len(found) == 3 and found[0] > 1
     assert lab.steps_ratio(64, range(2)) == [1.0, 1.0]
+
+
+def test_passes_are_counted_by_hand():
+    requests = [Request([1], 3), Request([2, 3], 1), Request([4] * 5, 2)]
+    # static: 3 and 2. The engine: both are read; the third in two pieces beside the first; then it writes.
+    assert lab.passes(requests, slots=2, chunk=4) == (5, 6, 4)
