@@ -3,78 +3,55 @@
 from collections.abc import Callable, Sequence
 
 from measured.exercises import exercise, named
+from measured.exercises._serving import KINDS, Engine
+
+P, Q, R = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
+RELATIVES = [[*P, *Q, 20], [*R, *Q, 21], [*P, *Q], [*P, 22, 23], [*R, *Q, 24], [*P, *Q], [*P, 22, 23, 25], [*R, *Q]]
+STRANGERS = [[30 * n + at for at in range(9)] for n in range(1, 9)]
+ROOMY, CROWDED = 40, 6
 
 
-def _admitted(
-    waiting, running, slots, free, size, budget, overtake=False, cap=True, share=True, first=False, up=True, each=False
-) -> list[int]:
-    """The reference and, by its options, the usual ways to get it wrong."""
-    fed: list[int] = []
-    left = budget
-    for tokens, known in waiting:
-        known = (min(known, (tokens - 1) // size) if cap else known) if share else 0
-        budget = left if each else budget
-        if not budget or running + len(fed) >= slots:
-            break
-        count = min(tokens - known * size, budget)
-        whole = known * size + count if first else tokens
-        if (-(-whole // size) if up else whole // size) - known > free:
-            if overtake:
-                continue
-            break
-        fed.append(count)
-        free -= -(-(known * size + count) // size) - known
-        budget -= count
-    return fed
+def _has_error(serve, prompts=RELATIVES, memories=(ROOMY, CROWDED), texts=True, free=True) -> int:
+    """The reference and, by its options, the usual ways to test too little."""
+    asked = [(2 * n, prompt, 7) for n, prompt in enumerate(prompts)]
+    wanted = [serve([(0, *one)], ROOMY)[0][0] for _, *one in asked]
+    found = [(*serve(asked, blocks), blocks) for blocks in memories]
+    return int(any((texts and made != wanted) or (free and left != blocks) for made, left, blocks in found))
 
 
 @exercise(
-    "realtime/admit",
-    cases=named(
-        "waiting running slots free size budget",
-        ([(27, 3), (15, 0)], 0, 5, 13, 8, 12),
-        ([(14, 1), (14, 0), (28, 0)], 0, 6, 6, 8, 52),
-        ([(8, 0), (20, 2), (9, 0), (32, 0)], 3, 5, 12, 4, 52),
-        ([(8, 0), (23, 1), (23, 1), (11, 0)], 2, 4, 13, 8, 41),
-        ([(28, 7), (16, 0), (21, 0), (6, 0)], 2, 5, 7, 4, 42),
-        ([(27, 0), (26, 0), (4, 0), (6, 0)], 1, 6, 9, 4, 30),
-    ),
+    "realtime/has-error",
+    cases=named("serve", *([Engine(number)] for number in range(len(KINDS)))),
     mistakes="""
-        _admitted(waiting, running, slots, free, size, budget, overtake=True)
-            A text that fits overtakes one that has waited longer and does not fit. The long one could wait for ever:
-            stop at the first that does not fit.
-        _admitted(waiting, running, slots, free, size, budget, cap=False)
-            A text that is wholly known is fed no token. Its next token comes from the logits of its last one, and
-            those are not in the cache: leave at least one token to compute, and so a block.
-        _admitted(waiting, running, slots, free, size, budget, share=False)
-            Known blocks are not used: they need no free block, and their tokens need not be fed.
-        _admitted(waiting, running, slots, free, size, budget, first=True)
-            You ask for blocks for the first piece only. Then a text is admitted that cannot even be read to its end.
-        _admitted(waiting, running, slots, free, size, budget, up=False)
-            A block that is only begun is a whole block: round up.
-        _admitted(waiting, 0, slots, free, size, budget)
-            The texts that run already have slots too.
-        _admitted(waiting, running, slots + 1, free, size, budget)
-            One too many: with as many running texts as slots nobody is admitted.
-        _admitted(waiting, running, slots, free, size, budget, each=True)
-            The budget is that of the whole step, not of each text.
-        [tokens for tokens, known in waiting][: len(_admitted(waiting, running, slots, free, size, budget))]
-            Right texts. A step feeds a text only what is left of it, and no more than what is left of the budget.
+        _has_error(serve, prompts=STRANGERS, memories=(ROOMY,))
+            Your requests find nothing: prompts that have no beginning in common, in a memory with room for all. Let
+            prompts begin alike, and let blocks run out.
+        _has_error(serve, prompts=STRANGERS)
+            Blocks run out, but no two prompts begin alike: then nothing is shared, and what goes wrong in sharing is
+            not seen.
+        _has_error(serve, memories=(ROOMY,))
+            Prompts share beginnings, but there is room for all: no text ever loses its blocks, and no block is used
+            again. Let it run out.
+        _has_error(serve, free=False)
+            You compare texts only. A block that is not given back changes no text until nothing fits any more: count
+            the free ones at the end.
+        _has_error(serve, texts=False)
+            You count blocks only. Compare the texts as well, each with what the engine writes when it is alone.
+        1 - _has_error(serve)
+            The other way round: 1 for an engine that has an error.
     """,
-    hint="Go through the waiting texts in order. Before each, ask: is a slot free, is any budget left, are there "
-    "blocks for all of its tokens that are not known? If not, stop. If so, take off what it uses.",
+    hint="Send prompts that begin alike, some wholly known, some with the same tokens behind another beginning; once "
+    "with room for all and once with blocks for two. Compare each text with that of a call of its own, and the free "
+    "blocks with all.",
 )
-def admitted(
-    waiting: Sequence[tuple[int, int]], running: int, slots: int, free: int, size: int, budget: int
-) -> list[int]:
-    """How many tokens each newly admitted text is fed in this step, in order of arrival.
+def has_error(serve: Callable[[Sequence[tuple[int, list[int], int]], int], tuple[list[list[int]], int]]) -> int:
+    """1 if the engine has an error, 0 if it serves every request as if it were alone, and loses no block.
 
     Args:
-        waiting: (tokens of the text, how many of its first full blocks others hold).
-        running, slots: texts that run, and how many may. free, size: free blocks, and places in each.
-        budget: tokens that may still be read in this step.
+        serve: takes requests (step of arrival, prompt, tokens of the answer) and how many blocks of four tokens there
+            are; gives the answers, and how many blocks are free afterwards. Every call begins anew.
     """
-    return _admitted(waiting, running, slots, free, size, budget)
+    return _has_error(serve)
 
 
 FINE, LEAKED, UNSAFE = 0, 1, 2

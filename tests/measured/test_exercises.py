@@ -225,12 +225,13 @@ RIGHT = {
     "multimodal/resized": "[side * shorter // min(width, height) for side in (width, height)]",
     "multimodal/recall": "np.mean([i in row.argsort(descending=True)[:k] for i, row in enumerate(scores)])",
     "published/tokens-a-pass": "(1 - acceptance ** (drafts + 1)) / (1 - acceptance)",
-    "realtime/admit": (
-        "[*itertools.accumulate(waiting, lambda s, text: (lambda known: (lambda count: s if not s[3] else (s[0] + ["
-        "count], s[1] - (-(-(known * size + count) // size) - known), s[2] - count, True) if s[2] and"
-        " running + len(s[0]) < slots and -(-text[0] // size) - known <= s[1] else (*s[:3], False))"
-        "(min(text[0] - known * size, s[2])))(min(text[1], (text[0] - 1) // size)),"
-        " initial=([], free, budget, True))][-1][0]"
+    "realtime/has-error": (
+        "(lambda asked: int(any(serve(asked, blocks) != ([serve([(0, *rest)], 50)[0][0] for _, *rest in asked], blocks)"
+        " for blocks in (6, 40))))([(2 * n, [first] * 4 + [then] * size, 9 + n % 3) for n, (first, then, size) in"
+        " enumerate(itertools.product((1, 2), (1, 3), (4, 1, 4)))])",
+        "int(any((lambda asked: any(serve([one], 30)[0][0] != text for one, text in zip(asked, serve(asked, 9)[0])) or"
+        " serve(asked, 9)[1] < 9)([(int(n), [*dice.choice(3, dice.integers(1, 4)).repeat(4), *range(dice.choice((0, 1,"
+        " 2)))], int(dice.integers(1, 16))) for n in range(10)]) for dice in map(np.random.default_rng, range(20))))",
     ),
     "realtime/leaked": (
         "(lambda n: [2 * bool(n[b] and (b in free or holders[b] < n[b])) or int(b not in free and (holders[b] > n[b] or"
@@ -499,10 +500,11 @@ WRONG = {
     "multimodal/recall": ("recall(scores, k - 1)", "1 - recall(scores, k)"),
     "published/latent-elements": ("layers * (kv_lora_rank + 2 * qk_rope_head_dim)",),
     "published/tokens-a-pass": ("tokens_a_pass(acceptance, drafts - 1)", "acceptance**drafts", "1 / (1 - acceptance)"),
-    "realtime/admit": (
-        "admitted(waiting[::-1], running, slots, free, size, budget)",
-        "admitted(waiting, running, slots, free // 2, size, budget)",
-        "[len(waiting)]",
+    "realtime/has-error": (
+        "1",
+        "0",
+        "_has_error(serve, prompts=RELATIVES[:1])",
+        "_has_error(serve, prompts=RELATIVES[:3])",
     ),
     "realtime/leaked": (
         "audit(holders, tables, [])",

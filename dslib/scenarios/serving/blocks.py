@@ -97,19 +97,23 @@ class BlockPool:
 
 
 def chain(tokens: Sequence[int], size: int, salt: object = None, known: Sequence[bytes] = ()) -> list[bytes]:
-    """The hash of every full block of a text, each over its tokens and the hash before it: (n // size) of 16 bytes.
+    """The hash of every full block of a text, each over its tokens and the hash before it: (n // size) of 32 bytes.
 
-    ``salt`` is whatever else decides keys and values: an adapter, a picture. ``known`` are the first of them, which
-    need not be computed again when a text has grown. A hash that does not resist collisions would one day give a reader
-    another one's text.
+    ``salt`` is whatever else decides keys and values (an adapter, a picture), or who may share: it is hashed in a
+    domain of its own, so that no salt, whatever it is called, stands for the hash of a block. ``known`` are the first
+    hashes, which need not be computed again when a text has grown. A hash that does not resist collisions would one day
+    give a reader another one's text.
     """
     found = list(known)
-    last = found[-1] if found else repr(salt).encode()
+    last = found[-1] if found else _hash(b"salt", repr(salt).encode())
     for start in range(len(found) * size, len(tokens) - size + 1, size):
-        piece = array("q", tokens[start : start + size]).tobytes()
-        last = blake2b(last + piece, digest_size=16).digest()
+        last = _hash(b"block", last + array("q", tokens[start : start + size]).tobytes())
         found.append(last)
     return found
+
+
+def _hash(domain: bytes, data: bytes) -> bytes:
+    return blake2b(data, digest_size=32, person=domain).digest()
 
 
 class PagedCache(KVCache):

@@ -13,6 +13,7 @@ from dslib.architecture.whole import tiny_deepseek
 from dslib.migration.adapters import lora
 from dslib.migration.multi_lora import PerRow
 from dslib.scenarios.realtime import Engine, QueueFull, Request
+from dslib.scenarios.serving.blocks import chain
 
 DENSE = DecoderConfig(50, 32, 64, 2, 4, 2, max_position_embeddings=96)
 CONFIGS = {
@@ -141,6 +142,27 @@ def test_the_same_tokens_behind_another_beginning_are_not_taken_for_the_same(mod
         [tokens] = engine.run().values()
         assert tokens == alone(models["dense"], request)[0]
     assert engine.scheduler.shared_tokens == 0
+
+
+class Named(str):
+    """An adapter whose name is whatever bytes one likes."""
+
+    def __repr__(self):
+        return self
+
+    def encode(self, *_):
+        return self.bytes
+
+
+def test_no_name_of_an_adapter_stands_for_a_block():
+    first, second = list(range(4)), list(range(4, 8))
+    beginning, both = chain(first, 4), chain(first + second, 4)
+    adapter = Named("h0")
+    adapter.bytes = beginning[0]  # a chain that began with the name itself would go on as this text does
+    assert both[0] == beginning[0] and chain(second, 4, adapter)[0] != both[1]
+    roots = [chain(first, 4, salt)[0] for salt in (None, "", "None", 0, "0", adapter)]
+    assert len(set(roots)) == len(roots) and {len(one) for one in roots} == {32}
+    assert chain(first + second, 4, known=beginning) == both
 
 
 def test_a_long_prompt_holds_nobody_up_for_longer_than_a_chunk(models):
