@@ -1,5 +1,7 @@
 """Exercises of ``chapters/architecture/cache.ipynb``."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -138,38 +140,57 @@ def ring_piece(q: Tensor, k: Tensor, v: Tensor, start: int, held_k: Tensor, held
     return _through_ring(q, k, v, start, held_k, held_v)
 
 
-def _kept(layers: int, full_every: int, kv_heads: int, head_dim: int, full: int, others: int) -> int:
-    return 2 * kv_heads * head_dim * (layers // full_every * full + (layers - layers // full_every) * others)
+def _slots(window: int, steps: list[int], spare: int = 0, capped: bool = True) -> int:
+    """The reference in closed form (for W of 2 or more) and, by its options, usual ways to get it wrong."""
+    length = written = needed = 0
+    for step in steps:
+        for at in range(length, length + step):
+            written = max(written, at + 1)  # the furthest that the ring was ever written
+            oldest = at - window + 1
+            needed = max(needed, written - (max(0, oldest) if capped else oldest))
+        length += step
+    return needed + spare
+
+
+def _longest(steps: list[int]) -> int:
+    return max(itertools.accumulate(steps))
 
 
 @exercise(
-    "cache/kv-bytes",
+    "cache/slots",
     cases=named(
-        "layers full_every heads kv_heads head_dim tokens window bytes_per_number",
-        (24, 6, 16, 16, 128, 16_384, 1024, 2),
-        (30, 5, 9, 3, 64, 500, 1024, 4),
-        (62, 4, 32, 8, 128, 131_072, 4096, 1),
+        "window steps",
+        (4, [9, -3, 2]),
+        (4, [20]),
+        (5, [30, -3, 1, -4, 6, -2, 1]),
+        (8, [3, -1, 2]),
+        (3, [12, -1, 1, -1, 1, -1, 1]),
+        (6, [10, -2, 40]),
     ),
     mistakes="""
-        _kept(layers, full_every, kv_heads, head_dim, tokens, min(tokens, window)) // 2 * bytes_per_number
-            Half of it: keys are counted, values are not. Both are kept.
-        _kept(layers, full_every, heads, head_dim, tokens, min(tokens, window)) * bytes_per_number
-            You counted query heads. Queries are used once and dropped; only the key-value heads are kept.
-        _kept(layers, full_every, kv_heads, head_dim, tokens, window) * bytes_per_number
-            A window longer than the text holds no more than the text.
-        2 * layers * kv_heads * head_dim * tokens * bytes_per_number
-            Every layer counted in full: most of them have a window, and keep no more than that.
-        2 * layers * kv_heads * head_dim * min(tokens, window) * bytes_per_number
-            Every layer counted with a window: some of them keep the whole text.
-        _kept(layers, full_every, kv_heads, head_dim, min(tokens, window), tokens) * bytes_per_number
-            The other way round: one layer in so many is the full one.
-        kv_bytes(layers, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number) * 8
-            Eight times too much: that is in bits, and the question asks for bytes.
+        window
+            W slots are enough as long as nothing is forgotten. What forgotten tokens overwrote may be needed again.
+        window + max(0, -min(steps))
+            One too many: the first token behind the gap brings its own key, and needs only W - 1 old ones.
+        window + max(0, -min(steps) - 1)
+            Nearly. Forgetting twice with few tokens between reaches further back than either step, and a text that
+            never fills the ring needs no more slots than it has tokens.
+        window + max(0, -sum(step for step in steps if step < 0) - 1)
+            Not the sum of all that was forgotten: what is fed again in between fills the gap.
+        _longest(steps)
+            So many slots lose nothing at all. That is a list; a window needs fewer.
+        _slots(window, steps, capped=False)
+            A text that is shorter than the window needs no slot for positions before its first.
+        _slots(window, steps, spare=1)
+            One too many: count the positions from the oldest key that is needed to the newest that was written.
     """,
+    hint="Keep a dictionary from slot to position, feed the steps, and look whether each token finds all its keys.",
 )
-def kv_bytes(
-    layers: int, full_every: int, heads: int, kv_heads: int, head_dim: int, tokens: int, window: int,
-    bytes_per_number: int,
-) -> int:  # fmt: skip
-    """Bytes of keys and values where of each ``full_every`` layers the last sees all, the others a window."""
-    return _kept(layers, full_every, kv_heads, head_dim, tokens, min(tokens, window)) * bytes_per_number
+def slots_needed(window: int, steps: list[int]) -> int:
+    """The smallest ring in which no token misses a key, where tokens may also be forgotten.
+
+    Args:
+        window: W, a token's own position included; 2 or more.
+        steps: a number above 0 feeds so many tokens, one by one; one below 0 forgets so many of the last.
+    """
+    return _slots(window, steps)

@@ -99,11 +99,10 @@ RIGHT = {
         "range(len(q)), lambda ring, i: _through_ring(q[i : i + 1], k[i : i + 1], v[i : i + 1], start + i,"
         " *ring[1:].chunk(2)), initial=torch.cat((q[:1], held_k, held_v)))][1:])",
     ),
-    "cache/kv-bytes": (
-        "sum(2 * kv_heads * head_dim * bytes_per_number * (min(tokens, window) if n % full_every else tokens)"
-        " for n in range(1, layers + 1))",
-        "float(np.prod([2, kv_heads, head_dim, bytes_per_number])) * np.where(np.arange(1, layers + 1) % full_every,"
-        " min(tokens, window), tokens).sum()",
+    "cache/slots": (
+        "next(size for size in itertools.count(1) if keeps_all(size, window, steps))",
+        "max(np.maximum.accumulate(at) - np.maximum(0, at - window + 1)) + 1 if (at := np.concatenate("
+        "[np.arange(n, n + max(0, s)) for n, s in zip(np.cumsum([0, *steps]), steps)])).size else 0",
     ),
     "choose/only": (
         "(lambda need: (lambda a, b: (a, b) if a < b else None)(need(pick)[1], min([need(n)[0] for n in options if n !="
@@ -404,9 +403,11 @@ WRONG = {
         "_through_ring(q, k, v, start, held_v, held_k)",
         "_through_ring(q, k, v, start + 1, held_k, held_v)",
     ),
-    "cache/kv-bytes": (
-        "kv_bytes(layers, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number) + 1.0",
-        "kv_bytes(layers + 6, full_every, heads, kv_heads, head_dim, tokens, window, bytes_per_number)",
+    "cache/slots": (
+        "slots_needed(window + 1, steps)",
+        "slots_needed(window, [step for step in steps if step > 0])",
+        "sum(step for step in steps if step > 0)",
+        "sum(steps)",
     ),
     "choose/only": ("(0.0, math.inf)", "only(pick, options, users + 1, reserve)", "options[pick][:2]"),
     "choose/nearest": ("min(options)", "max(options)", "'z'"),
@@ -602,7 +603,7 @@ WRONG = {
     ),
 }
 # An argument that is there to mislead; an answer that leaves out any other one is wrong.
-MISLEADING = {"cache/kv-bytes": {"heads"}, "published/latent-elements": {"heads"}}
+MISLEADING = {"published/latent-elements": {"heads"}}
 TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction}
 TOOLS |= {"TopKLogitsWarper": TopKLogitsWarper, "TopPLogitsWarper": TopPLogitsWarper, "re": re}
 
@@ -627,6 +628,21 @@ def alone(q, k, v, real):
 
 
 TOOLS["alone"] = alone
+
+
+def keeps_all(slots, window, steps):
+    """The exercise on slots, played: whether every token finds the keys of its window in a ring of so many slots."""
+    ring, length = {}, 0
+    for step in steps:
+        for at in range(length, length + step):
+            ring[at % slots] = at
+            if any(ring[n % slots] != n for n in range(max(0, at - window + 1), at)):
+                return False
+        length += step
+    return True
+
+
+TOOLS["keeps_all"] = keeps_all
 
 
 def library_block(x, w, head_dim, dtype):
