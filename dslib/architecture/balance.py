@@ -84,7 +84,7 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 def update_bias(router: Router, load: Tensor, speed: float) -> None:
     """Move the selection bias of every expert by ``speed``: up if it had less than the mean load, down if more.
 
-    Call it after each optimiser step with the load of the whole batch, (E,). Published speed: 0.001. With
+    Call it after each optimiser step with the load of the whole batch, (E,), all ranks summed. Published: 0.001. With
     ``fit(accumulate=k)``, ``last_routing`` is that of the last part: a fair sample, and only the sign counts. To have
     the load of all parts, add up ``expert_load(…)`` in ``loss``, and use and clear the sum in ``after_step``.
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,68 +116,73 @@ def sequence_loss(scores: Tensor, mask: Tensor, top_k: int) -> float:
     return (_shares(scores, mask, top_k) * _means(probabilities, mask)).sum(1).mean().item()
 
 
-def _settling(trace: list[float], limit: float) -> int:
-    """The first step after the last one above ``limit``."""
-    return max((step + 1 for step, vio in enumerate(trace) if vio > limit), default=0)
+def _judged(gaps, margin: float, t: float, spread: float, room: float | None = None, root: float = 0.5) -> str | int:
+    """``room``: below what half an interval has to stay to be decided, if not the larger distance to 0 and margin."""
+    mean = float(np.mean(gaps))
+    half = t * spread / len(gaps) ** root
+    if mean + half < margin:
+        return "free"
+    if mean - half > 0:
+        return "costs"
+    return math.floor((t * spread / (room or max(mean, margin - mean))) ** 2) + 1
 
 
-def _first_below(trace: list[float], limit: float) -> int:
-    return next((step for step, vio in enumerate(trace) if vio <= limit), len(trace))
+def _gaps(cured: list[float], base: list[float]) -> np.ndarray:
+    return np.subtract(cured, base)
 
 
-def _earliest(speeds, traces, limit, calm, start=_settling) -> float | None:
-    rows = [(start(trace, limit), speed) for speed, trace in zip(speeds, traces, strict=True)]
-    found = [row for row, trace in zip(rows, traces, strict=True) if len(trace) - row[0] >= calm]
-    return min(found)[1] if found else None
+def _sd(values) -> float:
+    return float(np.std(values, ddof=1))
 
 
-_TRACES = {  # MaxVio at each step
-    "slow": [5.8, 5.0, 4.0, 3.0, 2.0, 1.2, 0.7, 0.4, 0.2, 0.1, 0.1, 0.1],
-    "middle": [5.8, 3.0, 1.4, 0.8, 0.6, 0.8, 0.6, 0.8, 0.6, 0.8, 0.6, 0.8],
-    "as soon": [5.8, 4.0, 1.6, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6],
-    "fast": [5.8, 0.9, 3.0, 0.5, 3.0, 0.9, 2.0, 0.5, 2.0, 0.9, 0.6, 0.05],
-    "late": [5.8, 0.6, 1.5, 0.6, 1.5, 0.6, 1.1, 0.4, 0.6, 0.4, 0.6, 0.4],
-    "never": [5.8, 0.4, 1.5, 0.4, 1.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 1.5],
-}
+_BASES = [2.31, 2.12, 2.4, 2.05, 2.22]  # losses that differ more between seeds than between designs
 
 
 @exercise(
-    "balance/settled-speed",
-    cases=[
-        {"speeds": [0.02, 0.001, 0.005], "traces": [_TRACES[name] for name in ("fast", "slow", "middle")]}
-        | {"limit": 1.0, "calm": 4},
-        {"speeds": [0.01, 0.005, 0.001], "traces": [_TRACES[name] for name in ("as soon", "middle", "slow")]}
-        | {"limit": 0.8, "calm": 6},
-        {"speeds": [0.05, 0.02], "traces": [_TRACES[name] for name in ("never", "fast")], "limit": 1.0, "calm": 5},
-        {"speeds": [0.05, 0.02], "traces": [_TRACES[name] for name in ("never", "fast")], "limit": 1.0, "calm": 3},
-        {"speeds": [0.02, 0.002], "traces": [_TRACES["late"], _TRACES["middle"]], "limit": 1.0, "calm": 4},
-        {"speeds": [0.001, 0.02], "traces": [_TRACES["slow"], [0.7] * 12], "limit": 0.5, "calm": 5},
-        {"speeds": [0.001, 0.02], "traces": [_TRACES["slow"], [0.3] * 12], "limit": 0.5, "calm": 5},
-    ],
+    "balance/judge",
+    cases=named(
+        "cured base margin t",
+        ([2.32, 2.125, 2.42, 2.055, 2.238], _BASES, 0.03, 2.776),  # 0.003 to 0.020
+        ([2.33, 2.11, 2.39, 2.09, 2.24], _BASES, 0.03, 2.776),  # -0.015 to 0.039
+        ([2.36, 2.19, 2.44, 2.11, 2.25], _BASES, 0.06, 2.776),  # 0.030 to 0.070
+        ([2.27, 2.13, 2.37, 2.03], [2.3, 2.12, 2.4, 2.07], 0.02, 3.182),  # -0.058 to 0.013
+        ([2.16, 2.52, 2.1], [2.14, 2.43, 2.09], 0.1, 4.303),  # -0.068 to 0.148
+    ),
     mistakes="""
-        speeds[min(range(len(speeds)), key=lambda i: traces[i][-1])]
-            You looked at the last step alone. A fast bias oscillates, and the last step may be its best phase.
-        _earliest(speeds, traces, limit, calm, _first_below)
-            You took the first step that is not above the limit. A fast bias gets there early and leaves again: look for
-            the *last* step above the limit.
-        settled_speed(speeds, traces, limit, 1)
-            You did not ask for `calm` steps at the end: a trace that came below the limit only just now does not count.
-        min((row for row in zip(speeds, traces) if sum(row[1][-calm:]) / calm <= limit),
-        key=lambda row: _settling(row[1], limit), default=(None,))[0]
-            You took the mean of the last steps. No single one of them may be above the limit.
-        settled_speed(speeds, [[vio + (vio == limit) for vio in trace] for trace in traces], limit, calm)
-            A MaxVio equal to the limit is not above it.
-        max((speed for speed, trace in zip(speeds, traces) if len(trace) - _settling(trace, limit) >= calm),
-        default=None)
-            The fastest speed is not always settled first. Compare the steps, and take the slower of two equal ones.
-        min((sum(trace[-calm:]), speed) for speed, trace in zip(speeds, traces))[1]
-            That is the speed that is most even at the end. Asked for is the one that is settled earliest.
+        _judged(_gaps(cured, base), margin, t, math.hypot(_sd(cured), _sd(base)))
+            You took the spread of the two lists. Runs of one seed share their start and their batches: subtract first,
+            seed by seed, and take the spread of the differences.
+        _judged(_gaps(cured, base), margin, t, float(np.std(_gaps(cured, base))))
+            Your standard deviation divides by n. With few seeds that is too small: divide by n - 1 (`ddof=1`).
+        _judged(_gaps(cured, base), margin, t, _sd(_gaps(cured, base)), root=0)
+            That is how far single differences scatter. The mean of n scatters less: divide by the root of n.
+        "free" if t * _sd(_gaps(cured, base)) / len(base) ** 0.5 > abs(np.mean(_gaps(cured, base)))
+        else judge(cured, base, margin, t)
+            An interval that contains 0 is not "free". It may hold a cost too: its upper end has to lie below `margin`.
+        "free" if np.mean(_gaps(cured, base)) < margin else "costs"
+            You judged by the mean alone. The ends of its interval decide.
+        judge(base, cured, margin, t)
+            The wrong way round: a loss that is higher with the cure is a cost, so take `cured` minus `base`.
+        "costs" if np.mean(_gaps(cured, base)) > t * _sd(_gaps(cured, base)) / len(base) ** 0.5
+        else judge(cured, base, margin, t)
+            You asked for "costs" first. A cost that is there, but surely below `margin`, is free by the rule given.
+        _judged(_gaps(cured, base), margin, t, _sd(_gaps(cured, base)), margin)
+            Half an interval as long as `margin` decides only if the mean is 0. It has to end before `margin` or before
+            0, whichever is farther from the mean.
+        _judged(_gaps(cured, base), margin, t, _sd(_gaps(cured, base)), min(margin - np.mean(_gaps(cured, base)),
+        np.mean(_gaps(cured, base)), key=abs))
+            You took the nearer of 0 and `margin`. To leave either out of the interval is enough, and the farther one is
+            left out first.
+        judge(cured, base, margin, t) if isinstance(judge(cured, base, margin, t), str)
+        else judge(cured, base, margin, t) - len(base)
+            That is how many more. How many seeds in all?
     """,
-    hint="For each trace: the last step above `limit`, plus 1; keep those with `calm` steps left; the least of them.",
+    hint="Differences seed by seed; half = t x their standard deviation (n - 1) / sqrt(n). Neither: for which n would "
+    "the interval end below margin, or lie above 0?",
 )
-def settled_speed(speeds: list[float], traces: list[list[float]], limit: float, calm: int) -> float | None:
-    """The speed whose MaxVio is earliest at or below ``limit`` for good, and for ``calm`` steps at least; else None."""
-    return _earliest(speeds, traces, limit, calm)
+def judge(cured: list[float], base: list[float], margin: float, t: float) -> str | int:
+    """Paired losses -> "free" or "costs"; if neither, the seeds from which on it would be one, all else staying."""
+    return _judged(_gaps(cured, base), margin, t, _sd(_gaps(cured, base)))
 
 
 def _in_order(indices: Tensor, places: list[tuple[int, int]], room: float, experts: int) -> list[int]:

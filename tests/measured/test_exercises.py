@@ -75,10 +75,13 @@ RIGHT = {
         "torch.stack([(torch.bincount(s[m].topk(top_k).indices.flatten(), minlength=s.shape[1]) * s.shape[1] / top_k /"
         "m.sum() * (s[m] / s[m].sum(1)[:, None]).mean(0)).sum() for s, m in zip(scores, mask)]).mean()",
     ),
-    "balance/settled-speed": (
-        "(lambda speed: speed and np.float64(speed))(settled_speed(speeds, traces, limit, calm))",
-        "next((s for n in range(len(traces[0]) - calm + 1) for s, trace in sorted(zip(speeds, traces))"
-        " if (np.array(trace[n:]) <= limit).all()), None)",
+    "balance/judge": (
+        "(lambda d: next(('free' if d.mean() + h(len(d)) < margin else 'costs' if d.mean() > h(len(d)) else n) for h in"
+        " [lambda n: t * d.std() / n**0.5] for n in range(2, 999) if h(n) < max(d.mean(), margin - d.mean())))("
+        "torch.tensor(cured, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64))",
+        "(lambda m, s: (lambda h: 'free' if h < margin - m else 'costs' if h < m else float(math.ceil((t * s / max(m,"
+        " margin - m)) ** 2)))(t * s / len(base) ** 0.5))(sum(cured) / len(base) - sum(base) / len(base), _sd(np.array("
+        "cured) - np.array(base)))",
     ),
     "balance/served": (
         "torch.tensor(served(indices, num_experts, capacity_factor))",
@@ -381,11 +384,11 @@ WRONG = {
         "sequence_loss(scores.softmax(-1), mask, top_k)",
         "round(sequence_loss(scores, mask, top_k))",
     ),
-    "balance/settled-speed": (
-        "speeds[0]",
-        "settled_speed(speeds, traces, 2 * limit, calm)",
-        "min(speeds)",
-        "[settled_speed(speeds, traces, limit, calm)]",
+    "balance/judge": (
+        "'open'",
+        "judge(cured, base, margin / 2, t)",
+        "judge(cured, base, margin, 1.96)",
+        "judge(cured[:3], base[:3], margin, t)",
     ),
     "balance/served": (
         "served(indices[:, :1], num_experts, capacity_factor)",
