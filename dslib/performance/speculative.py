@@ -85,7 +85,7 @@ class Speculation:
 
     @property
     def acceptance(self) -> float:
-        """Share of the guesses that stayed."""
+        """Accepted over proposed. With more than one guess a pass it is below the chance of each (see the page)."""
         return self.accepted / self.proposed if self.proposed else 0.0
 
     @property
@@ -248,7 +248,8 @@ class PredictionDraft:
 def expected_gain(acceptance: float, count: int, draft_cost: float, pass_cost: float = 1.0) -> float:
     """How many times as fast as plain decoding, if each guess stays with the same chance (Leviathan, theorem 3.8).
 
-    ``draft_cost`` is the time of one guess, ``pass_cost`` that of a checking pass, both in times of one plain step.
+    ``acceptance`` is that chance, for a guess behind none that failed; it is not accepted over proposed. ``draft_cost``
+    is the time of one guess, ``pass_cost`` that of a checking pass, both in times of one plain step.
     """
     check.between(0, 1, acceptance=acceptance)
     check.whole(0, count=count)

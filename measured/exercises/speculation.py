@@ -29,27 +29,41 @@ def tokens_per_round(acceptance: float, count: int, empty: float) -> float:
     return 1 + (1 - empty) * sum(acceptance**power for power in range(1, count + 1))
 
 
+def _fitted(lengths: Sequence[int], k: int) -> float:
+    """The chance for which 1 + a + … + a^k is the mean number of tokens."""
+    low, high, tokens = 0.0, 1.0, 1 + sum(lengths) / len(lengths)
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**n for n in range(k + 1)) < tokens else (low, middle)
+    return high
+
+
 @exercise(
-    "speculation/break-even",
-    cases=named("guess check", (0.15, 1.05), (0.3, 1.2), (0.02, 1.0), (0.6, 1.5), (0.0, 1.4)),
+    "speculation/acceptance",
+    cases=named(
+        "lengths k", ([2, 2, 1, 2, 0, 3, 3, 3, 3, 3], 3), ([0, 1, 0, 0, 1], 1), ([1, 0, 2, 1], 4), ([2, 2, 2], 2),
+        ([4, 4, 2, 0, 1, 4], 4), ([4, 4, 2, 0, 1, 4], 6), ([0, 0], 5),
+    ),
     mistakes="""
-        guess + check
-            That is the cost of a round. It yields one token for sure, and one more with the chance that is asked for.
-        guess + check - 1 if guess + check <= 2 else 1.0
-            Above 1 it never pays; say so with None.
-        guess
-            A pass over two tokens costs more than one over one.
-        check - 1
-            The guess has to be paid for as well.
-        1 / (guess + check)
-            With the chance a, a round yields 1 + a tokens and costs guess + check; plain, each token costs 1.
+        sum(lengths) / (k * len(lengths))
+            That is accepted ÷ proposed. It also counts the guesses behind a failure, which no pass has looked at.
+        sum(lengths) / (sum(lengths) + len(lengths))
+            A round in which all k were accepted has no failure.
+        sum(n > 0 for n in lengths) / len(lengths)
+            That looks at the first guess of each round. Others count as well, where those before them were accepted.
+        _fitted(lengths, k)
+            That fits the formula to the mean, which is right only if the chance is the same at every place. Count.
+        sum(n == k for n in lengths) / len(lengths)
+            That is the share of the rounds without a failure. Count guesses.
+        1 + sum(lengths) / len(lengths)
+            Those are tokens a round. A chance lies between 0 and 1.
     """,
-    hint="A round costs guess + check and yields 1 + a tokens. Plain decoding takes 1 + a for them. Set the two equal.",
-)
-def break_even(guess: float, check: float) -> float | None:
-    """The acceptance from which one guess a pass pays, in times of a plain step; None where none would do."""
-    needed = guess + check - 1
-    return needed if needed <= 1 else None
+    hint="Count the guesses that were looked at: those accepted, and in a round that failed the one that failed.",
+)  # fmt: skip
+def accepted_chance(lengths: Sequence[int], k: int) -> float:
+    """The chance that a guess is accepted if those before it were, from how many each round of ``k`` accepted."""
+    failures = sum(n < k for n in lengths)
+    return sum(lengths) / (sum(lengths) + failures)
 
 
 def _softmax(row: Sequence[float], temperature: float) -> list[float]:
@@ -120,39 +134,50 @@ def verifier(
     return _verify(logits, draft_logits, guesses, uniforms, temperature)
 
 
-def _best(acceptance, guess_cost, pass_cost, tokens: Callable | None = None, last=True) -> int:
-    tokens = tokens or (lambda k: sum(acceptance**n for n in range(k + 1)))
-    costs = [k * guess_cost + (pass_cost[k] if last else 1.0) for k in range(len(pass_cost))]
-    return max(range(len(costs)), key=lambda k: tokens(k) / costs[k])
+def _speeds(
+    confidences: Sequence[float], draft_cost: float, pass_cost: Sequence[float], chained=True, own=1.0, each=False
+) -> list[float]:
+    """Tokens a step for 0, 1, … checked guesses; its options are the usual ways to get it wrong."""
+    tokens, alive, found = own, 1.0, []
+    for n, cost in enumerate(pass_cost[: len(confidences) + 1]):
+        if n:
+            alive = confidences[n - 1] * (alive if chained else 1.0)
+            tokens += alive
+        found.append(tokens / (cost + draft_cost * (n / len(confidences) if each else 1.0)))
+    return found
+
+
+def _first_fall(speeds: Sequence[float]) -> int:
+    return next((n for n in range(len(speeds) - 1) if speeds[n + 1] <= speeds[n]), len(speeds) - 1)
 
 
 @exercise(
-    "speculation/best-count",
+    "speculation/confidence",
     cases=named(
-        "acceptance guess_cost pass_cost",
-        (0.8, 0.1, [1.0, 1.02, 1.05, 1.1, 1.3, 1.7, 2.4]),
-        (0.55, 0.05, [1.0, 1.3, 1.5, 1.6]),
-        (0.6, 0.45, [1.0, 1.2, 1.4, 1.6]),
-        (0.95, 0.02, [1.0, 1.4, 1.5, 1.55, 1.6, 1.62]),
-        (0.7, 0.25, [1.0, 1.01, 1.02, 1.03, 1.04]),
-        (0.5, 0.4, [1.0, 1.3, 1.35, 1.4]),
+        "confidences draft_cost pass_cost",
+        ([0.9, 0.8, 0.7, 0.6], 0.2, [1.0, 1.02, 1.05, 1.1, 1.2]),
+        ([0.9, 0.6, 0.98, 0.98], 0.1, [1.0, 1.05, 1.5, 1.52, 1.54]),
+        ([0.3, 0.2], 0.05, [1.0, 1.5, 1.9]),
+        ([0.85, 0.8, 0.7, 0.5, 0.4], 0.1, [1.0, 1.4, 1.8, 2.2, 2.6, 3.0]),
+        ([0.8, 0.7, 0.6], 1.0, [1.0, 1.4, 1.9, 2.4]),
     ),
     mistakes="""
-        _best(acceptance, 0.0, pass_cost)
-            Guesses are not free: each costs guess_cost, whether it stays or not.
-        _best(acceptance, guess_cost, pass_cost, last=False)
-            A pass over more tokens takes longer: use pass_cost.
-        _best(acceptance, guess_cost, pass_cost, tokens=lambda k: 1 + k * acceptance)
-            A guess behind one that failed is lost too: the second stays with acceptance squared.
-        _best(acceptance, guess_cost, pass_cost, tokens=lambda k: sum(acceptance**n for n in range(1, k + 1)))
-            The pass yields one token of the model's own besides the guesses that stay.
-        len(pass_cost) - 1
-            More guesses are not always better: each further one stays less often and costs as much.
-        max(1, _best(acceptance, guess_cost, pass_cost))
-            Plain decoding may be the fastest: then the answer is 0.
+        (lambda speeds: speeds.index(max(speeds)))(_speeds(confidences, draft_cost, pass_cost))
+            The best of all looks too far: whether a guess is checked would depend on guesses behind it, and the text
+            would no longer have the target's distribution. Stop at the first that does not make it faster.
+        _first_fall(_speeds(confidences, draft_cost, pass_cost, chained=False))
+            A guess counts only if those before it are accepted too: multiply the confidences.
+        _first_fall(_speeds(confidences, 0.0, pass_cost))
+            The block has been guessed, and its cost belongs to the round.
+        _first_fall(_speeds(confidences, draft_cost, pass_cost, each=True))
+            The block is guessed whole: checking fewer of its guesses does not make it cheaper.
+        _first_fall(_speeds(confidences, draft_cost, pass_cost, own=0.0))
+            Every pass yields one token of the target's own, also if no guess is checked.
+        next((n for n, one in enumerate(confidences) if one < 0.5), len(confidences))
+            A fixed threshold knows nothing of what checking costs: on a full server it checks too many.
     """,
-    hint="For each number of guesses: tokens of a round over its cost. Plain decoding is 0 guesses.",
+    hint="Tokens: 1 + c₁ + c₁c₂ + …. Cost: the block and the pass. Go on while the quotient of the two grows.",
 )
-def best_count(acceptance: float, guess_cost: float, pass_cost: Sequence[float]) -> int:
-    """The number of guesses with the most tokens a step; 0 is plain decoding."""
-    return _best(acceptance, guess_cost, pass_cost)
+def to_check(confidences: Sequence[float], draft_cost: float, pass_cost: Sequence[float]) -> int:
+    """How many guesses of a block to check: one after another, until one does not make the round faster."""
+    return _first_fall(_speeds(confidences, draft_cost, pass_cost))

@@ -2,7 +2,7 @@
 
 Apart from :mod:`dslib.performance.speculative` because it loads SmolLM2. Recorded by ``make record PART=speculative``.
 
-Book: ``chapters/performance/speed.ipynb``.
+Book: ``chapters/performance/speculation.ipynb``.
 """
 
 import copy
@@ -47,10 +47,11 @@ def speculative_speed(
     """SmolLM2-135M, greedy, each draft on each text, in rounds beside plain decoding.
 
     Returns:
-        ``pass_cost``: for each number of guesses, the time of a checking pass over that of a plain step. ``rows``: for
-        each text, draft and number of guesses ``same_tokens``, ``acceptance``, ``tokens_per_pass``, ``draft_cost`` (one
-        guess over one plain step), ``times`` (median speed against plain decoding, with ``low`` and ``high``) and
-        ``expected`` (the same from acceptance and costs).
+        ``plain_step`` in seconds. ``pass_cost``: for each number of guesses, the time of a checking pass over it.
+        ``rows``: for each text, draft and number of guesses ``same_tokens``, ``acceptance`` (accepted over proposed),
+        ``tokens_per_pass``, ``draft_cost`` (one guess over one plain step), ``times`` (median speed against plain
+        decoding, with ``low`` and ``high``) and ``expected`` (the same from acceptance and costs; too low for several
+        guesses, as acceptance then is).
     """
     model, tokenizer = load_smollm2(dtype=getattr(torch, dtype))
     texts = {name: tokenizer(text).input_ids for name, text in TEXTS.items()}

@@ -285,15 +285,21 @@ RIGHT = {
         " or [len(text) - max(n for s in stops for n in range(len(s)) if text.endswith(s[:n]))])]",
     ),
     "speculation/tokens-per-round": "empty + (1 - empty) * (1 - acceptance ** (count + 1)) / (1 - acceptance)",
+    "speculation/acceptance": (
+        "Fraction(sum(lengths), sum(min(n + 1, k) for n in lengths))",
+        "np.mean([place < n for n in lengths for place in range(k) if place <= n])",
+    ),
     "speculation/verifier": (
         "(lambda p, q: (lambda k: [k, *(lambda left: left / left.sum())((p[k] - q[k]).clamp(min=0))])(next((n for n, x"
         " in enumerate(guesses) if q[n, x] * uniforms[n] >= p[n, x]), len(guesses))))(*((torch.tensor([*rows, *more],"
         " dtype=torch.float64) / temperature).softmax(-1) * torch.tensor([[1]] * len(rows) + [[0]] * len(more)) for"
         " rows, more in ((logits, []), (draft_logits, logits[:1]))))"
     ),
-    "speculation/best-count": (
-        "int(np.argmax([(1 - acceptance ** (k + 1)) / (1 - acceptance) / (k * guess_cost + cost)"
-        " for k, cost in enumerate(pass_cost)]))"
+    "speculation/confidence": (
+        "int(np.argmax([*(np.diff(np.cumsum([1, *np.cumprod(confidences)]) / (draft_cost + np.array(pass_cost))) <= 0),"
+        " True]))",
+        "(lambda r: len(list(itertools.takewhile(lambda n: r(n) > r(n - 1), range(1, len(pass_cost))))))(lambda n: sum("
+        "math.prod(confidences[:j]) for j in range(n + 1)) / (draft_cost + pass_cost[n]))",
     ),
     "training/clip": "np.array(gradient) / max(scale, math.hypot(*gradient) / max_norm)",
     "training/accumulate": "np.mean(list(itertools.chain(*parts)))",
@@ -552,13 +558,17 @@ WRONG = {
         "acceptance * tokens_per_round(acceptance, count, empty)",
         "tokens_per_round(acceptance, count, 1 - empty)",
     ),
-    "speculation/break-even": ("guess * check", "max(0.0, 1 - guess)"),
+    "speculation/acceptance": ("accepted_chance(lengths, k + 1)", "1 - accepted_chance(lengths, k)", "lengths[-1] / k"),
     "speculation/verifier": (
         "verifier(logits, draft_logits, guesses, [1 - one for one in uniforms], temperature)",
         "verifier(logits, draft_logits, guesses, uniforms, 1.0)",
         "verifier(logits, draft_logits, guesses, uniforms, temperature)[1:]",
     ),
-    "speculation/best-count": ("0", "1", "best_count(acceptance, 2 * guess_cost, pass_cost)"),
+    "speculation/confidence": (
+        "0",
+        "to_check(confidences[:-1], draft_cost, pass_cost)",
+        "to_check(confidences, draft_cost, [1.0] * len(pass_cost))",
+    ),
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
     "speed/timing": ("events[2][1] - events[1][1]",),

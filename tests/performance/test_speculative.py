@@ -178,6 +178,29 @@ def test_the_test_sees_a_wrong_rule():
     assert chi_square(counts, RUNS * p) > 10 * LIMIT
 
 
+def plain_rule(p, guesses, q):
+    """The rule as the page writes it."""
+    for n, x in enumerate(guesses):
+        one = q[n] if q is not None else torch.nn.functional.one_hot(torch.tensor(x), p.shape[1])
+        if torch.rand(()) < p[n, x] / one[x]:
+            continue
+        return [*guesses[:n], int(torch.multinomial((p[n] - one).clamp(min=0), 1))]
+    return [*guesses, int(torch.multinomial(p[-1], 1))]
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_the_rule_in_a_few_lines_makes_the_same_draws(certain):
+    for case in range(100):
+        p, q = distribution(6, case, 5), distribution(6, 1000 + case, 4)
+        torch.manual_seed(case)
+        guesses = torch.multinomial(q, 1)[:, 0].tolist()
+        state, made = torch.get_rng_state(), []
+        for rule in (plain_rule, accept):
+            torch.set_rng_state(state)
+            made.append(rule(p, guesses, None if certain else q))
+        assert made[0] == made[1]
+
+
 def test_a_whole_text_has_the_models_distribution():
     config = decoder.DecoderConfig(3, 16, 16, 1, 2, 1, max_position_embeddings=16)
     model, small, sampling = noisy(config, 1, 0.25), noisy(config, 2, 0.25), Sampling(temperature=1.0)
