@@ -140,7 +140,7 @@ def ring_piece(q: Tensor, k: Tensor, v: Tensor, start: int, held_k: Tensor, held
     return _through_ring(q, k, v, start, held_k, held_v)
 
 
-def _slots(window: int, steps: list[int], spare: int = 0, capped: bool = True) -> int:
+def _slots(window: int, steps: list[int], capped: bool = True) -> int:
     """The reference in closed form (for W of 2 or more) and, by its options, usual ways to get it wrong."""
     length = written = needed = 0
     for step in steps:
@@ -149,7 +149,7 @@ def _slots(window: int, steps: list[int], spare: int = 0, capped: bool = True) -
             oldest = at - window + 1
             needed = max(needed, written - (max(0, oldest) if capped else oldest))
         length += step
-    return needed + spare
+    return needed
 
 
 def _longest(steps: list[int]) -> int:
@@ -181,7 +181,7 @@ def _longest(steps: list[int]) -> int:
             So many slots lose nothing at all. That is a list; a window needs fewer.
         _slots(window, steps, capped=False)
             A text that is shorter than the window needs no slot for positions before its first.
-        _slots(window, steps, spare=1)
+        _slots(window, steps) + 1
             One too many: count the positions from the oldest key that is needed to the newest that was written.
     """,
     hint="Keep a dictionary from slot to position, feed the steps, and look whether each token finds all its keys.",

@@ -1,5 +1,7 @@
 """Exercises of ``chapters/architecture/whole.ipynb``. Shapes: B rows, T tokens; N places, D documents."""
 
+from statistics import fmean
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,6 @@ def _over_places(sources: Tensor, document: Tensor, chosen: Tensor, orders: Tens
 
 def _over_documents(sources: Tensor, document: Tensor, chosen: Tensor, orders: Tensor) -> list[float]:
     return [_information(sources[order][document], chosen) for order in orders]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _corpus(documents: int, sources: int, places: int, experts: int, k: int, shuffles: int, seed: int) -> tuple:
@@ -75,8 +73,8 @@ def _corpus(documents: int, sources: int, places: int, experts: int, k: int, shu
 def by_chance(sources: Tensor, document: Tensor, chosen: Tensor, places: Tensor, documents: Tensor) -> list[float]:
     """Mean bits about ``chosen`` (N, k), sources (D,) shuffled over places (S, N) and over documents (S, D)."""
     return [
-        _mean(_over_places(sources, document, chosen, places)),
-        _mean(_over_documents(sources, document, chosen, documents)),
+        fmean(_over_places(sources, document, chosen, places)),
+        fmean(_over_documents(sources, document, chosen, documents)),
     ]
 
 

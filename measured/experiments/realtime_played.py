@@ -16,6 +16,7 @@ import numpy as np
 from dslib.scenarios.realtime import BlockPool, Scheduler
 from dslib.scenarios.realtime import Request as EngineRequest
 from dslib.scenarios.serving.scheduler import Text
+from measured.experiments.realtime_simulator import Step
 
 Request = tuple[Any, int, list[int], int]
 ANSWERS = (4, 6, 8, 12, 16, 24, 32)
@@ -108,8 +109,8 @@ def passes(requests: Sequence[EngineRequest], slots: int = 8, chunk: int = 256) 
     static = sum(max(answers[start : start + slots]) for start in range(0, len(answers), slots))
     number = itertools.count()
     coming = [(n, 0, [next(number) for _ in one.prompt], one.max_new_tokens) for n, one in enumerate(requests)]
-    plans = [[text.left for text, _ in work] for work in play(Scheduler(BlockPool(100_000, 16), slots, chunk), coming)]
-    return static, sum((1 in plan) + sum(left > 1 for left in plan) for plan in plans), len(plans)
+    steps = [Step.of(work) for work in play(Scheduler(BlockPool(100_000, 16), slots, chunk), coming)]
+    return static, sum((step.writes > 0) + step.reads for step in steps), len(steps)
 
 
 WAITS, READS, WRITES, LOST = 1, 2, 3, 4
