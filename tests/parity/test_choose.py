@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from dslib.scenarios.facts import cache_bytes, model
@@ -19,6 +21,10 @@ from dslib.scenarios.facts import cache_bytes, model
 CODER = LlamaConfig(
     vocab_size=32256, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
     num_key_value_heads=16, tie_word_embeddings=False,
+)  # fmt: skip
+DISTILLED = Qwen2Config(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, tie_word_embeddings=False,
 )  # fmt: skip
 # Sizes of DeepSeek's published configurations.
 LITE = DeepseekV2Config(
@@ -51,6 +57,7 @@ def kept(network, config, tokens):
     ("name", "kind", "config", "near"),
     [
         ("coder_1_3b", LlamaForCausalLM, CODER, 0),
+        ("r1_distill_1_5b", Qwen2ForCausalLM, DISTILLED, 0),
         ("v2_lite", DeepseekV2ForCausalLM, LITE, 1e-3),  # published as 15.7B
         ("v3", DeepseekV3ForCausalLM, V3, 1e-3),  # as 671B
     ],
@@ -75,6 +82,8 @@ def test_weights_of_a_model_of_your_own():
 def test_cache_of_heads_and_of_a_window():
     shape = model("coder_1_3b").facts["cache"].value
     assert cache_bytes(shape, 100) == kept(on_meta(LlamaForCausalLM, CODER), CODER, 100)
+    shape = model("r1_distill_1_5b").facts["cache"].value
+    assert cache_bytes(shape, 100) == kept(on_meta(Qwen2ForCausalLM, DISTILLED), DISTILLED, 100)
     grouped = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2,
