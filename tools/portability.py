@@ -51,7 +51,7 @@ ROWS = {
     "home": Row("a HOME that is not there", variables={"HOME": f"{os.devnull}/home", "XDG_CACHE_HOME": ""}),
     "readonly": Row("a checkout that cannot be written", read_only=True, tries=("tests", "notebooks")),
     "3.12": Row("Python 3.12", python="3.12", tries=("tests", "ocr", "book")),
-    "3.13": Row("Python 3.13, which has no OCR engine", python="3.13", tries=("tests", "ocr", "book")),
+    "3.13": Row("Python 3.13", python="3.13", tries=("tests", "ocr", "book")),
     "recipes": Row("the recipes of README, index and CONTRIBUTING", tries=("recipes",)),
     "unrecorded": Row("no recordings, or one file of them less", tries=("unrecorded",)),
     "lowest": Row("the lowest versions that pyproject.toml promises", lowest=True),

