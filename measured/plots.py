@@ -115,6 +115,7 @@ METHODS = {
     "teacher's answers": ("#0072B2", "o", "-"),
     "teacher's probabilities": ("#009E73", "^", "-."),
     "rewards": ("#D55E00", "s", "--"),
+    "fresh": ("#0072B2", "o", "-"),
 }
 PAPER, INK, GRID = "#ffffff", "#222222", "#d4d4d4"
 WIDTH = 7.2  # inches: the text column of the book

@@ -293,7 +293,7 @@ PARTS = {
     },
     "reasoning-apart": tuple(
         (f"{REASONING}:learned", {"seed": seed, **change})
-        for change in ({"learning_rate": 1e-3}, {"updates": 8})
+        for change in ({"learning_rate": 1e-3}, {"updates": 8}, {"learning_rate": 1e-3, "steps": 320})
         for seed in range(5)
     ),
     "reasoning-again": tuple((f"{REASONING}:learned", {"again": again}) for again in range(1, 5)),

@@ -1,57 +1,55 @@
 """Exercises of ``chapters/scenarios/reasoning.ipynb``."""
 
-import random
 from collections.abc import Sequence
-from itertools import combinations
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from dslib.scenarios.reasoning import advantages
 from measured.exercises import exercise, named
 
 
-def _rewards(seed: int, groups: int, size: int) -> Tensor:
-    return torch.rand(groups * size, generator=torch.Generator().manual_seed(seed)).round(decimals=2)
-
-
-def _over(rows: Tensor, spread, mean: float = 1.0) -> Tensor:
-    """Other deviations than the reference's, and no mean taken away."""
-    return ((rows - mean * rows.mean(1, keepdim=True)) / (spread(rows) + 1e-4)).flatten()
+def _smallest(chances: Sequence[float], wanted: float, differ) -> int:
+    """The smallest group that reaches ``wanted``, by any rule for how often a group of some size differs."""
+    sizes = range(2, 1025)
+    return next((size for size in sizes if sum(differ(q, size) for q in chances) / len(chances) >= wanted), 0)
 
 
 @exercise(
-    "reasoning/advantages",
+    "reasoning/group-size",
     cases=named(
-        "rewards size",
-        (torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]), 4),
-        (_rewards(0, 3, 2), 2),
-        (_rewards(1, 2, 5), 5),
-        (torch.tensor([1.0, 1.0, 1.0, 0.0, 0.5, 0.25]), 3),
-        (_rewards(2, 4, 3), 3),
-        (_rewards(2, 4, 3), 4),
+        "chances wanted",
+        ([0.5], 0.9),
+        ([0.1, 0.9], 0.8),
+        ([0.02, 0.3, 0.7, 0.98], 0.75),
+        ([0.0, 0.2, 0.6], 0.6),
+        ([0.01, 0.99, 0.5, 0.5, 0.9], 0.9),
+        ([0.0, 1.0, 0.4], 0.5),
+        ([0.05, 0.2, 0.1], 0.85),
     ),
     mistakes="""
-        advantages(rewards.view(1, -1)).flatten()
-            You compare each answer with all answers of the batch. Then every answer to an easy question looks good.
-            Take mean and deviation within each group of `size`.
-        advantages(rewards.view(size, -1).T).T.flatten()
-            You put answers to different questions into one group: the answers to a question stand one after the other.
-        _over(rewards.view(-1, size), lambda r: r.std(1, keepdim=True), mean=0.0)
-            There is no baseline. Take the mean of the group away, or all answers that are rewarded at all get likelier.
-        advantages(rewards.view(-1, size), scaled=False).flatten()
-            That is the difference to the mean only. Divide by the deviation of the group as well.
-        _over(rewards.view(-1, size), lambda r: r.std(1, correction=0, keepdim=True))
-            Your deviation divides by the number of answers. Divide by one less, as torch's `std` does.
-        _over(rewards.view(-1, size), lambda r: r.var(1, keepdim=True))
-            You divide by the variance. The deviation is its root.
+        _smallest([sum(chances) / len(chances)], wanted, lambda q, size: 1 - q**size - (1 - q) ** size)
+            You took the mean of the chances first. One question that is always solved and one that never is have a mean
+            of a half, and neither ever has a gradient: average what each question gives.
+        _smallest(chances, wanted, lambda q, size: 1 - (1 - q) ** size)
+            That counts groups with a right answer (pass@k). A group in which *all* are right has no gradient either.
+        _smallest(chances, wanted, lambda q, size: 1 - q**size)
+            That counts groups with a wrong answer. A group in which *all* are wrong has no gradient either.
+        _smallest([min(chances, key=lambda q: q * (1 - q))], wanted, lambda q, size: 1 - q**size - (1 - q) ** size)
+            You ask it of the hardest (or easiest) question. Wanted is the share over all questions.
+        _smallest(chances, wanted, lambda q, size: 1 - q ** (size - 1) - (1 - q) ** (size - 1))
+            One answer too many. A group of G is all right with a chance of q to the power of G.
+        _smallest(chances, wanted, lambda q, size: 4 * q * (1 - q) * (1 - 0.5 ** (size - 1)))
+            q(1-q) is how hard a group pushes, not how often its answers differ.
     """,
-    tolerance=1e-3,
-    hint="Shape rewards into (questions, size); take each row's mean away; divide by its deviation plus 1e-4.",
+    hint="A group of G is all right with chance q**G, all wrong with (1-q)**G; else it differs. Mean over questions.",
 )
-def group_advantages(rewards: Tensor, size: int) -> Tensor:
-    """(B,) rewards, ``size`` answers to each question one after the other -> (B,) advantages."""
-    return advantages(rewards.view(-1, size)).flatten()
+def group_size(chances: Sequence[float], wanted: float) -> int:
+    """The smallest group, 2 to 1,024 answers, whose rewards differ for a share of ``wanted`` of the questions; else 0.
+
+    ``chances``: how often an answer to each question is right.
+    """
+    return _smallest(chances, wanted, lambda q, size: 1 - q**size - (1 - q) ** size)
 
 
 def _loss(
@@ -160,61 +158,80 @@ def kept(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, limit: float
     return ((advantage >= 0) | (_drift(new, old, mask) <= limit)).long().tolist()
 
 
-def _asked(seed: int, count: int) -> list[tuple[float, float, int]]:
-    """(right at once, right after thinking, tokens more) of some questions."""
-    dice = random.Random(seed)
-    return [
-        (round(dice.uniform(0.05, 0.9), 2), round(dice.uniform(0.2, 1.0), 2), dice.randint(2, 12)) for _ in range(count)
-    ]
+def _log(reward: str, length: str, telling: str, ratio: str) -> list[tuple[float, ...]]:
+    """Every fourth step of a recorded run, in hundredths (of a token: tenths)."""
+    columns = [[int(word) / unit for word in text.split()] for text, unit in
+               ((reward, 100), (length, 10), (telling, 100), (ratio, 100))]  # fmt: skip
+    return list(zip(*columns, strict=True))
 
 
-def _plans(questions: Sequence, budget: int):
-    """Expected right answers of every set that the budget pays."""
-    for size in range(len(questions) + 1):
-        for chosen in combinations(range(len(questions)), size):
-            if sum(questions[n][2] for n in chosen) <= budget:
-                yield sum(q[n in chosen] for n, q in enumerate(questions))
+def _verdict(log: Sequence, drift: float = 0.15, last: int = 5, solved: float = 0.85, coin: float = 0.35) -> int:
+    reward, moved = (fmean(row[n] for row in log[-last:]) for n in (0, 3))
+    if moved > drift:
+        return 2
+    return 0 if reward > solved else 3 if reward < coin else 1
 
 
-def _greedy(questions: Sequence, budget: int, order) -> float:
-    total = sum(q[0] for q in questions)
-    for short, thought, more in sorted(questions, key=order):
-        if more <= budget and thought > short:
-            budget, total = budget - more, total + thought - short
-    return total
+NONE = "0 0 0 0 0 0 0 0 0 0"
 
 
 @exercise(
-    "reasoning/think",
+    "reasoning/diagnose",
     cases=named(
-        "questions budget",
-        ([(0.5, 0.9, 10), (0.1, 0.35, 5), (0.1, 0.34, 5)], 10),
-        ([(0.9, 0.5, 4), (0.2, 0.6, 4)], 20),
-        (_asked(0, 7), 20),
-        (_asked(1, 8), 12),
-        (_asked(2, 6), 60),
-        (_asked(3, 9), 25),
-        ([(0.1, 0.4, 3), (0.1, 0.8, 8)], 8),
+        "log",
+        (
+            _log(
+                "52 97 95 93 94 97 99 99 98 98", "55 80 80 80 80 80 80 80 80 80", "75 38 38 38 50 25 19 12 38 25", NONE
+            ),
+        ),
+        (
+            _log(
+                "15 17 16 11 9 14 5 16 4 4",
+                "29 58 83 62 65 79 66 62 38 75",
+                "44 25 50 19 50 50 25 25 6 31",
+                "63 93 54 47 35 44 77 77 40 60",
+            ),
+        ),
+        (_log("46 52 57 46 47 46 49 50 51 50", "39 47 50 60 70 56 62 60 50 63", " ".join(["100"] * 10), NONE),),
+        (_log("11 13 9 11 5 12 9 12 10 10", "33 40 53 67 76 78 77 78 78 79", "100 88 81 94 75 81 81 88 75 88", NONE),),
+        (
+            _log(
+                "27 27 68 89 95 99 92 97 93 98",
+                "40 45 66 77 80 80 80 80 80 80",
+                "56 38 62 31 50 12 44 25 44 25",
+                "28 32 20 13 2 1 5 2 3 1",
+            ),
+        ),
+        (
+            _log(
+                "50 50 46 33 32 39 32 21 8 14",
+                "67 77 80 81 84 81 77 79 79 82",
+                "88 81 75 50 44 50 44 38 25 25",
+                "48 47 41 50 29 45 42 60 45 62",
+            ),
+        ),
+        (_log("54 51 50 47 52 50 48 50 49 45", "24 20 20 20 20 17 14 13 11 10", " ".join(["100"] * 10), NONE),),
+        (_log("10 11 7 14 11 11 9 8 9 11", "21 21 22 21 21 23 21 20 20 20", "75 88 62 81 88 81 81 81 75 81", NONE),),
     ),
     mistakes="""
-        _greedy(questions, budget, order=lambda q: q[0] - q[1])
-            You let the questions think that gain most. One that gains much may cost more than two that gain a little
-            less each.
-        _greedy(questions, budget, order=lambda q: (q[0] - q[1]) / q[2])
-            You let the questions think that gain most per token. Near the end of the budget that leaves tokens over: a
-            dearer one may use them better.
-        _greedy(questions, budget, order=lambda q: 0)
-            You let them think in the order in which they come, until the budget is used up.
-        sum(max(short, thought) for short, thought, more in questions)
-            You forgot the budget.
-        sum(short for short, thought, more in questions)
-            Nobody thinks in your plan.
-        sum(sorted(thought for short, thought, more in questions))
-            Everybody thinks in your plan, whatever it costs, also where it hurts.
+        _verdict(log, drift=9)
+            You look at the reward alone. A run at a guess may have nothing to strengthen, or may have been pushed off
+            its own answers: the last column tells them apart.
+        2 if max(row[3] for row in log) > 0.15 else _verdict(log)
+            A sound run with eight steps a batch may start far from its answers, and come back. Look at the later half.
+        _verdict(log, coin=0.6)
+            Every log at a half or below is "nothing to strengthen" for you. Coins pay every second answer, for ever.
+        0 if _verdict(log) == 3 and log[-1][1] > 1.5 * log[0][1] else _verdict(log)
+            Longer answers are no learning: look at the reward.
+        2 if _verdict(log) == 3 else _verdict(log)
+            A run that stays at a guess, with every step on fresh answers, has not gone off its own answers.
     """,
-    tolerance=1e-6,
-    hint="Go through every set of questions that the budget pays, and take the one with the most right answers.",
+    hint="Later half: a mean |log ratio| above 0.15 is 2; else the reward decides: near 1, near 1/2, near a guess.",
 )
-def best_plan(questions: Sequence[tuple[float, float, int]], budget: int) -> float:
-    """The most answers that can be expected to be right if thinking costs at most ``budget`` tokens more in all."""
-    return max(_plans(questions, budget))
+def diagnose(log: Sequence[Sequence[float]]) -> int:
+    """What a run's log says, from rows of reward, tokens, share of groups with a gradient, mean |log ratio|.
+
+    0: it learns and ends sound. 1: the rewards say nothing (coins). 2: it has gone off its own answers. 3: nothing to
+    strengthen is ever drawn.
+    """
+    return _verdict(log)

@@ -247,10 +247,11 @@ RIGHT = {
         "next((c for c in sorted(chunks, reverse=True) if (lambda gaps: (gaps > limit).mean() <= allowed and gaps.max()"
         " <= never)(np.array(_gaps(prompts, c, fixed, per_token)))), None)"
     ),
-    "reasoning/advantages": (
-        "torch.cat([(part - part.mean()) / (part.std() + 1e-4) for part in rewards.split(size)])",
-        "torch.cat([(p - sum(p) / size) / (((p - p.mean()) ** 2).sum() / (size - 1)).sqrt().add(1e-4) for p in rewards"
-        ".split(size)])",
+    "reasoning/diagnose": (
+        "(lambda r: 2 if r[3] > 0.15 else 0 if r[0] > 0.8 else 1 if r[0] > 0.3 else 3)(np.array(log)[5:].mean(0))"
+    ),
+    "reasoning/group-size": (
+        "next((g for g in range(2, 1025) if np.mean([1 - q**g - (1 - q) ** g for q in chances]) >= wanted), 0)"
     ),
     "reasoning/mask": (
         "[int(a >= 0 or ((o - n)[m > 0]).mean().item() <= limit) for n, o, a, m in zip(new, old, advantage, mask)]"
@@ -258,10 +259,6 @@ RIGHT = {
     "reasoning/mended": (
         "np.mean([((torch.maximum(-(n - o).exp() * a, -(n - o).exp().clamp(0.8, 1.2) * a) + beta * ((r - n).exp()"
         " + n - r - 1))[m > 0]).mean().item() for n, o, a, m, r in zip(new, old, advantage, mask, reference)])"
-    ),
-    "reasoning/think": (
-        "max(sum(q[on] for q, on in zip(questions, way)) for way in itertools.product((0, 1), repeat=len(questions))"
-        " if np.dot(way, [q[2] for q in questions]) <= budget)"
     ),
     "sampling/temperature": ("math.log(ratio, wanted)", "np.log2(ratio) / np.float64(math.log2(wanted))"),
     "sampling/top-k-top-p": (
@@ -531,10 +528,10 @@ WRONG = {
         "chunks[-1]",
         "largest_chunk(prompts, chunks, fixed, per_token / 2, limit, allowed, never)",
     ),
-    "reasoning/advantages": (
-        "group_advantages(rewards, size) + 0.1",
-        "-group_advantages(rewards, size)",
-        "rewards - rewards.mean()",
+    "reasoning/group-size": (
+        "group_size(chances, wanted / 2)",
+        "group_size(chances, wanted) + 1",
+        "group_size([0.5] * len(chances), wanted)",
     ),
     "reasoning/mended": (
         "-mended(new, old, advantage, mask, reference, beta)",
@@ -548,7 +545,7 @@ WRONG = {
         "kept(new, old, -advantage, mask, limit)",
         "kept(new, old, advantage, mask, 2 * limit + 0.1)",
     ),
-    "reasoning/think": ("best_plan(questions, budget // 2)", "best_plan(questions[:-1], budget)", "1.0"),
+    "reasoning/diagnose": ("3 - diagnose(log)", "diagnose(log[:5])", "int(log[-1][0] < 0.85)"),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
