@@ -12,7 +12,7 @@ changes, each by itself the same function of the same weights:
   compiler is there. Attention is written out for that (scores, softmax): torch's fused kernel has a slow backward pass
   on CPUs.
 
-Book: ``chapters/architecture/whole.ipynb``, section "Where the time of a step goes". The tests hold losses and
+Book: ``chapters/architecture/whole.ipynb``, section "How fast a step is". The tests hold losses and
 gradients to the plain way's.
 """
 

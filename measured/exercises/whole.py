@@ -1,6 +1,7 @@
-"""Exercises of ``chapters/architecture/whole.ipynb``. Shapes: B rows, T tokens; N places, D documents."""
+"""Exercises of ``chapters/architecture/whole.ipynb``. Shapes: B rows, T tokens; N positions, D documents, S orders."""
 
-from statistics import fmean
+import math
+from statistics import fmean, linear_regression
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ def _ids(*shape: int, seed: int, below: int) -> Tensor:
 
 def _information(label: Tensor, chosen: Tensor) -> float:
     """Bits that labels (N,) tell about one of the experts chosen, (N, k)."""
+    label = label.unique(return_inverse=True)[1]
     joint = torch.zeros(int(label.max()) + 1, int(chosen.max()) + 1, dtype=torch.float64)
     pairs = label.repeat_interleave(chosen.shape[1]), chosen.flatten()
     joint.index_put_(pairs, torch.ones(len(pairs[0]), dtype=torch.float64), accumulate=True)
@@ -21,61 +23,66 @@ def _information(label: Tensor, chosen: Tensor) -> float:
     return (p * (p / (p.sum(0) * p.sum(1, keepdim=True))).log2()).nansum().item()
 
 
-def _over_places(sources: Tensor, document: Tensor, chosen: Tensor, orders: Tensor) -> list[float]:
-    return [_information(sources[document[order]], chosen) for order in orders]
+def _pair(token: Tensor, source: Tensor, chosen: Tensor, at_least: int, more: int = 0) -> float:
+    common = token.bincount()[token] >= at_least + more
+    return _information((source * (int(token.max()) + 1) + token)[common], chosen[common])
 
 
-def _over_documents(sources: Tensor, document: Tensor, chosen: Tensor, orders: Tensor) -> list[float]:
-    return [_information(sources[order][document], chosen) for order in orders]
+def _drawn(token: Tensor, document: Tensor, sources: Tensor, chosen: Tensor, orders: Tensor, at_least: int) -> list:
+    return [_pair(token, sources[order][document], chosen, at_least) for order in orders]
 
 
-def _corpus(documents: int, sources: int, places: int, experts: int, k: int, shuffles: int, seed: int) -> tuple:
-    """Documents that each have a taste for some experts; sources of several documents that have none of their own."""
+def _corpus(documents: int, sources: int, places: int, tokens: int, experts: int, k: int, at_least: int, seed: int):
+    """Documents with a taste for some experts, of a few sources; tokens of which some are rare; four orders."""
     g = torch.Generator().manual_seed(seed)
     document = torch.randint(documents, (places,), generator=g).sort().values
-    taste = 2 * torch.randn(documents, experts, generator=g)[document]
+    token = (torch.rand(places, generator=g) ** 2 * tokens).long()
+    taste = torch.randn(documents, experts, generator=g)[document] + torch.randn(tokens, experts, generator=g)[token]
     chosen = (taste + torch.randn(places, experts, generator=g)).topk(k).indices
-    orders = (torch.stack([torch.randperm(n, generator=g) for _ in range(shuffles)]) for n in (places, documents))
-    return torch.arange(documents) % sources, document, chosen, *orders
+    orders = torch.stack([torch.randperm(documents, generator=g) for _ in range(4)])
+    return token, document, torch.arange(documents) % sources, chosen, orders, at_least
 
 
 @exercise(
-    "whole/shuffles",
+    "whole/beyond",
     cases=named(
-        "sources document chosen places documents",
-        _corpus(4, 2, 12, 3, 1, 2, seed=1),
-        _corpus(9, 3, 90, 6, 2, 5, seed=2),
-        _corpus(66, 8, 1320, 16, 4, 3, seed=3),
+        "token document sources chosen orders at_least",
+        (torch.tensor([0, 0, 1, 1, 0, 0, 1, 2]), torch.arange(8) // 2, torch.tensor([0, 1, 0, 1]),
+         torch.tensor([0, 1, 0, 1, 0, 2, 1, 2])[:, None], torch.tensor([[1, 0, 2, 3], [3, 0, 1, 2]]), 3),
+        _corpus(9, 3, 120, 12, 6, 2, 1, seed=2),
+        _corpus(12, 4, 400, 20, 8, 2, 20, seed=3),
     ),
     tolerance=1e-3,  # who counts in float32 is right as well
     mistakes="""
-        by_chance(sources, document, chosen, places, documents)[::-1]
-            The two have changed places: first sources shuffled over places, then over documents.
-        [_information(sources[document], chosen)] * 2
-            Nothing is shuffled here: that is what the real labels tell.
-        [_information(sources[document], chosen) - x for x in by_chance(sources, document, chosen, places, documents)]
-            That is the real value less chance. Chance itself is asked for.
-        [_over_places(sources, document, chosen, places)[0], _over_documents(sources, document, chosen, documents)[0]]
-            That is the first shuffle alone. Take the mean over all of them.
-        [max(_over_places(sources, document, chosen, places)),
-        max(_over_documents(sources, document, chosen, documents))]
-            That is the largest of the shuffles, which a test would use. To subtract, take their mean.
-        [0.693147 * x for x in by_chance(sources, document, chosen, places, documents)]
+        _pair(token, sources[document], chosen, at_least)
+            That is what token and source tell together. Subtract what the same pairs tell with shuffled sources.
+        _pair(token, sources[document], chosen, at_least) - _pair(token, 0 * document, chosen, at_least)
+            That is I(token, source) - I(token) as counted. It holds chance as well: subtract the mean over the orders.
+        fmean(_drawn(token, document, sources, chosen, orders, at_least))
+            That is the chance alone. Subtract it from what the real sources tell.
+        _pair(token, sources[document], chosen, 1) - fmean(_drawn(token, document, sources, chosen, orders, 1))
+            Rare tokens are still in. Keep the positions whose token occurs at least `at_least` times among all.
+        _pair(token, sources[document], chosen, at_least, 1) - fmean(
+        _pair(token, sources[order][document], chosen, at_least, 1) for order in orders)
+            A token that occurs exactly `at_least` times stays in.
+        _pair(token, sources[document], chosen, at_least) - max(
+        _drawn(token, document, sources, chosen, orders, at_least))
+            You subtract the largest of the shuffles, which a test would use. Chance is their mean.
+        _pair(0 * token, sources[document], chosen, 1) - fmean(
+        _drawn(0 * token, document, sources, chosen, orders, 1))
+            That is what the source tells by itself. Use a label of its own for every pair of token and source.
+        0.693147 * beyond(token, document, sources, chosen, orders, at_least)
             That is in nats. A bit is ln 2 = 0.693 nats.
-        [_information(torch.cat([sources[document[o]] for o in places]), chosen.repeat(len(places), 1)),
-        _information(torch.cat([sources[o][document] for o in documents]), chosen.repeat(len(documents), 1))]
-            You pooled the shuffles in one table. That averages chance away: take the information of each shuffle, then
-            the mean.
     """,
-    hint="A place's source is sources[document]. Shuffle that over places; or shuffle `sources` before documents hand "
-    "them to their places. Take the information of each shuffle, then the mean of each kind.",
-)
-def by_chance(sources: Tensor, document: Tensor, chosen: Tensor, places: Tensor, documents: Tensor) -> list[float]:
-    """Mean bits about ``chosen`` (N, k), sources (D,) shuffled over places (S, N) and over documents (S, D)."""
-    return [
-        fmean(_over_places(sources, document, chosen, places)),
-        fmean(_over_documents(sources, document, chosen, documents)),
-    ]
+    hint="A label for each pair: source * 4096 + token. Its information with the real sources, less the mean of those "
+    "with sources[order]; I(token) stands in both and cancels. Only positions with a common token count.",
+)  # fmt: skip
+def beyond(
+    token: Tensor, document: Tensor, sources: Tensor, chosen: Tensor, orders: Tensor, at_least: int
+) -> float:  # fmt: skip
+    """Bits that the source tells beyond the token, above chance, at positions (N,) whose token is common."""
+    drawn = _drawn(token, document, sources, chosen, orders, at_least)
+    return _pair(token, sources[document], chosen, at_least) - fmean(drawn)
 
 
 def _parts(rows: Tensor, depth: int) -> list[Tensor]:
@@ -119,54 +126,40 @@ def chain(rows: Tensor, depth: int) -> Tensor:
     return _chain(rows, depth)
 
 
-def _gated(hidden_size: int, inner: int) -> int:
-    return 3 * hidden_size * inner
-
-
-_SHAPE = "hidden_size vocab_size layers dense_layers attention dense_inner experts top_k expert_inner shared"
+def _reached(x: list[float], y: list[float], level: float) -> float:
+    """Where the least-squares line through points (x, y) is at ``level``."""
+    slope, start = linear_regression(x, y)
+    return (level - start) / slope
 
 
 @exercise(
-    "whole/active",
+    "whole/crossing",
     cases=named(
-        _SHAPE,
-        (256, 4096, 5, 1, 180_224, 384, 16, 4, 48, 1),
-        (64, 1000, 3, 0, 9000, 128, 8, 2, 32, 2),
-        (64, 1000, 4, 4, 9000, 128, 8, 2, 32, 0),
-        (7168, 129_280, 61, 3, 187_105_280, 18_432, 256, 8, 2048, 1),
+        "tokens bits line",
+        ([1.0, 2.0, 4.0, 8.0], [4.0, 2.9, 2.2, 1.6], 1.0),
+        ([1.0, 1.5, 2.5], [3.0, 2.8, 2.0], 1.2),
+        ([0.8, 1.6, 2.4, 3.2, 4.1], [2.06, 1.84, 1.72, 1.66, 1.61], 1.5),
     ),
     mistakes="""
-        layers * attention + dense_layers * _gated(hidden_size, dense_inner) + (layers - dense_layers) *
-        (hidden_size * experts + (experts + shared) * _gated(hidden_size, expert_inner)) + vocab_size * hidden_size
-            That is every weight. A token is multiplied by those of its top_k experts only.
-        layers * attention + dense_layers * _gated(hidden_size, dense_inner) + (layers - dense_layers) *
-        (hidden_size * experts + top_k * _gated(hidden_size, expert_inner)) + vocab_size * hidden_size
-            The shared experts are missing; every token goes through them.
-        layers * attention + dense_layers * _gated(hidden_size, dense_inner) + (layers - dense_layers) *
-        (top_k + shared) * _gated(hidden_size, expert_inner) + vocab_size * hidden_size
-            The router is missing. To choose, a token is multiplied by one row for each expert, also of those that it
-            does not choose.
-        layers * attention + dense_layers * _gated(hidden_size, dense_inner) + (layers - dense_layers) *
-        (hidden_size * experts + (top_k + shared) * _gated(hidden_size, expert_inner)) + 2 * vocab_size * hidden_size
-            The embedding is looked up, one row a token, and multiplied by nothing. The head is what is multiplied by.
-        layers * attention + dense_layers * _gated(hidden_size, dense_inner) + (layers - dense_layers) *
-        (hidden_size * experts + (top_k + shared) * _gated(hidden_size, expert_inner))
-            The head is missing: its logits are a product with one row for each token of the vocabulary.
-        layers * (attention + hidden_size * experts + (top_k + shared) * _gated(hidden_size, expert_inner)) +
-        vocab_size * hidden_size
-            The first layers have one dense MLP each, and no experts.
-        layers * attention + dense_layers * 2 * hidden_size * dense_inner + (layers - dense_layers) *
-        (hidden_size * experts + (top_k + shared) * 2 * hidden_size * expert_inner) + vocab_size * hidden_size
-            A SwiGLU has three matrices: gate, up and down.
+        _reached(tokens, bits, line)
+            That is a straight line in tokens and bits. Take the logarithm of both.
+        math.exp(_reached([math.log(x) for x in tokens], bits, line))
+            Only the tokens are logarithms here. Take the logarithm of the bits as well, and of the line.
+        _reached(tokens, [math.log(y) for y in bits], math.log(line))
+            Only the bits are logarithms here. Take the logarithm of the tokens as well.
+        _reached([math.log(x) for x in tokens], [math.log(y) for y in bits], math.log(line))
+            That is the logarithm of the tokens. Undo it at the end.
+        math.exp(_reached([math.log(x) for x in tokens], [math.log(y) for y in bits], line))
+            The line is in bits, and your fit in their logarithm.
+        math.exp(_reached([math.log(x) for x in tokens[::len(tokens) - 1]],
+        [math.log(y) for y in bits[::len(bits) - 1]], math.log(line)))
+            That goes through the first and the last point. Fit all of them, by least squares.
+        math.exp(_reached([math.log(x) for x in tokens[-2:]], [math.log(y) for y in bits[-2:]], math.log(line)))
+            That goes through the last two points. Fit all of them, by least squares.
     """,
-    hint="Layer by layer: attention; then one dense MLP, or a router and the experts that a token goes through. And "
-    "the head, once.",
+    hint="Fit log(bits) = a + b log(tokens) by least squares (numpy.polyfit of degree 1), and solve for the tokens at "
+    "which it is log(line).",
 )
-def active(
-    hidden_size: int, vocab_size: int, layers: int, dense_layers: int, attention: int, dense_inner: int, experts: int,
-    top_k: int, expert_inner: int, shared: int,
-) -> int:  # fmt: skip
-    """Weights that one token is multiplied by; ``attention`` is the number in one layer's attention."""
-    mixture = hidden_size * experts + (top_k + shared) * _gated(hidden_size, expert_inner)
-    dense = dense_layers * _gated(hidden_size, dense_inner)
-    return layers * attention + dense + (layers - dense_layers) * mixture + vocab_size * hidden_size
+def crossing(tokens: list[float], bits: list[float], line: float) -> float:
+    """Tokens at which a power law, fitted to a learning curve by least squares in logarithms, reaches ``line``."""
+    return math.exp(_reached([math.log(x) for x in tokens], [math.log(y) for y in bits], math.log(line)))

@@ -324,12 +324,13 @@ RIGHT = {
         "np.stack([np.concatenate([gate_up[: len(order)][u], gate_up[len(order) :][u], down.T[u]]) for u in"
         " order.view(slices, -1).numpy()])",
     ),
-    "whole/shuffles": (
-        "[np.mean([_information(sources[document], chosen[order.argsort()]) for order in places]),"
-        " np.mean([_information(sources[order[document]], chosen) for order in documents])]",
-        "(lambda H, e: [np.mean([H(z) + H(e) - H(64 * z + e) for z in (x.repeat_interleave(chosen.shape[1]) for x in"
-        " some)]) for some in ([sources[document][o] for o in places], [sources[o][document] for o in documents])])("
-        "lambda v: -sum(q * math.log2(q) for q in np.unique(v, return_counts=True)[1] / len(v)), chosen.flatten())",
+    "whole/beyond": (
+        "(lambda f: f(torch.arange(len(sources))) - np.mean([f(order) for order in orders]))(lambda order:"
+        " _information((64 * token + sources[order[document]])[token.bincount()[token] >= at_least],"
+        " chosen[token.bincount()[token] >= at_least]))",
+    ),
+    "whole/crossing": (
+        "(lambda fit: 10 ** ((math.log10(line) - fit[1]) / fit[0]))(np.polyfit(np.log10(tokens), np.log10(bits), 1))",
     ),
 }
 WRONG = {
@@ -599,13 +600,12 @@ WRONG = {
         "split_swiglu(gate_up.roll(len(order), 0), down, order, slices)",
         "split_swiglu(gate_up, down, order, 1)",
     ),
-    "whole/shuffles": (
-        "[2 * x for x in by_chance(sources, document, chosen, places, documents)]",
-        "by_chance(sources, document, chosen[:, :1], places, documents)",
-        "by_chance(sources, document, chosen, places, documents)[:1]",
+    "whole/beyond": (
+        "2 * beyond(token, document, sources, chosen, orders, at_least)",
+        "beyond(token, document, sources, chosen[:, :1], orders[:1], at_least)",
     ),
     "whole/chain": ("chain(rows, depth).transpose(0, 1)", "chain(rows, depth).flip(0) + 1"),
-    "whole/active": ("hidden_size * vocab_size", "2 * active(**locals())"),
+    "whole/crossing": ("crossing(tokens, bits, 2 * line)", "tokens[-1]", "np.interp(-line, -np.array(bits), tokens)"),
     "your_machine/decode-floor": ("parameters * bytes_per_weight / bandwidth * 1e6",),
     "your_machine/which-bound": (
         "'compute' if 2 * m * k * n / flops >= bytes_per_number * (k * n + m * n) / bandwidth else 'bandwidth'",
