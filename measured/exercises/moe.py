@@ -96,45 +96,40 @@ def places(indices: Tensor) -> Tensor:
     return order.argsort().view_as(indices)  # its inverse: pair -> row
 
 
-def _layer(tokens: int, experts: int, hidden: int, top_k: int, seed: int) -> dict:
-    shapes = {"x": (tokens, hidden), "router": (experts, hidden), "experts": (experts, hidden, hidden)}
-    made = {name: _random(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
-    return made | {"top_k": top_k}
-
-
 @exercise(
-    "moe/repair",
-    cases=[_layer(5, 4, 3, 2, seed=10), _layer(4, 6, 2, 3, seed=20), _layer(6, 8, 3, 2, seed=30)],
+    "moe/exchange",
+    cases=named(
+        "experts top_k places kept tokens hidden size",
+        (256, 8, 8, 4, 4096, 7168, 2),  # DeepSeek-V3's experts, 8 nodes
+        (256, 8, 64, 32, 128, 7168, 1),  # the same, 8 devices a node
+        (16, 2, 4, 4, 10, 64, 4),
+        (60, 5, 6, 3, 100, 512, 2),
+    ),
     mistakes="""
-        _apply(x, experts, _softmax(x, router) * _anybody(x, router, top_k))
-            No mask: a token receives every expert that any token chose, each with its whole column of scores. Only the
-            experts in a token's own row may reach it.
-        _apply(x, experts, _normed(_softmax(x, router) * _anybody(x, router, top_k)))
-            No mask: a token receives every expert that any token chose. Normalising hides it, and does not cure it.
-        repair(x, router, experts, top_k) / top_k
-            The division is still there. The weights already say how much each expert counts.
-        _apply(x, experts, _own(x, router, top_k))
-            Router, loop and mask are right. The weights are the bare scores, which sum to less than 1: divide them by
-            the sum of the chosen ones.
-        _apply(x, experts, _own(x, router, top_k)) / top_k
-            Router, loop and mask are right. The last line is as it was: bare scores, which sum to less than 1, and then
-            halved.
-        _apply(x, experts, (_own(x, router, top_k) > 0) / top_k)
-            A plain mean of the chosen experts: the scores no longer say how much each counts.
-        _apply(x, experts, _spread(_softmax(x, router), _ids(_softmax(x, router)[:1], top_k).expand(len(x), top_k)))
-            All tokens go to the experts that the first token chose. Each row of ids is of one token.
+        2 * tokens * kept * (1 - (1 - 1 / kept) ** top_k) * hidden * size
+            That draws with repetition. A token has k different experts: the second is drawn from those that are left.
+        2 * tokens * top_k * hidden * size
+            One copy for each expert. Experts that lie on one place share a copy: count places.
+        2 * tokens * kept * hidden * size
+            `kept` is the most that a token may use. Its experts may all lie on fewer places.
+        2 * tokens * min(kept, top_k) * hidden * size
+            That is the largest number of places. Experts may share a place: take the mean.
+        exchange(experts, top_k, places, places, tokens, hidden, size)
+            The limit has no effect: experts are drawn from those on `kept` places only.
+        exchange(experts, top_k, places, places, tokens, hidden, size) * kept / places
+            You draw from all experts and count only the open places. Closed experts cannot be drawn.
+        exchange(experts, top_k, places, kept, tokens, hidden, size) / 2
+            One way only: every copy is answered by a vector that comes back.
+        exchange(experts, top_k, places, kept, tokens, hidden, 1)
+            A number has `size` bytes.
     """,
-    hint="For each token: the k best of its scores, divided by their sum, times what those experts make of this token.",
+    hint="A place is missed if all k experts lie on the other kept ones: a quotient of two binomial coefficients.",
 )
-def repair(x: Tensor, router: Tensor, experts: Tensor, top_k: int) -> Tensor:
-    """The article's router, repaired: (N, H), (E, H) and one matrix an expert, (E, H, H) -> (N, H)."""
-    weights, indices = (x @ router.T).softmax(-1).topk(top_k, dim=-1)  # (N, k)
-    weights = weights / weights.sum(-1, keepdim=True)
-    y = torch.zeros_like(x)
-    for e, expert in enumerate(experts):
-        token, place = (indices == e).nonzero(as_tuple=True)  # who chose it, and as which choice
-        y.index_add_(0, token, weights[token, place, None] * (x[token] @ expert))
-    return y
+def exchange(experts: int, top_k: int, places: int, kept: int, tokens: int, hidden: int, size: int) -> float:
+    """Bytes of a layer's two all-to-all exchanges; k experts at random, without repetition, on ``kept`` places."""
+    each = experts // places
+    missed = math.comb(each * (kept - 1), top_k) / math.comb(each * kept, top_k)
+    return 2 * tokens * kept * (1 - missed) * hidden * size
 
 
 def _config(
@@ -233,21 +228,3 @@ def _in_slice(indices: Tensor) -> Tensor:
     """How many pairs of the same expert come before each pair."""
     flat = indices.flatten()
     return (flat[:, None] == flat).tril(-1).sum(1).view_as(indices)
-
-
-def _softmax(x: Tensor, router: Tensor) -> Tensor:
-    return (x @ router.T).softmax(-1)
-
-
-def _own(x: Tensor, router: Tensor, top_k: int) -> Tensor:
-    return _spread(_softmax(x, router), _ids(_softmax(x, router), top_k), False)
-
-
-def _anybody(x: Tensor, router: Tensor, top_k: int) -> Tensor:
-    """Which experts any token chose, as a row of ones and zeros."""
-    return (_own(x, router, top_k) > 0).any(0)
-
-
-def _apply(x: Tensor, experts: Tensor, table: Tensor) -> Tensor:
-    """Every expert on every token, times a table of weights, (N, E)."""
-    return torch.einsum("ne,nh,ehj->nj", table.to(x), x, experts)

@@ -23,13 +23,13 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
 # numbers of groups and shared experts are published ones. So are the factors of V2, V3 and V4-Flash; V3.2 has the
 # default of transformers' configuration of the family; GLM-4.5's (of 355 billion) and dots.llm1's stand in the
 # configurations of their checkpoints, where transformers' default is 1. LFM2 has 1. V4's limit is 10, here a smaller
-# one that this size meets.
+# one that this size meets. Qwen1.5-MoE (A2.7B) has 4 shared experts, 5,632 over 1,408; its family has other sizes too.
 ROUTERS = {
     "Mixtral": ("mixtral", "MixtralSparseMoeBlock", NORMED, {}, {"intermediate_size": I}),
     "Granite MoE": ("granitemoe", "GraniteMoeMoE", NORMED, {}, {"intermediate_size": I}),
     "DBRX": ("dbrx", "DbrxFFN", NORMED, {}, {}),
     "OLMoE": ("olmoe", "OlmoeSparseMoeBlock", PLAIN, {}, {"intermediate_size": I}),
-    "Qwen2-MoE": (
+    "Qwen1.5-MoE": (
         "qwen2_moe", "Qwen2MoeSparseMoeBlock", PLAIN, {"n_shared_experts": 4, "shared_expert_gate": True},
         {"shared_expert_intermediate_size": 4 * I},
     ),
@@ -70,7 +70,7 @@ ROUTERS = {
 }  # fmt: skip
 # One row of each kind: every way to score, to choose, to weigh, and every extra.
 KINDS = (
-    "Mixtral", "OLMoE", "Qwen2-MoE", "ERNIE 4.5", "DeepSeek-V2", "DeepSeek-V3", "DeepSeek-V4-Flash",
+    "Mixtral", "OLMoE", "Qwen1.5-MoE", "ERNIE 4.5", "DeepSeek-V2", "DeepSeek-V3", "DeepSeek-V4-Flash",
     "DeepSeek-V4-Flash, first layers",
 )  # fmt: skip
 NOT_EXPRESSED = {

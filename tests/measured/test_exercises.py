@@ -208,10 +208,11 @@ RIGHT = {
         "torch.empty(indices.numel()).scatter(0, indices.flatten().argsort(stable=True), torch.arange("
         "indices.numel() * 1.0)).view_as(indices)",
     ),
-    "moe/repair": (
-        "torch.stack([((x[n] @ router.T)[ids].softmax(0)[:, None] * (x[n] @ experts[ids])).sum(0)"
-        " for n, ids in enumerate((x @ router.T).topk(top_k).indices)]).float()",
-        "np.einsum('ne,nh,ehj->nj', _normed(_own(x, router, top_k)), x, experts)",
+    "moe/exchange": (
+        "2 * tokens * hidden * size * kept * (1 - np.prod([1 - 1 / (kept - i * places / experts) for i in"
+        " range(top_k)]))",
+        "tokens * hidden * size * kept * (2 - 2 * math.prod(1 - experts // places / (experts // places * kept - i)"
+        " for i in range(top_k)))",
     ),
     "moe/configuration": (
         "configuration(config, logits.float(), bias.float()).numpy()",
@@ -489,11 +490,10 @@ WRONG = {
         "len(chance)",
     ),
     "moe/places": ("places(indices) + 1", "places(indices.flip(1))", "torch.argsort(indices, 0)"),
-    "moe/repair": (
-        "repair(x, router, experts, top_k - 1)",
-        "repair(x, router, experts.mT, top_k)",
-        "repair(router, x, experts, top_k)",
-        "repair(x, router, experts.mean(0).expand_as(experts), top_k)",
+    "moe/exchange": (
+        "kept",
+        "exchange(experts, top_k + 1, places, kept, tokens, hidden, size)",
+        "exchange(experts, top_k, kept, kept, tokens, hidden, 2 * size)",
     ),
     "moe/configuration": (
         "configuration(config, -logits, bias)",
