@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SLOTS, SIZE, CHUNK, IDLE, STEPS = 8, 4, 4, 5, 1000
-KINDS = ("right", "shares nothing", "parent", "whole", "stale", "freed", "not read again", "leaks")
+KINDS = ("right", "shares nothing", "parent", "whole", "stale", "freed", "not read again", "leaks", "grandparent")
 
 
 @dataclass
@@ -32,7 +32,8 @@ class _Serving:
 
     def names(self, tokens: list[int]) -> list[tuple]:
         ends = range(SIZE, len(tokens) + 1, SIZE)
-        return [tuple(tokens[end - SIZE if self.kind == "parent" else 0 : end]) for end in ends]
+        seen = {"parent": SIZE, "grandparent": 2 * SIZE}.get(self.kind, len(tokens))  # by a block's name
+        return [tuple(tokens[max(0, end - seen) : end]) for end in ends]
 
     def missing(self, text: _Text, count: int) -> int:
         return -(-(text.done + count) // SIZE) - len(text.table)

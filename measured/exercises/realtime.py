@@ -6,7 +6,8 @@ from measured.exercises import exercise, named
 from measured.exercises._serving import KINDS, Engine
 
 P, Q, R = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
-RELATIVES = [[*P, *Q, 20], [*R, *Q, 21], [*P, *Q], [*P, 22, 23], [*R, *Q, 24], [*P, *Q], [*P, 22, 23, 25], [*R, *Q]]
+PAIRS = [[*P, *Q, 20], [*R, *Q, 21], [*P, *Q], [*P, 22, 23], [*R, *Q, 24], [*P, *Q], [*P, 22, 23, 25], [*R, *Q]]
+RELATIVES = [*PAIRS, [*P, *Q, *R], [*R, *Q, *R, 26]]
 STRANGERS = [[30 * n + at for at in range(9)] for n in range(1, 9)]
 ROOMY, CROWDED = 40, 6
 
@@ -24,14 +25,17 @@ def _has_error(serve, prompts=RELATIVES, memories=(ROOMY, CROWDED), texts=True, 
     cases=named("serve", *([Engine(number)] for number in range(len(KINDS)))),
     mistakes="""
         _has_error(serve, prompts=STRANGERS, memories=(ROOMY,))
-            Your requests find nothing: prompts that have no beginning in common, in a memory with room for all. Let
+            Your requests find nothing: prompts that have no prefix in common, in a memory with room for all. Let
             prompts begin alike, and let blocks run out.
         _has_error(serve, prompts=STRANGERS)
             Blocks run out, but no two prompts begin alike: then nothing is shared, and what goes wrong in sharing is
             not seen.
         _has_error(serve, memories=(ROOMY,))
-            Prompts share beginnings, but there is room for all: no text ever loses its blocks, and no block is used
+            Prompts share prefixes, but there is room for all: no text ever loses its blocks, and no block is used
             again. Let it run out.
+        _has_error(serve, prompts=PAIRS)
+            Your prompts have two blocks in common at most. A hash of a block's tokens and its parent's *tokens* passes
+            then: let the same two blocks stand behind another first one.
         _has_error(serve, free=False)
             You compare texts only. A block that is not given back changes no text until nothing fits any more: count
             the free ones at the end.
@@ -40,7 +44,7 @@ def _has_error(serve, prompts=RELATIVES, memories=(ROOMY, CROWDED), texts=True, 
         1 - _has_error(serve)
             The other way round: 1 for an engine that has an error.
     """,
-    hint="Send prompts that begin alike, some wholly known, some with the same tokens behind another beginning; once "
+    hint="Send prompts that begin alike, some wholly known, some with the same tokens behind another prefix; once "
     "with room for all and once with blocks for two. Compare each text with that of a call of its own, and the free "
     "blocks with all.",
 )
@@ -110,79 +114,55 @@ def audit(holders: Sequence[int], tables: Sequence[Sequence[int]], free: Sequenc
     return _audit(holders, tables, free)
 
 
-def _numbered(texts, salts, size, name: Callable = lambda parent, piece, before: (parent, piece), root=None, part=0):
-    """Number what has the same name: ``name(parent's number, the block's tokens, all tokens before it)``."""
-    names: dict = {}
-    found = []
-    for tokens, salt in zip(texts, salts, strict=True):
-        parent = ("salt", salt) if root is None else root(salt)
-        for start in range(0, len(tokens) - (1 if part else size) + 1, size):
-            piece = tuple(tokens[start : start + size])
-            parent = names.setdefault(name(parent, piece, tuple(tokens[:start])), len(names))
-            found.append(parent)
-    return found
+def _evicted(parents, used, need, key: Callable = lambda age, deep, block: (age, -deep)) -> list[int]:
+    deep: dict[int | None, int] = {None: -1}
+
+    def depth(block: int | None) -> int:
+        if block not in deep:
+            deep[block] = depth(parents[block]) + 1
+        return deep[block]
+
+    return sorted(range(len(used)), key=lambda block: key(used[block], depth(block), block))[:need]
 
 
 @exercise(
-    "realtime/prefix",
+    "realtime/evict",
     cases=named(
-        "texts salts size",
-        (
-            [[1, 1, 3, 1, 1], [1, 1, 3, 2, 2, 3, 2], [12, 3, 5, 3, 3], [1, 23, 5, 1, 23, 5, 3], [1, 1, 3, 12, 3, 5]],
-            [None, None, 1, None, 1],
-            3,
-        ),
-        (
-            [
-                [1, 3, 3, 12, 3, 5],
-                [1, 3, 3, 3, 2, 2, 1, 3, 3, 3],
-                [1, 3, 3, 12, 3, 5, 12, 3, 5],
-                [1, 23, 5],
-                [3, 2, 2, 1, 3, 3],
-            ],
-            [None, 0, 1, 1, None],
-            3,
-        ),
-        (
-            [[2, 1, 2, 1], [12, 3, 2, 1, 1, 2, 2], [2, 3, 2, 3, 1, 2], [12, 3, 1, 2, 1], [1, 23, 12, 3]],
-            [1, 0, None, 0, 0],
-            2,
-        ),
-        ([[12, 3, 2, 1, 3], [2, 1], [12, 3], [2, 1, 1], [2, 1, 12, 3]], [0, None, None, None, None], 2),
-        ([[1, 23, 5], [3, 2, 1, 12, 3, 5, 2, 2], [3, 1, 2, 3, 3]], [0, 1, 0], 3),
+        "parents used need",
+        ([None, 0, 1, 2], [5, 5, 5, 5], 2),
+        ([3, 0, None, 2, 3, 4], [4, 4, 9, 9, 9, 9], 5),
+        ([None, 0, 0, 2, None, 4, 1], [8, 3, 8, 8, 5, 5, 3], 6),
+        ([2, 0, None, 5, 3, None, 2], [3, 3, 7, 6, 6, 6, 7], 3),
+        ([None, None, 1, 2, 0, 4, 5, 2], [4, 6, 6, 6, 4, 4, 4, 2], 7),
     ),
     mistakes="""
-        _numbered(texts, salts, size, lambda parent, piece, before: piece)
-            A block's name has only its own tokens. Behind another beginning the same tokens have other keys and
-            values.
-        _numbered(texts, salts, size, lambda parent, piece, before: (before[-size:], piece))
-            A block's name has its own tokens and those of the block before it. Blocks further back matter as well:
-            put the parent's *name* in, which has all of them.
-        _numbered(texts, salts, size, root=lambda salt: 0)
-            The adapter is left out: with other weights the same tokens have other keys and values.
-        _numbered(texts, salts, size, root=lambda salt: salt or 0)
-            None and 0 are one for you: the model itself, and its first adapter.
-        _numbered(texts, salts, size, lambda parent, piece, before: (parent, tuple(sorted(piece))))
-            The order of a block's tokens is lost.
-        _numbered(texts, salts, size, lambda parent, piece, before: (parent, sum(piece)))
-            A sum is no name: other tokens may have the same.
-        _numbered(texts, salts, size, lambda parent, piece, before: (parent, "".join(map(str, piece))))
-            1 and 23, written without a gap, read as 12 and 3. Separate them, or keep them apart in a tuple.
-        _numbered(texts, salts, size, part=1)
-            A block that is only partly filled gets no number: its owner goes on writing in it.
-        [number + 1 for number in _numbered(texts, salts, size)]
-            The first block gets 0.
+        _evicted(parents, used, need, lambda age, deep, block: age)
+            Of the blocks given back in one step, you take those with the lowest numbers. Which of them can still be
+            found when another one is gone?
+        _evicted(parents, used, need, lambda age, deep, block: (age, deep))
+            You take the front of a chain first: what follows it stays in memory, and nobody finds it.
+        _evicted(parents, used, need, lambda age, deep, block: (age, -block))
+            The numbers of the blocks say nothing about their order in a chain: follow `parents`.
+        _evicted(parents, used, need, lambda age, deep, block: (-deep, age))
+            The longest unused comes first, however deep it stands; depth decides only within one step.
+        _evicted(parents, used, need, lambda age, deep, block: (-age, -deep))
+            You take what was used last.
+        sorted(_evicted(parents, used, need))
+            The right blocks, but the order is asked for as well.
+        _evicted(parents, used, len(used))
+            Only `need` blocks are overwritten.
     """,
-    hint="Keep a dictionary from names to numbers. A name is the pair of the parent's number and the block's tokens; "
-    "the first parent is the adapter.",
+    hint="For every block, count how many stand before it in its chain. Sort by the step of last use, and within a "
+    "step by that count, the largest first.",
 )
-def numbered(texts: Sequence[Sequence[int]], salts: Sequence[int | None], size: int) -> list[int]:
-    """A number for each full block, text by text, equal exactly where two may share one memory.
+def evict(parents: Sequence[int | None], used: Sequence[int], need: int) -> list[int]:
+    """The blocks that are overwritten, in order, when all are free and all can be found.
 
     Args:
-        texts: token ids. salts: the adapter of each text, None for the model itself. size: tokens of a block.
+        parents: of each block the one before it in its chain, None at the front. used: the step in which the last text
+            that held it ended; never earlier than that of a block behind it. need: how many blocks are taken.
     """
-    return _numbered(texts, salts, size)
+    return _evicted(parents, used, need)
 
 
 def _gaps(prompts, chunk, fixed, per_token, at_once=False, each=False) -> list[float]:

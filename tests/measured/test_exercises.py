@@ -231,7 +231,7 @@ RIGHT = {
     "realtime/has-error": (
         "(lambda asked: int(any(serve(asked, blocks) != ([serve([(0, *rest)], 50)[0][0] for _, *rest in asked], blocks)"
         " for blocks in (6, 40))))([(2 * n, [first] * 4 + [then] * size, 9 + n % 3) for n, (first, then, size) in"
-        " enumerate(itertools.product((1, 2), (1, 3), (4, 1, 4)))])",
+        " enumerate(itertools.product((1, 2), (1, 3), (4, 1, 4, 8)))])",
         "int(any((lambda asked: any(serve([one], 30)[0][0] != text for one, text in zip(asked, serve(asked, 9)[0])) or"
         " serve(asked, 9)[1] < 9)([(int(n), [*dice.choice(3, dice.integers(1, 4)).repeat(4), *range(dice.choice((0, 1,"
         " 2)))], int(dice.integers(1, 16))) for n in range(10)]) for dice in map(np.random.default_rng, range(20))))",
@@ -240,9 +240,10 @@ RIGHT = {
         "(lambda n: [2 * bool(n[b] and (b in free or holders[b] < n[b])) or int(b not in free and (holders[b] > n[b] or"
         " n[b] == 0)) for b in range(len(n))])(np.bincount([b for t in tables for b in t], minlength=len(holders)))"
     ),
-    "realtime/prefix": (
-        "(lambda names: [names.setdefault((salt, *tokens[:end]), len(names)) for tokens, salt in zip(texts, salts) for"
-        " end in range(size, len(tokens) + 1, size)])({})"
+    "realtime/evict": (
+        "(lambda behind: [b for _, _, b in sorted((used[b], -len(behind(b)), b) for b in range(len(used)))][:need])"
+        "(lambda b: [*itertools.takewhile(lambda x: x is not None, itertools.accumulate(itertools.repeat(b, len(used)),"
+        " lambda x, _: None if x is None else parents[x]))])",
     ),
     "realtime/chunk": (
         "next((c for c in sorted(chunks, reverse=True) if (lambda gaps: (gaps > limit).mean() <= allowed and gaps.max()"
@@ -519,10 +520,11 @@ WRONG = {
         "[int(block not in free) for block in range(len(holders))]",
         "[counted > 0 for counted in holders]",
     ),
-    "realtime/prefix": (
-        "[n for tokens in texts for n in range(len(tokens) // size)]",
-        "numbered(texts[:1], salts[:1], size)",
-        "[number % 2 for number in numbered(texts, salts, size)]",
+    "realtime/evict": (
+        "list(range(need))",
+        "evict(parents, used, need)[::-1]",
+        "evict(parents, used, need - 1)",
+        "evict([None] * len(used), used, need)",
     ),
     "realtime/chunk": (
         "max(chunks)",
