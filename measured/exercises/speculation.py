@@ -6,86 +6,87 @@ from collections.abc import Callable, Sequence
 from measured.exercises import exercise, named
 
 
-@exercise(
-    "speculation/tokens-per-round",
-    cases=named("acceptance count empty", (0.8, 4, 0.25), (0.5, 1, 0.6), (0.25, 6, 0.1), (0.7, 2, 0.5)),
-    mistakes="""
-        sum(acceptance**power for power in range(count + 1))
-            In a share of the rounds nothing is guessed: they yield one token, the model's own.
-        (1 - empty) * sum(acceptance**power for power in range(count + 1))
-            A round without a guess is a plain step, and a plain step yields one token, not none.
-        1 + (1 - empty) * acceptance * count
-            A guess behind one that failed is lost too. The second stays only if the first does, with chance acceptance
-            squared, and so on.
-        (1 - empty) * sum(acceptance**power for power in range(1, count + 1))
-            Every pass yields one token of its own besides the guesses that stay.
-        sum(((1 - empty) * acceptance)**power for power in range(count + 1))
-            A round is empty once, not once for each guess: inside a round with guesses the chance is acceptance.
-    """,
-    hint="Two kinds of rounds: the empty ones yield 1 token, the others 1 + a + a² + …. Weigh them by their shares.",
-)
-def tokens_per_round(acceptance: float, count: int, empty: float) -> float:
-    """Tokens a round yields on average, if a share ``empty`` of the rounds has no guess and the others ``count``."""
-    return 1 + (1 - empty) * sum(acceptance**power for power in range(1, count + 1))
+def _tokens(histogram: Sequence[int], k: int) -> float:
+    """Tokens a round of ``k`` guesses yields, from how many rounds accepted 0, 1, … of more guesses."""
+    return 1 + sum(min(n, k) * rounds for n, rounds in enumerate(histogram)) / sum(histogram)
 
 
-def _fitted(lengths: Sequence[int], k: int) -> float:
-    """The chance for which 1 + a + … + a^k is the mean number of tokens."""
-    low, high, tokens = 0.0, 1.0, 1 + sum(lengths) / len(lengths)
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**n for n in range(k + 1)) < tokens else (low, middle)
-    return high
+def _chance(histogram: Sequence[int]) -> float:
+    """Of the guesses behind no failure, the share that was accepted."""
+    accepted = sum(n * rounds for n, rounds in enumerate(histogram))
+    return accepted / (accepted + sum(histogram[:-1]))
+
+
+def _best(tokens: Callable[[int], float], costs: Sequence[float]) -> int:
+    return max(range(len(costs)), key=lambda k: tokens(k) / costs[k])
+
+
+def _round_costs(guess_cost: float, pass_cost: Sequence[float]) -> list[float]:
+    return [k * guess_cost + cost for k, cost in enumerate(pass_cost)]
 
 
 @exercise(
-    "speculation/acceptance",
+    "speculation/choose-k",
     cases=named(
-        "lengths k", ([2, 2, 1, 2, 0, 3, 3, 3, 3, 3], 3), ([0, 1, 0, 0, 1], 1), ([1, 0, 2, 1], 4), ([2, 2, 2], 2),
-        ([4, 4, 2, 0, 1, 4], 4), ([4, 4, 2, 0, 1, 4], 6), ([0, 0], 5),
+        "histogram guess_cost pass_cost",
+        ([10, 10, 60, 15, 5], 0.1, [1.0, 1.02, 1.04, 1.06, 1.08]),
+        ([30, 30, 25, 10, 5], 0.05, [1.0, 1.02, 1.05, 1.4, 1.5]),
+        ([5, 5, 10, 60, 60, 10, 5], 0.02, [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3]),
+        ([60, 10, 10, 10, 10], 0.3, [1.0, 1.2, 1.25, 1.3, 1.35]),
+        ([10, 10, 10, 10, 160], 0.3, [1.0, 1.02, 1.04, 1.06, 1.08]),
+        ([20, 10, 10, 10, 50], 0.0, [1.0, 1.3, 1.4, 1.5, 1.6]),
+        ([10, 10, 10, 10, 60], 0.05, [1.0, 1.02, 2.0, 2.6, 3.2]),
+        ([50, 5, 5, 5, 35], 0.1, [1.0, 1.05, 1.1, 1.15, 1.2]),
     ),
     mistakes="""
-        sum(lengths) / (k * len(lengths))
-            That is accepted ÷ proposed. It also counts the guesses behind a failure, which no pass has looked at.
-        sum(lengths) / (sum(lengths) + len(lengths))
-            A round in which all k were accepted has no failure.
-        sum(n > 0 for n in lengths) / len(lengths)
-            That looks at the first guess of each round. Others count as well, where those before them were accepted.
-        _fitted(lengths, k)
-            That fits the formula to the mean, which is right only if the chance is the same at every place. Count.
-        sum(n == k for n in lengths) / len(lengths)
-            That is the share of the rounds without a failure. Count guesses.
-        1 + sum(lengths) / len(lengths)
-            Those are tokens a round. A chance lies between 0 and 1.
+        _best(lambda k: _tokens(histogram, k), [1.0] * len(pass_cost))
+            More guesses always yield more tokens. Divide by what the round costs.
+        _best(lambda k: _tokens(histogram, k), pass_cost)
+            The guesses have a price as well: guess_cost for each.
+        _best(lambda k: _tokens(histogram, k), [guess_cost + cost for cost in pass_cost])
+            guess_cost is the price of one guess, and a round makes k of them.
+        _best(lambda k: _tokens(histogram, k) - 1, _round_costs(guess_cost, pass_cost))
+            Every pass yields one token of the target's own besides the accepted guesses.
+        _best(lambda k: sum(_chance(histogram) ** n for n in range(k + 1)), _round_costs(guess_cost, pass_cost))
+            That takes one chance for every place. The histogram says more: how often each place was reached and right.
+        _best(lambda k: 1 + sum(histogram[1 : k + 1]) / sum(histogram), _round_costs(guess_cost, pass_cost))
+            A place counts in every round that accepted *at least* so many guesses, not exactly so many.
+        _best(lambda k: 1 + sum(n * histogram[n] for n in range(k + 1)) / sum(histogram), _round_costs(guess_cost,\
+ pass_cost))
+            A round that accepted more than k guesses would still have accepted k of them.
     """,
-    hint="Count the guesses that were looked at: those accepted, and in a round that failed the one that failed.",
-)  # fmt: skip
-def accepted_chance(lengths: Sequence[int], k: int) -> float:
-    """The chance that a guess is accepted if those before it were, from how many each round of ``k`` accepted."""
-    failures = sum(n < k for n in lengths)
-    return sum(lengths) / (sum(lengths) + failures)
+    hint="With k guesses, a round that accepted n accepts min(n, k). Its mean plus one, over k guesses and the pass.",
+)
+def choose_k(histogram: Sequence[int], guess_cost: float, pass_cost: Sequence[float]) -> int:
+    """The number of guesses, 0 to K, that is fastest; ``histogram[n]`` rounds accepted n of their K guesses."""
+    return _best(lambda k: _tokens(histogram, k), _round_costs(guess_cost, pass_cost))
 
 
-def _softmax(row: Sequence[float], temperature: float) -> list[float]:
-    powers = [math.exp((one - max(row)) / temperature) for one in row]
-    return [one / sum(powers) for one in powers]
+def _nucleus(row: Sequence[float], top_p: float) -> list[float]:
+    powers = [math.exp(one - max(row)) for one in row]
+    kept, total = [0.0] * len(row), 0.0
+    for at in sorted(range(len(row)), key=lambda at: -row[at]):
+        kept[at] = powers[at] / sum(powers)
+        total += kept[at]
+        if total >= top_p:
+            break
+    return [one / total for one in kept]
 
 
 def _verify(
-    logits, draft_logits, guesses, uniforms, temperature, draft: float | None = None,
-    rest: Callable = lambda a, b: max(0.0, a - b), norm=True, stops=True, upside_down=False,
+    logits, draft_logits, guesses, uniforms, top_p, held, p_cut=True, q_cut=True, behind=1,
+    rest: Callable = lambda a, b: max(0.0, a - b), norm=True, stops=True,
 ) -> list[float]:  # fmt: skip
     """The reference and, by its options, the usual ways to get it wrong."""
-    p = [_softmax(row, temperature) for row in logits]
-    q = [_softmax(row, draft or temperature) for row in draft_logits]
-    chances = [(q[n][x] / p[n][x]) if upside_down else (p[n][x] / q[n][x]) for n, x in enumerate(guesses)]
-    stays = [uniform < chance for uniform, chance in zip(uniforms, chances, strict=True)]
+    p = [_nucleus(row, top_p if p_cut else 1.0) for row in logits]
+    q = [_nucleus(row, top_p if q_cut else 1.0) for row in draft_logits]
+    stays = [one * q[n][x] < p[n][x] for n, (one, x) in enumerate(zip(uniforms, guesses, strict=True))]
     kept = [*stays, False].index(False) if stops else sum(stays)
     if kept == len(guesses):
-        return [kept, *p[kept]]
+        return [held + kept + behind, *p[kept]]
     left = [rest(a, b) for a, b in zip(p[kept], q[kept], strict=True)]
     whole = sum(left) if norm else 1.0
-    return [kept, *(one / (whole or 1.0) for one in left)]
+    return [held + kept + behind, *(one / (whole or 1.0) for one in left)]
 
 
 _TARGET = [[2.0, 1.0, 0.0, -1.0], [0.5, 1.5, -0.5, 0.0], [-1.0, 0.2, 0.9, 0.4]]
@@ -96,42 +97,98 @@ _DRAFT, _SURE = [[0.8, 1.4, 0.1, -0.6], [1.6, 0.3, -0.2, 0.9]], [[0.0, 2.1, 0.4,
 @exercise(
     "speculation/verifier",
     cases=named(
-        "logits draft_logits guesses uniforms temperature",
-        (_TARGET, _DRAFT, [0, 0], [0.9, 0.18], 0.5),
-        (_TARGET, _SURE, [1, 1], [0.7, 0.2], 0.6),
-        (_OTHER, _DRAFT, [1, 0], [0.3, 0.75], 2.0),
-        (_OTHER, _SURE, [2, 0], [0.5, 0.6], 1.5),
-        (_OTHER, _SURE, [2, 0], [0.5, 0.8], 1.5),
+        "logits draft_logits guesses uniforms top_p held",
+        (_TARGET, _DRAFT, [1, 0], [0.5, 0.3], 0.8, 7),
+        (_TARGET, _DRAFT, [0, 0], [0.9, 0.5], 0.8, 20),
+        (_OTHER, _DRAFT, [1, 0], [0.3, 0.75], 0.7, 12),
+        (_OTHER, _SURE, [1, 0], [0.3, 0.2], 0.9, 5),
+        (_OTHER, _SURE, [3, 0], [0.1, 0.1], 0.9, 5),
+        (_OTHER, _DRAFT, [0, 0], [0.6, 0.55], 0.8, 9),
+        (_OTHER, _DRAFT, [1, 0], [0.95, 0.7], 0.9, 9),
+        (_TARGET, _SURE, [1, 0], [0.2, 0.9], 0.95, 3),
     ),
+    tolerance=1e-4,
     mistakes="""
-        _verify(logits, draft_logits, guesses, uniforms, temperature, draft=1.0, rest=lambda a, b: a)
-            That is the verifier as it stands. It has two faults: one in what is compared, one in what is drawn.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, rest=lambda a, b: a)
-            One fault is left: after a rejection, drawing from p itself gives too much to what guesses already bring.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, draft=1.0)
-            One fault is left: q has to be what the draft drew from, and it drew at this temperature.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, norm=False)
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, q_cut=False, behind=2)
+            That is the verifier as it stands. It has two faults: one in what is compared, one in what the cache keeps.
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, q_cut=False)
+            One fault is left: q has to be what the draft drew from, and it drew with top-p.
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, behind=2)
+            One fault is left: the cache keeps the guess that failed, and the next pass reads it as text.
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, behind=0)
+            The pass read the newest token before the guesses: the cache holds it too, and may keep it.
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, p_cut=False, q_cut=False)
+            Without top-p on both sides the text has the distribution of plain sampling, not of what was asked for.
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, norm=False)
             What is left sums to the chance of a rejection. To draw from it, make it sum to one.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, rest=lambda a, b: abs(a - b))
-            Where the draft gave too much nothing is missing: those tokens get 0, not the difference.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, rest=lambda a, b: max(0.0, b - a))
-            That is what the draft gave too much. What it gave too little has to be supplied.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, stops=False)
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, rest=lambda a, b: a)
+            After a rejection, drawing from p itself gives too much to what guesses already bring.
+        _verify(logits, draft_logits, guesses, uniforms, top_p, held, stops=False)
             A guess behind a rejected one was made for another text: the first rejection ends the round.
-        _verify(logits, draft_logits, guesses, uniforms, temperature, upside_down=True)
-            The guess stays with chance p over q: the more the model likes it, the better.
     """,
-    hint="For each guess: both distributions at the temperature, stay with min(1, p/q), else the residual, then stop.",
+    hint="p and q both with top-p; accept with min(1, p/q), else the residual; the cache keeps what is in the text.",
 )
 def verifier(
     logits: Sequence[Sequence[float]], draft_logits: Sequence[Sequence[float]], guesses: Sequence[int],
-    uniforms: Sequence[float], temperature: float,
+    uniforms: Sequence[float], top_p: float, held: int,
 ) -> list[float]:  # fmt: skip
-    """How many guesses stay, then the probabilities from which the token behind them is drawn.
+    """The length to which the target's cache is cut, then the probabilities from which the next token is drawn.
 
-    ``uniforms`` are the random numbers between 0 and 1 that decide; the draft drew its guesses at ``temperature``.
+    ``uniforms`` decide; the draft drew with ``top_p``; the cache held ``held`` tokens before the pass, which read the
+    newest token and the guesses.
     """
-    return _verify(logits, draft_logits, guesses, uniforms, temperature)
+    return _verify(logits, draft_logits, guesses, uniforms, top_p, held)
+
+
+def _comes_out(
+    p: Sequence[float], q: Sequence[float], checked: Sequence[bool], residual=True, kept=False, drawn=True
+) -> list[float]:
+    """The first token's distribution; its options are the usual ways to get it wrong."""
+    left = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
+    failed = sum(max(0.0, b - a) for a, b, look in zip(p, q, checked, strict=True) if look)
+    unseen = sum(b for b, look in zip(q, checked, strict=True) if not look)
+    again = [one / sum(left) for one in left] if residual and sum(left) else list(p)
+    own = [b * (not look) for b, look in zip(q, checked, strict=True)] if kept else [unseen * drawn * a for a in p]
+    accepted = [min(a, b) * look for a, b, look in zip(p, q, checked, strict=True)]
+    return [a + failed * b + c for a, b, c in zip(accepted, again, own, strict=True)]
+
+
+_P, _Q = [0.50, 0.30, 0.15, 0.05], [0.20, 0.60, 0.15, 0.05]
+
+
+@exercise(
+    "speculation/scheduler",
+    cases=named(
+        "p q checked",
+        (_P, _Q, [False, True, False, False]),
+        (_P, _Q, [True] * 4),
+        (_P, _Q, [False] * 4),
+        (_P, _Q, [True, False, True, True]),
+        ([0.1, 0.2, 0.3, 0.25, 0.15], [0.3, 0.3, 0.2, 0.1, 0.1], [True, False, True, False, True]),
+    ),
+    mistakes="""
+        list(p)
+            So it is if all tokens are checked, or none. Else follow each token x: with chance q(x) it is the guess;
+            then it is checked, or dropped unseen.
+        _comes_out(p, q, checked, residual=False)
+            A rejected guess is replaced by a draw from the residual, not from p.
+        _comes_out(p, q, checked, kept=True)
+            A guess that is not checked is not kept: the pass yields the target's own token, drawn from p.
+        _comes_out(p, q, checked, drawn=False)
+            Those do not sum to one. A guess that is not checked leaves a plain step: a draw from p.
+        [min(a, b) * look for a, b, look in zip(p, q, checked)]
+            That is the accepted part alone. Add what a rejection brings, and what a plain step brings.
+    """,
+    hint="Three ways to a token: guessed, checked and accepted; the draw after a rejection; a plain step.",
+)
+def scheduled(p: Sequence[float], q: Sequence[float], checked: Sequence[bool]) -> list[float]:
+    """The distribution of the token that comes out if a guess x, drawn from q, is checked only where ``checked[x]``."""
+    return _comes_out(p, q, checked)
+
+
+def _seen(tokens: Sequence[int], confidences: Sequence[Sequence[float]], ahead: int = 0) -> list[float]:
+    """Each guess's confidence given the token before it; ``ahead`` 1 looks at the guess itself."""
+    return [row[tokens[n + ahead]] for n, row in enumerate(confidences)]
 
 
 def _speeds(
@@ -151,33 +208,44 @@ def _first_fall(speeds: Sequence[float]) -> int:
     return next((n for n in range(len(speeds) - 1) if speeds[n + 1] <= speeds[n]), len(speeds) - 1)
 
 
+_SHORT, _LONG = [1.0, 1.05, 1.5, 1.52, 1.54], [1.0, 1.4, 1.8, 2.2, 2.6, 3.0]
+
+
 @exercise(
     "speculation/confidence",
     cases=named(
-        "confidences draft_cost pass_cost",
-        ([0.9, 0.8, 0.7, 0.6], 0.2, [1.0, 1.02, 1.05, 1.1, 1.2]),
-        ([0.9, 0.6, 0.98, 0.98], 0.1, [1.0, 1.05, 1.5, 1.52, 1.54]),
-        ([0.3, 0.2], 0.05, [1.0, 1.5, 1.9]),
-        ([0.85, 0.8, 0.7, 0.5, 0.4], 0.1, [1.0, 1.4, 1.8, 2.2, 2.6, 3.0]),
-        ([0.8, 0.7, 0.6], 1.0, [1.0, 1.4, 1.9, 2.4]),
+        "tokens confidences draft_cost pass_cost",
+        ([0, 1, 0, 1, 1], [[0.9, 0.3], [0.3, 0.8], [0.7, 0.2], [0.4, 0.6]], 0.2, [1.0, 1.02, 1.05, 1.1, 1.2]),
+        ([1, 1, 0, 0, 1], [[0.2, 0.9], [0.1, 0.6], [0.98, 0.5], [0.98, 0.3]], 0.1, _SHORT),
+        ([0, 1, 1], [[0.3, 0.9], [0.9, 0.2]], 0.05, [1.0, 1.5, 1.9]),
+        ([1, 0, 1, 0, 0, 1], [[0.3, 0.85], [0.8, 0.2], [0.1, 0.7], [0.5, 0.9], [0.4, 0.9]], 0.1, _LONG),
+        ([0, 0, 1, 0], [[0.8, 0.5], [0.7, 0.2], [0.9, 0.6]], 1.0, [1.0, 1.4, 1.9, 2.4]),
     ),
     mistakes="""
-        (lambda speeds: speeds.index(max(speeds)))(_speeds(confidences, draft_cost, pass_cost))
+        _first_fall(_speeds(_seen(tokens, confidences, 1), draft_cost, pass_cost))
+            That looks at the guess itself to decide whether it is checked: an unlikely token would come out too seldom
+            or too often. Let each confidence see only the token before.
+        (lambda speeds: speeds.index(max(speeds)))(_speeds(_seen(tokens, confidences), draft_cost, pass_cost))
             The best of all looks too far: whether a guess is checked would depend on guesses behind it, and the text
             would no longer have the target's distribution. Stop at the first that does not make it faster.
-        _first_fall(_speeds(confidences, draft_cost, pass_cost, chained=False))
+        _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost, chained=False))
             A guess counts only if those before it are accepted too: multiply the confidences.
-        _first_fall(_speeds(confidences, 0.0, pass_cost))
+        _first_fall(_speeds(_seen(tokens, confidences), 0.0, pass_cost))
             The block has been guessed, and its cost belongs to the round.
-        _first_fall(_speeds(confidences, draft_cost, pass_cost, each=True))
+        _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost, each=True))
             The block is guessed whole: checking fewer of its guesses does not make it cheaper.
-        _first_fall(_speeds(confidences, draft_cost, pass_cost, own=0.0))
+        _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost, own=0.0))
             Every pass yields one token of the target's own, also if no guess is checked.
-        next((n for n, one in enumerate(confidences) if one < 0.5), len(confidences))
+        next((n for n, one in enumerate(_seen(tokens, confidences)) if one < 0.5), len(confidences))
             A fixed threshold knows nothing of what checking costs: on a full server it checks too many.
     """,
     hint="Tokens: 1 + c₁ + c₁c₂ + …. Cost: the block and the pass. Go on while the quotient of the two grows.",
 )
-def to_check(confidences: Sequence[float], draft_cost: float, pass_cost: Sequence[float]) -> int:
-    """How many guesses of a block to check: one after another, until one does not make the round faster."""
-    return _first_fall(_speeds(confidences, draft_cost, pass_cost))
+def to_check(
+    tokens: Sequence[int], confidences: Sequence[Sequence[float]], draft_cost: float, pass_cost: Sequence[float]
+) -> int:
+    """How many guesses of a block to check: one after another, until one does not make the round faster.
+
+    ``tokens`` are the newest of the text and the guesses; ``confidences[n][y]`` is that of guess n behind a token y.
+    """
+    return _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost))

@@ -18,6 +18,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from dslib.architecture.cache import Step
 from dslib.architecture.config import DecoderConfig
+from dslib.architecture.generation import Sampling
 from dslib.architecture.layers import Attention, Block, SwiGLU, rope_angles
 from measured import exercises
 from measured.exercises import Exercise
@@ -283,22 +284,27 @@ RIGHT = {
         "text[: min([text.find(s) for s in stops if s in text]"
         " or [len(text) - max(n for s in stops for n in range(len(s)) if text.endswith(s[:n]))])]",
     ),
-    "speculation/tokens-per-round": "empty + (1 - empty) * (1 - acceptance ** (count + 1)) / (1 - acceptance)",
-    "speculation/acceptance": (
-        "Fraction(sum(lengths), sum(min(n + 1, k) for n in lengths))",
-        "np.mean([place < n for n in lengths for place in range(k) if place <= n])",
+    "speculation/choose-k": (
+        "int(np.argmax((1 + np.array([np.minimum(range(len(histogram)), k) @ np.array(histogram) for k in range(len("
+        "histogram))]) / sum(histogram)) / (np.arange(len(histogram)) * guess_cost + pass_cost)))",
+        "(lambda at_least: max(range(len(pass_cost)), key=lambda k: (at_least[0] + sum(at_least[1 : k + 1])) / (k * "
+        "guess_cost + pass_cost[k])))([sum(histogram[n:]) for n in range(len(histogram))])",
     ),
     "speculation/verifier": (
-        "(lambda p, q: (lambda k: [k, *(lambda left: left / left.sum())((p[k] - q[k]).clamp(min=0))])(next((n for n, x"
-        " in enumerate(guesses) if q[n, x] * uniforms[n] >= p[n, x]), len(guesses))))(*((torch.tensor([*rows, *more],"
-        " dtype=torch.float64) / temperature).softmax(-1) * torch.tensor([[1]] * len(rows) + [[0]] * len(more)) for"
+        "(lambda p, q: (lambda k: [held + 1 + k, *(lambda left: left / left.sum())((p[k] - q[k]).clamp(min=0))])(next(("
+        "n for n, x in enumerate(guesses) if q[n, x] * uniforms[n] >= p[n, x]), len(guesses))))(*(Sampling(1.0, top_p="
+        "top_p).probabilities(torch.tensor([*rows, *more])) * torch.tensor([[1]] * len(rows) + [[0]] * len(more)) for"
         " rows, more in ((logits, []), (draft_logits, logits[:1]))))"
     ),
+    "speculation/scheduler": (
+        "(lambda p, q, look: (lambda rest: torch.minimum(p, q) * look + ((q - p).clamp(min=0) * look).sum() * rest /"
+        " rest.sum() + (q * ~look).sum() * p)((p - q).clamp(min=0)))(*(torch.tensor(one) for one in (p, q, checked)))"
+    ),
     "speculation/confidence": (
-        "int(np.argmax([*(np.diff(np.cumsum([1, *np.cumprod(confidences)]) / (draft_cost + np.array(pass_cost))) <= 0),"
-        " True]))",
+        "(lambda chances: int(np.argmax([*(np.diff(np.cumsum([1, *np.cumprod(chances)]) / (draft_cost + np.array("
+        "pass_cost))) <= 0), True])))([row[y] for row, y in zip(confidences, tokens)])",
         "(lambda r: len(list(itertools.takewhile(lambda n: r(n) > r(n - 1), range(1, len(pass_cost))))))(lambda n: sum("
-        "math.prod(confidences[:j]) for j in range(n + 1)) / (draft_cost + pass_cost[n]))",
+        "math.prod(confidences[i][tokens[i]] for i in range(j)) for j in range(n + 1)) / (draft_cost + pass_cost[n]))",
     ),
     "training/clip": "np.array(gradient) / max(scale, math.hypot(*gradient) / max_norm)",
     "training/accumulate": "np.mean(list(itertools.chain(*parts)))",
@@ -554,20 +560,27 @@ WRONG = {
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
     "sampling/shift": ("odds(b, a, theta, shift)", "odds(a, b, 1 / theta, shift)", "odds(a, b, theta, -shift)"),
     "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
-    "speculation/tokens-per-round": (
-        "acceptance * tokens_per_round(acceptance, count, empty)",
-        "tokens_per_round(acceptance, count, 1 - empty)",
+    "speculation/choose-k": (
+        "0",
+        "len(histogram) - 1",
+        "choose_k(histogram[::-1], guess_cost, pass_cost)",
+        "choose_k(histogram, 2 * guess_cost, pass_cost)",
     ),
-    "speculation/acceptance": ("accepted_chance(lengths, k + 1)", "1 - accepted_chance(lengths, k)", "lengths[-1] / k"),
     "speculation/verifier": (
-        "verifier(logits, draft_logits, guesses, [1 - one for one in uniforms], temperature)",
-        "verifier(logits, draft_logits, guesses, uniforms, 1.0)",
-        "verifier(logits, draft_logits, guesses, uniforms, temperature)[1:]",
+        "verifier(logits, draft_logits, guesses, [1 - one for one in uniforms], top_p, held)",
+        "verifier(logits, draft_logits, guesses, uniforms, 1.0, held)",
+        "verifier(logits, draft_logits, guesses, uniforms, top_p, held)[1:]",
+    ),
+    "speculation/scheduler": (
+        "scheduled(q, p, checked)",
+        "scheduled(p, q, [not one for one in checked])",
+        "scheduled(p, q, [True] * len(checked))[::-1]",
     ),
     "speculation/confidence": (
         "0",
-        "to_check(confidences[:-1], draft_cost, pass_cost)",
-        "to_check(confidences, draft_cost, [1.0] * len(pass_cost))",
+        "to_check(tokens[:-1], confidences[:-1], draft_cost, pass_cost)",
+        "to_check(tokens, confidences, draft_cost, [1.0] * len(pass_cost))",
+        "to_check(tokens[::-1], confidences, draft_cost, pass_cost)",
     ),
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
@@ -616,7 +629,7 @@ WRONG = {
 }
 # An argument that is there to mislead; an answer that leaves out any other one is wrong.
 MISLEADING = {"published/latent-elements": {"heads"}}
-TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction}
+TOOLS = {"np": np, "torch": torch, "math": math, "itertools": itertools, "Fraction": Fraction, "Sampling": Sampling}
 TOOLS |= {"TopKLogitsWarper": TopKLogitsWarper, "TopPLogitsWarper": TopPLogitsWarper, "re": re}
 
 
