@@ -6,8 +6,9 @@ keys and values may be shared by several heads of queries, attention may see a l
 configuration this *is* Llama, Mistral, Qwen2, Qwen3 or deepseek-coder-1.3b: the tests load the same weights into ours
 and into transformers' classes and compare the logits.
 
-To follow a token from id to logits, read :meth:`Decoder.forward` here, then ``Block``, ``Attention`` and ``SwiGLU`` in
-:mod:`~dslib.architecture.layers`. Shapes: B batch, T new tokens, C hidden, V vocabulary.
+To follow a token from id to logits, read :meth:`Decoder.forward` here, then ``Block``, ``Attention``, ``attend`` and
+``SwiGLU`` in :mod:`~dslib.architecture.layers`; with a cache, ``KVCache.advance`` and ``update`` in
+:mod:`~dslib.architecture.cache`. Shapes: B batch, T new tokens, C hidden, V vocabulary.
 
 Book: ``chapters/architecture/decoder.ipynb``, where the same stands in forty plain lines. Of that chapter are also, in
 reading order: :mod:`~dslib.architecture.layers`, :mod:`~dslib.architecture.config`,
@@ -75,6 +76,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Step, tuple[Tensor, Tensor]]:  # fmt: skip
         """What the layers need besides: states (B, T, C), the step that they are, and what attention rotates by.
 
+        New tokens are counted into the cache here, before the layers write them.
+
         Args:
             cache: filled in place.
             positions: int64 (B, T), needed only when the sequences of a batch are at different positions. Without a
@@ -114,13 +117,13 @@ class Decoder(nn.Module):
         """
         one_of(("growing", "preallocated", "rolling"), kind=kind)
         config, weight = self.config, self.embed_tokens.weight
-        place = {"dtype": weight.dtype, "device": weight.device}
+        like = {"dtype": weight.dtype, "device": weight.device}
         if kind == "growing":
             return KVCache(config)
         if kind == "rolling":
-            return RollingCache(config, batch_size, **place)
+            return RollingCache(config, batch_size, **like)
         length = config.max_position_embeddings if max_length is None else max_length
-        return PreallocatedCache(config, batch_size, length, **place)
+        return PreallocatedCache(config, batch_size, length, **like)
 
     def tie_weights(self) -> None:
         """Make head and embedding one tensor where the configuration says so; needed after either was replaced."""

@@ -92,8 +92,8 @@ class Experts(nn.Module):
             return x * 0
         pairs = Pairs(indices, self.num_experts)  # sorted by expert
         rows = x.to(dtype)[pairs.tokens]  # (S, H)
-        if pairs.some_left_out:  # which the grouped product passes over: there is then whatever was in memory
-            rows, weights = rows.masked_fill(pairs.left_out, 0), weights.masked_fill(indices == self.num_experts, 0)
+        if pairs.some_left_out:  # the grouped product writes neither results nor gradients of these rows
+            rows = rows.masked_fill(pairs.left_out, 0)
         if callable(way):
             rows = way(rows, pairs)
         elif way == "padded" or not groups:
@@ -102,11 +102,7 @@ class Experts(nn.Module):
             ends = pairs.load.cumsum(0, dtype=torch.int32)  # (E,), the row at which each expert's slice ends
             inner = swiglu(F.grouped_mm(rows, self.gate_up_proj.to(dtype).mT, offs=ends), self.swiglu_limit)  # (S, I)
             rows = F.grouped_mm(inner, self.down_proj.to(dtype).mT, offs=ends)  # (S, H)
-        if pairs.some_left_out:
-            rows = rows.masked_fill(pairs.left_out, 0)
-        # y[token] += weight * row, for all pairs in one pass, without an (N, k, H) tensor in between.
-        y = F.embedding_bag(pairs.places, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
-        return y.to(x.dtype)
+        return pairs.combine(rows, weights).to(x.dtype)  # y[token] += weight * row
 
     def padded(self, rows: Tensor, pairs: "Pairs") -> Tensor:
         """Sorted rows through their experts, (S, H) -> (S, H), as a batch of E slices of one length."""
@@ -176,8 +172,12 @@ class Pairs:
         return sum(self.counts)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """(S, H) sorted rows, (N, k) weights -> (N, H), each token's rows weighted and added up."""
-        rows, weights = rows.masked_fill(self.left_out, 0), weights.masked_fill(self.left_out[self.places, 0], 0)
+        """(S, H) sorted rows, (N, k) weights -> (N, H): each token's rows, weighted and added up.
+
+        All pairs in one pass, without an (N, k, H) tensor in between. Whatever the rows of left-out pairs hold is 0.
+        """
+        if self.some_left_out:
+            rows, weights = rows.masked_fill(self.left_out, 0), weights.masked_fill(self.left_out[self.places, 0], 0)
         return F.embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
 
 

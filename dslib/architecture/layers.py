@@ -79,6 +79,29 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return scores.softmax(dim=-1) @ v  # (B, H, T, S) x (B, H, S, D)
 
 
+def rope_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: float | RopeScaling = 1.0, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for :func:`apply_rope`, each (1 or B, T, 1, D); the first half of ``sin`` is negated.
+
+    Args:
+        positions: int64, (1 or B, T).
+        theta: base of the frequencies; pair i of a head turns by ``theta ** (-2 i / head_dim)`` a position.
+        scaling: a number divides the positions (deepseek-coder-1.3b has 4); a rule slows some pairs, see its class.
+    """
+    if scaled := isinstance(scaling, RopeScaling):
+        frequency = scaling.frequencies(head_dim, theta, positions.device)  # (D/2,)
+    else:
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+        frequency = 1.0 / (scaling * theta**exponent)  # (D/2,)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (1 or B, T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    if scaled:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (1 or B, T, D)
+    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + D/2) of every head by its angle: (B, T, H, D) -> the same shape.
 
@@ -155,29 +178,6 @@ class SwiGLU(nn.Module):
         """(..., C) -> (..., C)."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
-
-
-def rope_angles(
-    positions: Tensor, head_dim: int, theta: float, scaling: float | RopeScaling = 1.0, dtype=torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for :func:`apply_rope`, each (1 or B, T, 1, D); the first half of ``sin`` is negated.
-
-    Args:
-        positions: int64, (1 or B, T).
-        theta: base of the frequencies; pair i of a head turns by ``theta ** (-2 i / head_dim)`` a position.
-        scaling: a number divides the positions (deepseek-coder-1.3b has 4); a rule slows some pairs, see its class.
-    """
-    if scaled := isinstance(scaling, RopeScaling):
-        frequency = scaling.frequencies(head_dim, theta, positions.device)  # (D/2,)
-    else:
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-        frequency = 1.0 / (scaling * theta**exponent)  # (D/2,)
-    angle = positions.to(torch.float32).unsqueeze(-1) * frequency  # (1 or B, T, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    if scaled:
-        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (1 or B, T, D)
-    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:

@@ -18,10 +18,10 @@ DeepSeek-V4-Flash             sqrt(softplus)  top k of score + bias; first layer
 
 Shapes: N tokens, E experts, k experts a token, H hidden size.
 
-Book: ``chapters/architecture/moe.ipynb``; then :mod:`~dslib.architecture.experts`, :mod:`dslib.fast.experts`,
-:mod:`~dslib.architecture.balance`, :mod:`~dslib.architecture.sparse_decoder`. Sources: GShard (arXiv 2006.16668),
-Mixtral (arXiv 2401.04088), DeepSeekMoE (arXiv 2401.06066) for shared experts, DeepSeek-V2 (arXiv 2405.04434, section
-2.2), DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), Hash Layers (arXiv 2106.04426).
+Book: ``chapters/architecture/moe.ipynb``; then :mod:`~dslib.architecture.experts`, :mod:`~dslib.architecture.balance`,
+:mod:`~dslib.architecture.sparse_decoder`; the same sooner in ``fast``: ``experts``, ``lean_step``, ``training_step``.
+Sources: GShard (arXiv 2006.16668), Mixtral (2401.04088), DeepSeekMoE (2401.06066) for shared experts, DeepSeek-V2
+(2405.04434, section 2.2), DeepSeek-V3 (2412.19437, section 2.1.2), Hash Layers (2106.04426).
 """
 
 import math
@@ -50,7 +50,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
 class MoE(nn.Module):
     """A feed-forward layer of routed experts, plus experts that every token shares if wanted (DeepSeekMoE, section 3).
 
-    Dropless: every chosen expert runs, however many tokens choose it.
+    Dropless: every chosen expert runs, however many tokens choose it, unless the router says E, "none"
+    (:class:`~dslib.architecture.balance.CapacityRouter`).
 
     Args:
         hidden_size, moe_intermediate_size: H, and the inner size of one expert.
@@ -194,18 +195,18 @@ class Router(nn.Module):
         if self.tid2eid is not None:
             indices = self._look_up(input_ids, len(x))
         else:
-            choice = scores.detach() if bias is None else scores.detach() + bias  # (N, E)
-            choice = choice if self.n_group == 1 else self._in_best_groups(choice)
-            best, indices = choice.topk(self.top_k, dim=-1)  # (N, k)
+            biased = scores.detach() if bias is None else scores.detach() + bias  # (N, E), a choice has no gradient
+            biased = biased if self.n_group == 1 else self._in_best_groups(biased)
+            best, indices = biased.topk(self.top_k, dim=-1)  # (N, k)
             refuse(CLOSED, best == -math.inf)
         weights = scores.gather(1, indices)  # without bias: it decides who runs and not how much they say
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(logits, scores, indices, weights * self.routed_scaling_factor)
 
-    def _in_best_groups(self, choice: Tensor) -> Tensor:
+    def _in_best_groups(self, biased: Tensor) -> Tensor:
         """(N, E), -inf outside the best groups: by their best expert under softmax (V2), else their two best (V3)."""
-        grouped = choice.unflatten(-1, (self.n_group, -1))  # (N, groups, E / groups)
+        grouped = biased.unflatten(-1, (self.n_group, -1))  # (N, groups, E / groups)
         strength = grouped.topk(1 if self.scoring_func == "softmax" else 2, dim=-1).values.sum(-1)  # (N, groups)
         closed = torch.ones_like(strength, dtype=torch.bool)
         closed.scatter_(1, strength.topk(self.topk_group, dim=-1).indices, False)
