@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import numbers
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _text(value: Any, spec: str | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not _is_number(value):
-        return "" if value is None else " ".join(str(value).split())
+        return "" if value is None else " ".join(re.findall(r"[^ \t\n]+", str(value)))  # no-break spaces stay
     if spec is not None:
         return format(value, spec)
     return f"{value:,}" if isinstance(value, numbers.Integral) else f"{value:.3g}"

@@ -106,40 +106,36 @@ def penalise(logits: Tensor, written: Tensor, theta: float) -> Tensor:
     return torch.where(written, torch.where(logits < 0, logits * theta, logits / theta), logits)
 
 
-def _odds(a: float, b: float, theta: float, shift: float) -> float:
-    a, b = a + shift, b + shift
-    return math.exp((a * theta if a < 0 else a / theta) - b)
-
-
 @exercise(
     "sampling/shift",
     cases=named(
-        "a b theta shift",
-        (2.0, 1.0, 1.3, 0.0),
-        (2.0, 1.0, 1.3, 10.0),
-        (2.0, 1.0, 1.3, -10.0),
-        (-0.5, 1.5, 1.2, 1.0),
-        (3.0, 3.0, 2.0, -1.0),
+        "logits written theta",
+        (torch.tensor([[2.0, 1.0]]), torch.tensor([[True, False]]), 1.2),
+        (torch.tensor([[12.0, 11.0], [-8.0, -9.0]]), torch.tensor([[True, False], [False, True]]), 1.2),
+        (2 * normal(3, 7, seed=8) + 4, normal(3, 7, seed=9) > 0, 1.5),
     ),
     mistakes="""
-        math.exp(a - b)
-            That is without a penalty, where the shift cancels. Is the penalised logit still shifted by as much?
-        _odds(a, b, theta, 0.0)
-            The shift does not cancel: it comes before the penalty, which multiplies or divides what it has made of A.
-        math.exp((a + shift) / theta - (b + shift))
-            Dividing makes a negative logit larger: the penalty multiplies those, as you mended it.
-        math.exp(a + shift - (b + shift) * (theta if b + shift < 0 else 1 / theta))
-            Here B is penalised. A is the token that the text already has.
-        _odds(a, b, theta, shift) * math.exp(b + shift)
-            The penalised logit as a power of e: it has to be compared with B's, which is shifted too.
-        _odds(a, b, theta, shift) / (1 + _odds(a, b, theta, shift))
-            That is A's share of the two. How many times as likely as B is the ratio.
+        penalise(logits, written, theta)
+            The penalty still multiplies logits, so it depends on where their zero lies. Take log_softmax first.
+        torch.where(written, logits.log_softmax(-1) / theta, logits.log_softmax(-1))
+            ln p is never above 0: dividing it brings it nearer to 0, and the token gets *likelier*.
+        logits.log_softmax(-1) * theta
+            Every token is penalised. Only those that the text has are to be.
+        torch.where(written, logits.log_softmax(-1) * theta, logits)
+            Tokens that are not written have to be on the same scale, ln p, or the shift is back between the two kinds.
+        penalise(logits - logits.amax(-1, keepdim=True), written, theta)
+            A shift changes nothing here either, but the best token's logit is now 0, which no penalty moves. Use ln p.
+        torch.where(written, logits.log_softmax(-1) - math.log(theta), logits.log_softmax(-1))
+            Subtracting a constant is a presence penalty, which needs no log_softmax. This one multiplies ln p by theta.
+        torch.where(written, logits.log_softmax(-1) * theta, logits.log_softmax(-1)).log_softmax(-1)
+            Normalised once more: right as probabilities, but what is asked for is ln p with the penalty, as it stands.
     """,
-    hint="Add the shift to both, penalise A by its sign (multiply below 0, divide above), then exp of the difference.",
+    hint="log_softmax gives ln p, which no shift changes and which is never above 0: multiply it where written.",
 )
-def odds(a: float, b: float, theta: float, shift: float) -> float:
-    """How many times as likely as B is A, whose logit is penalised after a shift of both."""
-    return _odds(a, b, theta, shift)
+def penalise_log_p(logits: Tensor, written: Tensor, theta: float) -> Tensor:
+    """ln p (B, V), times theta for every token in ``written`` (bool, (B, V)): a shift of the logits changes nothing."""
+    log_p = logits.log_softmax(-1)
+    return torch.where(written, log_p * theta, log_p)
 
 
 def _cut(text: str, stops: list[str], end: bool = False) -> str:

@@ -275,8 +275,8 @@ RIGHT = {
         "np.where(written, np.minimum(logits.numpy() * theta, logits.numpy() / theta), logits)",
     ),
     "sampling/shift": (
-        "float((torch.tensor([[a + shift]]) * theta ** -np.sign(a + shift) - b - shift).exp())",
-        "np.exp(min((a + shift) * theta, (a + shift) / theta)) / np.exp(b + shift)",
+        "(logits - logits.logsumexp(-1, keepdim=True)) * theta**written",
+        "np.where(written, theta, 1) * np.log(logits.double().softmax(-1).numpy())",
     ),
     "sampling/shown": (
         "re.split('|'.join(map(re.escape, stops)), text, maxsplit=1)[0] if any(s in text for s in stops) else"
@@ -558,7 +558,7 @@ WRONG = {
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
-    "sampling/shift": ("odds(b, a, theta, shift)", "odds(a, b, 1 / theta, shift)", "odds(a, b, theta, -shift)"),
+    "sampling/shift": ("logits", "penalise_log_p(logits, ~written, theta)", "penalise_log_p(-logits, written, theta)"),
     "sampling/shown": ("shown(text, stops[:1])", "text[:-1]", "''"),
     "speculation/choose-k": (
         "0",

@@ -21,6 +21,10 @@ def test_text_and_html_show_the_same_cells():
     assert 'tabindex="0"' in markup and 'role="region"' in markup and "(B)" in markup
 
 
+def test_only_ordinary_spaces_are_put_together():
+    assert tables.show({"of": ["a  b\n c", "1\u00a0to\u00a02"]}, "Spaces").rows == (("a b c",), ("1\u00a0to\u00a02",))
+
+
 def test_a_frame_shows_its_index_only_with_a_name():
     frame = pd.DataFrame({"loss": [3.25]}, index=["ours"])
     assert "ours" not in repr(tables.show(frame, "Losses"))
