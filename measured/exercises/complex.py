@@ -1,140 +1,138 @@
 """Exercises of ``chapters/scenarios/complex.ipynb``."""
 
+import math
 import random
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Sequence
+from statistics import fmean, pstdev, stdev  # noqa: F401  one in a mistake only
 
-from dslib.scenarios.complex import majority, pass_at_k, vote  # noqa: F401  the first in a mistake
+from dslib.scenarios.complex import majority, pass_at_k, vote  # noqa: F401  some in the mistakes only
 from measured.exercises import exercise, named
 
 
-def _tries(p: Sequence[float], f: float, least: float, lift=lambda one, a, k: one * (1 - a) ** (k - 1)) -> int:
-    """The reference and, by what a k-th try is said to lift, the usual ways to get it wrong."""
-    k = 0
-    while fmean(lift(one, one + (1 - one) * f, k + 1) for one in p) >= least:
-        k += 1
-    return k
+def _of_checker(right: float, wrong: Sequence[float], passes=lambda wrong: max(wrong, default=0.0)) -> float:
+    """Endless tries; by what the checker ``passes``, also the usual ways to get it wrong."""
+    return right / (right + passes(wrong)) if right else 0.0
+
+
+def _of_vote(right: float, wrong: Sequence[float]) -> float:
+    """Endless votes: won, lost, or drawn by lot among those that are level."""
+    return (right >= max(wrong, default=0.0)) / (1 + sum(one == right for one in wrong)) if right else 0.0
+
+
+def _limits(problems: Sequence, checker=_of_checker, voted=_of_vote) -> list[float]:
+    """The reference and, by its options, the usual ways to get it wrong."""
+    return [fmean(limit(right, wrong) for right, wrong in problems) for limit in (checker, voted)]
+
+
+def _pooled(problems: Sequence) -> float:
+    right, passed = (fmean(column) for column in zip(*((p, max(w, default=0.0)) for p, w in problems), strict=True))
+    return right / (right + passed)
 
 
 @exercise(
-    "complex/tries",
+    "complex/limits",
     cases=named(
-        "p f least",
-        ([0.1, 0.4, 0.02], 0.05, 0.01),
-        ([0.25, 0.25], 0.2, 0.02),
-        ([0.9, 0.01, 0.02, 0.05], 0.1, 0.005),
-        ([0.03, 0.5], 0.0, 0.004),
-        ([0.3, 0.1], 0.3, 0.5),
-        ([0.6, 0.2, 0.05], 0.5, 0.03),
+        "problems",
+        ([[0.3, [0.2, 0.2, 0.1]]],),
+        ([[0.3, [0.4, 0.1]], [0.6, [0.1]], [0.05, [0.9]]],),
+        ([[0.25, [0.25, 0.1]], [0.125, [0.125, 0.125, 0.0625]], [0.5, []]],),
+        ([[0.0, []], [0.0, [0.5]], [0.4, [0.3, 0.2]]],),
+        ([[0.1, [0.02] * 6], [0.2, [0.3, 0.3]]],),
     ),
     mistakes="""
-        _tries(p, 0.0, least)
-            That is a checker which lets no wrong answer through. With f above 0 a wrong answer may end the search, so
-            fewer tries are worth their tokens.
-        _tries([fmean(p)], f, least)
-            You put the mean chance into the formula. It bends: take the lift of each problem, then the mean.
-        _tries(p, f, least, lift=lambda one, a, k: a * (1 - a) ** (k - 1))
-            You count what is accepted, right or wrong. A try helps only where the accepted answer is right.
-        _tries(p, f, least, lift=lambda one, a, k: one * (1 - one) ** (k - 1) * one / a)
-            You let the search go on until an answer is right, and discount what it finds. It ends with the first answer
-            that is accepted, which comes sooner: with probability a a try.
-        _tries(p, f, least) + 1
-            One too many: the first try that lifts the success by less than `least` is no longer allowed.
-        max(0, _tries(p, f, least) - 1)
-            One too few: the last try that still lifts the success by `least` is allowed.
+        _limits(problems, checker=lambda p, wrong: _of_checker(p, wrong, sum))
+            Your checker lets every wrong answer through. It accepts one of them, the commonest, and rejects the others.
+        _limits(problems, checker=lambda p, wrong: 1.0 if p else 0.0)
+            That is a checker without a fault. This one takes the right answer or the one mistake, whichever comes
+            first.
+        _limits(problems, checker=lambda p, wrong: 1 - max(wrong, default=0.0))
+            You take the mistake's share away. It competes with the right answer alone: what is rejected is drawn again.
+        _limits(problems, checker=lambda p, wrong: p)
+            That is the first try. Those that are rejected are followed by others, without end.
+        [_pooled(problems), _limits(problems)[1]]
+            You put mean chances into the formula. It bends: take the limit of each problem, then the mean.
+        _limits(problems, voted=lambda p, wrong: float(p > 0.5))
+            The right answer needs no half of the votes, only more than any other single answer.
+        _limits(problems, voted=lambda p, wrong: float(p > sum(wrong)))
+            The wrong answers do not vote together: each is an answer of its own.
+        _limits(problems, voted=lambda p, wrong: float(p > max(wrong, default=0.0)))
+            Where the right answer is level with others, lots are drawn among all that are level.
+        _limits(problems, voted=lambda p, wrong: float(p > 0 and p >= max(wrong, default=0.0)))
+            You win every tie. Lots are drawn among all that are level.
+        _limits(problems, voted=_of_checker)
+            With endless votes chance plays no part any more: the most likely answer wins, always.
     """,
-    hint="The k-th try wins where the k - 1 before it were rejected and it is right: p (1 - a)^(k - 1).",
+    hint="Checker: of the answers that are accepted at all, the share that is right. Vote: who is the most likely?",
 )
-def tries(p: Sequence[float], f: float, least: float) -> int:
-    """How many tries lift the mean success by ``least`` or more each, with a checker that accepts a share f wrongly."""
-    return _tries(p, f, least)
+def limits(problems: Sequence) -> list[float]:
+    """[success of a checker that always accepts the commonest mistake, success of a vote], both with endless tries."""
+    return _limits(problems)
 
 
-def _problems(seed: int, count: int, n: int, sharp: float, hard: float) -> list[list]:
-    """[answers, truth] of some problems: a share ``hard`` has a wrong favourite; the favourite has weight ``sharp``."""
+def _asked(seed: int, count: int, n: int, sharp: float) -> list[list]:
+    """[answers, greedy answer, truth] of some problems; the favourite, right in two of three, has weight ``sharp``."""
     dice, found = random.Random(seed), []
     for number in range(count):
         truth = dice.randint(10, 30)
-        favourite = truth + 1 if number < hard * count else truth
-        others = [truth, *(truth + step for step in (1, -1, 2, 10)), None]
+        favourite = truth if number % 3 else truth + 1
+        others = [truth, truth + 1, truth - 1, truth + 2, None]
         drawn = [favourite if dice.random() < sharp else dice.choice(others) for _ in range(n)]
-        found.append([drawn, truth])
-    dice.shuffle(found)
+        found.append([drawn, favourite if dice.random() < 0.8 else truth - 1, truth])
     return found
 
 
-def _voted(problems: Sequence, k: int) -> float:
-    return fmean(vote(answers, truth, k) for answers, truth in problems)
+def _gaps(problems: Sequence, k: int, score=vote) -> list[float]:
+    return [score(answers, truth, k) - (greedy == truth) for answers, greedy, truth in problems]
 
 
-def _passed(problems: Sequence, k: int) -> float:
-    return fmean(pass_at_k(len(a), a.count(truth), k) for a, truth in problems)
+def _passed(answers: Sequence, truth: int, k: int) -> float:
+    return pass_at_k(len(answers), answers.count(truth), k)
 
 
-def _most(way: Mapping, budget: float) -> int:
-    """How many answers of a way the budget pays, of those that were drawn."""
-    return min(len(way["problems"][0][0]), int(budget // way["tokens"]))
-
-
-def _halves(problems: Sequence) -> tuple[Sequence, Sequence]:
-    """The problems by which a plan is chosen, and those on which it is reported."""
-    return problems[: len(problems) // 2], problems[len(problems) // 2 :]
-
-
-def _plan(
-    ways: Sequence[Mapping], budget: float, score=_voted, told=None, most=_most, least=lambda top: 1,
-    chosen_by=lambda problems: _halves(problems)[0], reported_on=lambda problems: _halves(problems)[1],
-) -> list[float]:  # fmt: skip
+def _needed(problems: Sequence, k: int, points: float, spread=lambda p, k: stdev(_gaps(p, k)), z: float = 1.96) -> int:
     """The reference and, by its options, the usual ways to get it wrong."""
-    found = [
-        (round(score(chosen_by(way["problems"]), k), 9), -k * way["tokens"], -number, k)
-        for number, way in enumerate(ways)
-        for k in range(least(most(way, budget)), most(way, budget) + 1)
-    ]
-    _, _, number, k = max(found)
-    return [-number, k, (told or score)(reported_on(ways[-number]["problems"]), k)]
+    return math.ceil((z * spread(problems, k) / points) ** 2)
 
 
-_CASES = (
-    ((5, _problems(0, 12, 9, 0.35, 0.2)), (17, _problems(1, 12, 9, 0.6, 0.2)), 36),
-    ((4, _problems(2, 10, 8, 0.3, 0.1)), (30, _problems(3, 10, 8, 0.8, 0.3)), 32),
-    ((6, _problems(4, 10, 7, 0.5, 1.0)), (12, _problems(5, 10, 7, 0.5, 0.9)), 44),
-    ((5, _problems(6, 14, 8, 0.3, 0.0)), (21, _problems(7, 14, 8, 0.45, 0.1)), 62),
-    ((8, _problems(8, 12, 6, 0.2, 0.0)), (10, _problems(9, 12, 6, 0.15, 0.0)), 30),
-)
+def _unpaired(problems: Sequence, k: int) -> float:
+    columns = [vote(a, t, k) for a, _, t in problems], [float(g == t) for _, g, t in problems]
+    return math.hypot(*map(stdev, columns))
 
 
 @exercise(
-    "complex/budget",
-    cases=[
-        {"ways": [{"tokens": cost, "problems": solved} for cost, solved in (first, second)], "budget": budget}
-        for first, second, budget in _CASES
-    ],
+    "complex/needed",
+    cases=named(
+        "problems k points",
+        (_asked(0, 12, 8, 0.3), 8, 0.05),
+        (_asked(1, 10, 6, 0.5), 3, 0.02),
+        (_asked(2, 16, 9, 0.4), 5, 0.1),
+        (_asked(3, 8, 5, 0.2), 4, 0.03),
+    ),
     mistakes="""
-        _plan(ways, budget, score=_passed)
-            That is pass@k: it assumes a checker that picks the right answer. A vote has none, and picks what is named
-            most often.
-        _plan(ways, budget, least=lambda top: top)
-            You always spend the whole budget. Where a wrong answer is the favourite, more votes make it worse.
-        _plan(ways, budget, score=lambda problems, k: _passed(problems, 1), told=_voted)
-            You choose the way by its single answers. A way that is worse alone may be better in a vote, because it can
-            be asked more often.
-        _plan(ways, budget, most=lambda way, budget: len(way["problems"][0][0]))
-            That forgets the budget: a way may be asked only as often as its tokens allow.
-        _plan(ways, budget, score=lambda problems, k: fmean(majority(a[:k]) == truth for a, truth in problems))
-            You look at the first k answers only. With few problems their luck decides. Take the mean over all subsets.
-        _plan(ways, budget, score=lambda problems, k: fmean(majority(a) == truth for a, truth in problems))
-            You let all answers vote, whatever k is. Of a subset of k there are fewer voters.
-        _plan(ways, budget, chosen_by=lambda problems: problems)
-            You choose by all problems. Those on which the plan is reported must not have chosen it.
-        _plan(ways, budget, reported_on=lambda problems: _halves(problems)[0])
-            You report on the problems that chose the plan. What is the best of many looks better there than it is.
-        _plan(ways, budget, reported_on=lambda problems: problems)
-            You report on all problems, and half of them chose the plan. Use those alone that did not.
+        _needed(problems, k, points, spread=_unpaired)
+            You treat vote and greedy as if they had problems of their own. Both are asked the same ones, so it is the
+            difference on each problem that scatters.
+        _needed(problems, k, points, spread=lambda p, k: stdev(vote(a, t, k) for a, _, t in p))
+            That is the scatter of the vote alone. The interval is of the difference to the greedy answer.
+        _needed(problems, k, points, spread=lambda p, k: pstdev(_gaps(p, k)))
+            You divide by the number of problems. A standard deviation from a sample has n - 1 there.
+        _needed(problems, k, points, spread=lambda p, k: stdev(_gaps(p, k, _passed)))
+            That is pass@k: it assumes a checker. A vote takes what is named most often.
+        _needed(problems, k, points, spread=lambda p, k: stdev(_gaps(p, k, lambda a, t, k: majority(a[:k]) == t)))
+            You look at the first k answers only. Take the mean over all subsets of k, as `library.vote` does.
+        _needed(problems, k, points, spread=lambda p, k: stdev(_gaps(p, k, lambda a, t, _: vote(a, t, len(a)))))
+            You let all answers vote, whatever k is.
+        _needed(problems, k, points / 2)
+            `points` is how far the interval reaches to either side, half of its width.
+        _needed(problems, k, points, z=1.0)
+            That is one standard error. An interval of 95 % reaches 1.96 of them to either side.
+        math.ceil(1.96 * stdev(_gaps(problems, k)) / points)
+            The half-width falls with the square root of the number of problems, so the ratio has to be squared.
+        _needed(problems, k, points) - 1
+            One too few: round up, so that the interval is no wider than asked.
     """,
-    hint="For each way and each k that the budget pays: the mean of `vote` over the first half. Take the best of them.",
+    hint="One difference a problem, vote minus greedy; s is their standard deviation; half-width = 1.96 s / sqrt(n).",
 )
-def budget_plan(ways: Sequence[Mapping], budget: float) -> list[float]:
-    """[which way, how many answers, its mean vote on the second half] for the best vote on the first half of the
-    problems within ``budget`` tokens a problem; the cheaper of equal ones."""
-    return _plan(ways, budget)
+def needed(problems: Sequence, k: int, points: float) -> int:
+    """How many problems make the 95 % interval of vote of k minus greedy reach no further than ``points``."""
+    return _needed(problems, k, points)

@@ -121,15 +121,14 @@ RIGHT = {
         "(lambda says: (max(says[True]), min(says[False])))"
         "({want: [n / m for n, m, said in answers if bool(said) is want] for want in (True, False)})"
     ),
-    "complex/tries": ("int(sum(np.mean([q * (1 - q - f + q * f) ** k for q in p]) >= least for k in range(5000)))"),
-    "complex/budget": (
-        "(lambda half, score: (lambda best: [-best[2], best[3], score(ways[-best[2]]['problems'][half:], best[3])])("
-        "max((round(float(score(way['problems'][:half], k)), 9), -k * way['tokens'], -i, k)"
-        " for i, way in enumerate(ways)"
-        " for k in range(1, 1 + min(len(way['problems'][0][0]), int(budget / way['tokens'])))))"
-        ")(len(ways[0]['problems']) // 2, lambda problems, k: np.mean([np.mean([(h.count(t) == max(map(h.count,"
-        " set(h) - {None}), default=0) > 0) / max(1, sum(h.count(x) == h.count(t) for x in set(h) - {None}))"
-        " for h in itertools.combinations(a, k)]) for a, t in problems]))"
+    "complex/limits": (
+        "np.mean([(p and p / (p + max([0, *w])), p and np.mean([one < p for one in w if one >= p] + [1])"
+        " * (max([0, *w]) <= p)) for p, w in problems], axis=0).tolist()"
+    ),
+    "complex/needed": (
+        "int(np.ceil(np.var([np.mean([(h.count(t) == max(map(h.count, set(h) - {None}), default=0) > 0) / max(1, sum("
+        "h.count(x) == h.count(t) for x in set(h) - {None})) for h in itertools.combinations(a, k)]) - float(g == t)"
+        " for a, g, t in problems], ddof=1) * (1.96 / points) ** 2))"
     ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
@@ -427,12 +426,12 @@ WRONG = {
     "choose/only": ("(0.0, math.inf)", "only(pick, options, users + 1, reserve)", "options[pick][:2]"),
     "choose/nearest": ("min(options)", "max(options)", "'z'"),
     "choose/fraction": ("1.0", "[0.9, 0.9]", "fraction(answers)[::-1]"),
-    "complex/tries": ("tries(p, f, least / 2)", "tries([max(p)], f, least)", "tries(p, f / 2, least)", "len(p)"),
-    "complex/budget": (
-        "[0, 1, 0.5]",
-        "budget_plan(ways, budget)[:2]",
-        "budget_plan(ways, budget / 2)",
-        "[*budget_plan(ways, budget)[:2], 1.0]",
+    "complex/limits": ("limits(problems)[::-1]", "limits(problems)[:1]", "[0.5, 0.5]", "limits(problems[:1])"),
+    "complex/needed": (
+        "needed(problems[:-1], k, points)",
+        "needed(problems, k, 0.05)",
+        "needed(problems, 1, points)",
+        "len(problems)",
     ),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
     "cost/replicas": (
