@@ -41,7 +41,7 @@ from measured.timing import Timing
 
 ORIGINS = ("live", "recorded", "absent")
 STANDINGS = ("current", "older code", "stale")
-OLDER = "; what it calls has changed since"
+OLDER = "; the function is as it was, code that it calls has changed since"
 MACHINE = ("kind", "name", "isa", "cores", "threads", "memory_bytes")  # what a recording says of its machine
 
 
