@@ -6,6 +6,9 @@ Book: ``chapters/performance/speculation.ipynb``.
 """
 
 import copy
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +19,10 @@ from dslib.architecture.generation import generate
 from dslib.architecture.int4.layers import quantize_
 from dslib.architecture.weights.pretrained import load_smollm2
 from dslib.performance.speculative import Draft, ModelDraft, PromptLookup, expected_gain, feed, speculate
-from measured.timing import compare, measure, ratio
+from measured.timing import compare, ratio
 
 LIST = "1. Measure the flour.\n2. Warm the milk.\n3. Mix the flour and the milk.\n4. Let the dough rest.\n5. Bake it.\n"
+STEPS = 10  # in one reading: a step by itself is too short beside a run of a whole text
 # A text that goes on freely, and one that repeats what it was given, which is where looking up pays.
 TEXTS = {
     "prose": "The history of the steam engine begins",
@@ -42,54 +46,63 @@ def drafts(model: Decoder, max_length: int) -> dict[str, Draft]:
 
 
 def speculative_speed(
-    dtype: str = "bfloat16", new_tokens: int = 64, counts: tuple[int, ...] = (2, 4), rounds: int = 3
+    dtype: str = "bfloat16", new_tokens: int = 64, counts: tuple[int, ...] = (2, 4), rounds: int = 7
 ) -> dict[str, Any]:
-    """SmolLM2-135M, greedy, each draft on each text, in rounds beside plain decoding.
+    """SmolLM2-135M, greedy: each draft on each text, plain decoding, and what a round is made of, all in turn.
 
     Returns:
-        ``plain_step`` in seconds. ``pass_cost``: for each number of guesses, the time of a checking pass over it.
-        ``rows``: for each text, draft and number of guesses ``same_tokens``, ``acceptance`` (accepted over proposed),
-        ``tokens_per_pass``, ``draft_cost`` (one guess over one plain step), ``times`` (median speed against plain
-        decoding, with ``low`` and ``high``) and ``expected`` (the same from acceptance and costs; too low for several
-        guesses, as acceptance then is).
+        ``plain_step`` in seconds, for one token behind 64 others. ``pass_cost``: for each number of guesses, the time
+        of a checking pass over it. ``rows``: for each text, draft and number of guesses ``same_tokens``,
+        ``acceptance`` (accepted over proposed), ``tokens_per_pass``, ``guesses_per_pass`` (fewer than asked for where
+        nothing is found), ``draft_cost`` (one guess over one plain step), ``times`` (median speed against plain
+        decoding, with quartiles ``low`` and ``high``), ``expected`` (from acceptance and costs; too low for several
+        guesses, as acceptance then is) and ``accounted`` (tokens a pass over what its guesses and its check cost).
     """
     model, tokenizer = load_smollm2(dtype=getattr(torch, dtype))
     texts = {name: tokenizer(text).input_ids for name, text in TEXTS.items()}
     longest = max(map(len, texts.values())) + new_tokens + max(counts)
     made = drafts(model, longest)
-    plain_step = _step_seconds(model, 1)
-    costs = {count: _step_seconds(model, count + 1) / plain_step for count in counts}
-    guess_costs = {name: _step_seconds(d.model, 1) / plain_step for name, d in made.items() if hasattr(d, "model")}
-    rows = []
+    ways = {("step", count): _step(model, count) for count in (1, *(count + 1 for count in counts))}
+    ways |= {("guess", name): _step(draft.model, 1) for name, draft in made.items() if hasattr(draft, "model")}
+    plain, runs = {}, {}
     for text, prompt in texts.items():
-        want = generate(model, [prompt], new_tokens)[0].tokens
-        runs = {(name, count): speculate(model, prompt, new_tokens, draft, count) for name, draft in made.items()
-                for count in counts}  # fmt: skip
-        ways = {"plain": lambda prompt=prompt: generate(model, [prompt], new_tokens)}
-        for name, count in runs:
-            ways[f"{name} {count}"] = lambda prompt=prompt, name=name, count=count: speculate(
-                model, prompt, new_tokens, made[name], count
-            )
-        seconds = compare(ways, rounds=rounds, warmup=0)
-        for (name, count), run in runs.items():
-            gain, guess = ratio(seconds["plain"], seconds[f"{name} {count}"]), guess_costs.get(name, 0.0)
-            rows.append({
-                "text": text, "draft": name, "count": count, "same_tokens": run.tokens == want,
-                "acceptance": run.acceptance, "tokens_per_pass": run.tokens_per_pass, "draft_cost": guess,
-                "times": gain.median, "low": gain.low, "high": gain.high,
-                "expected": expected_gain(run.acceptance, count, guess, costs[count]),
-            })  # fmt: skip
-    return {"pass_cost": {str(count): cost for count, cost in costs.items()}, "plain_step": plain_step, "rows": rows}
+        plain[text] = ways["plain", text] = partial(generate, model, [prompt], new_tokens)
+        for name, count in itertools.product(made, counts):
+            way = partial(speculate, model, prompt, new_tokens, made[name], count)
+            runs[text, name, count], ways[text, name, count] = way(), way
+    seconds = compare(ways, rounds=rounds, warmup=0)
+    step = seconds["step", 1]
+    costs = {count: ratio(seconds["step", count + 1], step).median for count in counts}
+    guesses = {key[1]: ratio(seconds[key], step).median for key in ways if key[0] == "guess"}
+    wanted, rows = {text: way()[0].tokens for text, way in plain.items()}, []
+    for (text, name, count), run in runs.items():
+        gain, guess, each = ratio(seconds["plain", text], seconds[text, name, count]), guesses.get(name, 0.0), 0.0
+        if run.passes:
+            each = run.proposed / run.passes
+        rows.append({
+            "text": text, "draft": name, "count": count, "same_tokens": run.tokens == wanted[text],
+            "acceptance": run.acceptance, "tokens_per_pass": run.tokens_per_pass, "guesses_per_pass": each,
+            "draft_cost": guess, "times": gain.median, "low": gain.low, "high": gain.high,
+            "expected": expected_gain(run.acceptance, count, guess, costs[count]),
+            "accounted": run.tokens_per_pass / (each * guess + costs[count]),
+        })  # fmt: skip
+    return {
+        "pass_cost": {str(count): cost for count, cost in costs.items()},
+        "plain_step": step.median / STEPS,
+        "rows": rows,
+    }
 
 
-@torch.inference_mode()
-def _step_seconds(model: Decoder, tokens: int, context: int = 64) -> float:
-    """Seconds to feed so many tokens after ``context`` others, in the way that decoding would."""
+def _step(model: Decoder, tokens: int, context: int = 64) -> Callable[[], None]:
+    """A call that feeds so many tokens after ``context`` others, in the way that decoding would."""
     cache = model.make_cache("preallocated", max_length=context + tokens)
-    model(torch.ones(1, context, dtype=torch.int64), cache)
+    with torch.no_grad():
+        model(torch.ones(1, context, dtype=torch.int64), cache)
 
-    def step():
-        feed(model, [1] * tokens, cache)
-        cache.truncate(context)
+    @torch.inference_mode()
+    def step() -> None:
+        for _ in range(STEPS):
+            feed(model, [1] * tokens, cache)
+            cache.truncate(context)
 
-    return measure(step, min_runs=10, max_runs=30, max_seconds=1.0).median
+    return step
