@@ -89,9 +89,9 @@ def _passed(answers: Sequence, truth: int, k: int) -> float:
     return pass_at_k(len(answers), answers.count(truth), k)
 
 
-def _needed(problems: Sequence, k: int, points: float, spread=lambda p, k: stdev(_gaps(p, k)), z: float = 1.96) -> int:
+def _needed(problems: Sequence, k: int, lead: float, spread=lambda p, k: stdev(_gaps(p, k)), z: float = 2.8) -> int:
     """The reference and, by its options, the usual ways to get it wrong."""
-    return math.ceil((z * spread(problems, k) / points) ** 2)
+    return math.ceil((z * spread(problems, k) / lead) ** 2)
 
 
 def _unpaired(problems: Sequence, k: int) -> float:
@@ -102,37 +102,40 @@ def _unpaired(problems: Sequence, k: int) -> float:
 @exercise(
     "complex/needed",
     cases=named(
-        "problems k points",
+        "problems k lead",
         (_asked(0, 12, 8, 0.3), 8, 0.05),
         (_asked(1, 10, 6, 0.5), 3, 0.02),
         (_asked(2, 16, 9, 0.4), 5, 0.1),
         (_asked(3, 8, 5, 0.2), 4, 0.03),
     ),
     mistakes="""
-        _needed(problems, k, points, spread=_unpaired)
+        _needed(problems, k, lead, spread=_unpaired)
             You treat vote and greedy as if they had problems of their own. Both are asked the same ones, so it is the
             difference on each problem that scatters.
-        _needed(problems, k, points, spread=lambda p, k: stdev(vote(a, t, k) for a, _, t in p))
+        _needed(problems, k, lead, spread=lambda p, k: stdev(vote(a, t, k) for a, _, t in p))
             That is the scatter of the vote alone. The interval is of the difference to the greedy answer.
-        _needed(problems, k, points, spread=lambda p, k: pstdev(_gaps(p, k)))
+        _needed(problems, k, lead, spread=lambda p, k: pstdev(_gaps(p, k)))
             You divide by the number of problems. A standard deviation from a sample has n - 1 there.
-        _needed(problems, k, points, spread=lambda p, k: stdev(_gaps(p, k, _passed)))
+        _needed(problems, k, lead, spread=lambda p, k: stdev(_gaps(p, k, _passed)))
             That is pass@k: it assumes a checker. A vote takes what is named most often.
-        _needed(problems, k, points, spread=lambda p, k: stdev(_gaps(p, k, lambda a, t, k: majority(a[:k]) == t)))
+        _needed(problems, k, lead, spread=lambda p, k: stdev(_gaps(p, k, lambda a, t, k: majority(a[:k]) == t)))
             You look at the first k answers only. Take the mean over all subsets of k, as `library.vote` does.
-        _needed(problems, k, points, spread=lambda p, k: stdev(_gaps(p, k, lambda a, t, _: vote(a, t, len(a)))))
+        _needed(problems, k, lead, spread=lambda p, k: stdev(_gaps(p, k, lambda a, t, _: vote(a, t, len(a)))))
             You let all answers vote, whatever k is.
-        _needed(problems, k, points / 2)
-            `points` is how far the interval reaches to either side, half of its width.
-        _needed(problems, k, points, z=1.0)
-            That is one standard error. An interval of 95 % reaches 1.96 of them to either side.
-        math.ceil(1.96 * stdev(_gaps(problems, k)) / points)
-            The half-width falls with the square root of the number of problems, so the ratio has to be squared.
-        _needed(problems, k, points) - 1
-            One too few: round up, so that the interval is no wider than asked.
+        _needed(problems, k, lead, z=1.96)
+            That makes the interval reach as far as the lead. The estimate scatters too, so half of the intervals would
+            then hold 0. Power asks for 0.84 standard errors more.
+        _needed(problems, k, lead, z=1.96 - 0.84)
+            The two quantiles add up: 1.96 for the interval, and 0.84 more so that four of five estimates lie above it.
+        math.ceil((1.96**2 + 0.84**2) * stdev(_gaps(problems, k)) ** 2 / lead**2)
+            Add the quantiles first, then square.
+        math.ceil(2.8 * stdev(_gaps(problems, k)) / lead)
+            A standard error falls with the square root of the number of problems, so the ratio has to be squared.
+        _needed(problems, k, lead) - 1
+            One too few: round up, so that the power is no less than asked.
     """,
-    hint="One difference a problem, vote minus greedy; s is their standard deviation; half-width = 1.96 s / sqrt(n).",
+    hint="One difference a problem, vote minus greedy; s their standard deviation; lead = (1.96 + 0.84) s / sqrt(n).",
 )
-def needed(problems: Sequence, k: int, points: float) -> int:
-    """How many problems make the 95 % interval of vote of k minus greedy reach no further than ``points``."""
-    return _needed(problems, k, points)
+def needed(problems: Sequence, k: int, lead: float) -> int:
+    """How many problems find a true ``lead`` of vote of k over greedy at the 5 % level with a power of 80 %."""
+    return _needed(problems, k, lead)

@@ -128,7 +128,7 @@ RIGHT = {
     "complex/needed": (
         "int(np.ceil(np.var([np.mean([(h.count(t) == max(map(h.count, set(h) - {None}), default=0) > 0) / max(1, sum("
         "h.count(x) == h.count(t) for x in set(h) - {None})) for h in itertools.combinations(a, k)]) - float(g == t)"
-        " for a, g, t in problems], ddof=1) * (1.96 / points) ** 2))"
+        " for a, g, t in problems], ddof=1) * (2.8 / lead) ** 2))"
     ),
     "cost/replicas": "-(-seconds * peak * requests_per_day / 86_400 // utilisation) + redundancy",
     "cost/break-even": "unless_none(break_even(usd_per_day, capacity, usd_per_request), math.ceil)",
@@ -428,9 +428,9 @@ WRONG = {
     "choose/fraction": ("1.0", "[0.9, 0.9]", "fraction(answers)[::-1]"),
     "complex/limits": ("limits(problems)[::-1]", "limits(problems)[:1]", "[0.5, 0.5]", "limits(problems[:1])"),
     "complex/needed": (
-        "needed(problems[:-1], k, points)",
+        "needed(problems[:-1], k, lead)",
         "needed(problems, k, 0.05)",
-        "needed(problems, 1, points)",
+        "needed(problems, 1, lead)",
         "len(problems)",
     ),
     "cost/per-million": ("usd_per_gpu_hour * gpus / tokens_per_second * utilisation",),
