@@ -97,39 +97,42 @@ def places(indices: Tensor) -> Tensor:
 
 
 @exercise(
-    "moe/exchange",
+    "moe/busiest",
     cases=named(
-        "experts top_k places kept tokens hidden size",
-        (256, 8, 8, 4, 4096, 7168, 2),  # DeepSeek-V3's experts, 8 nodes
-        (256, 8, 64, 32, 128, 7168, 1),  # the same, 8 devices a node
-        (16, 2, 4, 4, 10, 64, 4),
-        (60, 5, 6, 3, 100, 512, 2),
+        "loads spare",
+        ([9, 2, 1, 4], 3),
+        ([18] * 4 + [2] * 4, 3),  # two halves: the hottest are too many for so few copies
+        ([60 / rank for rank in range(1, 9)], 4),
+        ([5, 3, 1], 0),
     ),
     mistakes="""
-        2 * tokens * kept * (1 - (1 - 1 / kept) ** top_k) * hidden * size
-            That draws with repetition. A token has k different experts: the second is drawn from those that are left.
-        2 * tokens * top_k * hidden * size
-            One copy for each expert. Experts that lie on one place share a copy: count places.
-        2 * tokens * kept * hidden * size
-            `kept` is the most that a token may use. Its experts may all lie on fewer places.
-        2 * tokens * min(kept, top_k) * hidden * size
-            That is the largest number of places. Experts may share a place: take the mean.
-        exchange(experts, top_k, places, places, tokens, hidden, size)
-            The limit has no effect: experts are drawn from those on `kept` places only.
-        exchange(experts, top_k, places, places, tokens, hidden, size) * kept / places
-            You draw from all experts and count only the open places. Closed experts cannot be drawn.
-        exchange(experts, top_k, places, kept, tokens, hidden, size) / 2
-            One way only: every copy is answered by a vector that comes back.
-        exchange(experts, top_k, places, kept, tokens, hidden, 1)
-            A number has `size` bytes.
+        busiest(loads, 0) * (len(loads) + spare) / len(loads)
+            The copies have no effect on the load: an expert's tokens are divided among all cards that hold it.
+        busiest(loads, 0)
+            `spare` has no effect: further cards take copies, and they count in the mean.
+        busiest(loads, spare) * len(loads) / (len(loads) + spare)
+            The mean is that of all cards, those with copies included.
+        busiest(loads, spare) * sum(loads) / (len(loads) + spare)
+            That is the busiest card's load itself. Asked for is how many times the mean it is.
+        _shared(loads, [1 + spare * (e == loads.index(max(loads))) for e in range(len(loads))])
+            You give all copies to one expert. Once its cards have less than another's, the next copy belongs there.
+        _shared(loads, [1 + (sorted(loads, reverse=True).index(load) < spare) for load in loads])
+            You copy each of the busiest experts once. The hottest may need two copies before the next needs one.
     """,
-    hint="A place is missed if all k experts lie on the other kept ones: a quotient of two binomial coefficients.",
+    hint="One copy after another, each to the expert whose cards now have most: load over the number of its cards.",
 )
-def exchange(experts: int, top_k: int, places: int, kept: int, tokens: int, hidden: int, size: int) -> float:
-    """Bytes of a layer's two all-to-all exchanges; k experts at random, without repetition, on ``kept`` places."""
-    each = experts // places
-    missed = math.comb(each * (kept - 1), top_k) / math.comb(each * kept, top_k)
-    return 2 * tokens * kept * (1 - missed) * hidden * size
+def busiest(loads: list[float], spare: int) -> float:
+    """Least load of the busiest card over the mean: one expert a card, and ``spare`` more cards with copies."""
+    copies = [1] * len(loads)
+    for _ in range(spare):
+        shares = [load / n for load, n in zip(loads, copies, strict=True)]
+        copies[shares.index(max(shares))] += 1
+    return _shared(loads, copies)
+
+
+def _shared(loads: list[float], copies: list[float]) -> float:
+    """The same for given numbers of cards an expert."""
+    return max(load / n for load, n in zip(loads, copies, strict=True)) * sum(copies) / sum(loads)
 
 
 def _config(

@@ -208,11 +208,12 @@ RIGHT = {
         "torch.empty(indices.numel()).scatter(0, indices.flatten().argsort(stable=True), torch.arange("
         "indices.numel() * 1.0)).view_as(indices)",
     ),
-    "moe/exchange": (
-        "2 * tokens * hidden * size * kept * (1 - np.prod([1 - 1 / (kept - i * places / experts) for i in"
-        " range(top_k)]))",
-        "tokens * hidden * size * kept * (2 - 2 * math.prod(1 - experts // places / (experts // places * kept - i)"
-        " for i in range(top_k)))",
+    "moe/busiest": (
+        "(len(loads) + spare) / sum(loads) * min(t for t in (a / n for a in loads for n in range(1, spare + 2)) if"
+        " sum(math.ceil(a / t - 1e-9) for a in loads) <= len(loads) + spare)",
+        "np.max(np.array(loads) / (lambda dealt: np.bincount([e for _, e in dealt], minlength=len(loads)) + 1)(sorted("
+        "((a / n, e) for e, a in enumerate(loads) for n in range(1, spare + 1)), reverse=True)[:spare])) / sum(loads)"
+        " * (len(loads) + spare)",
     ),
     "moe/configuration": (
         "configuration(config, logits.float(), bias.float()).numpy()",
@@ -496,11 +497,7 @@ WRONG = {
         "len(chance)",
     ),
     "moe/places": ("places(indices) + 1", "places(indices.flip(1))", "torch.argsort(indices, 0)"),
-    "moe/exchange": (
-        "kept",
-        "exchange(experts, top_k + 1, places, kept, tokens, hidden, size)",
-        "exchange(experts, top_k, kept, kept, tokens, hidden, 2 * size)",
-    ),
+    "moe/busiest": ("busiest(loads, spare + 1)", "max(loads) / sum(loads)", "busiest(loads[::-1], spare) + 0.1"),
     "moe/configuration": (
         "configuration(config, -logits, bias)",
         "configuration(config, logits, bias) > 0",
