@@ -12,7 +12,7 @@ def _tokens(histogram: Sequence[int], k: int) -> float:
 
 
 def _chance(histogram: Sequence[int]) -> float:
-    """Of the guesses behind no failure, the share that was accepted."""
+    """Of the guesses whose predecessors were all accepted, the share that was accepted."""
     accepted = sum(n * rounds for n, rounds in enumerate(histogram))
     return accepted / (accepted + sum(histogram[:-1]))
 
@@ -110,11 +110,11 @@ _DRAFT, _SURE = [[0.8, 1.4, 0.1, -0.6], [1.6, 0.3, -0.2, 0.9]], [[0.0, 2.1, 0.4,
     tolerance=1e-4,
     mistakes="""
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, q_cut=False, behind=2)
-            That is the verifier as it stands. It has two faults: one in what is compared, one in what the cache keeps.
+            That is the verifier as it stands. Follow one guess: what was it drawn from? And where does its cache end?
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, q_cut=False)
-            One fault is left: q has to be what the draft drew from, and it drew with top-p.
+            q has to be what the draft drew from, and it drew with top-p.
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, behind=2)
-            One fault is left: the cache keeps the guess that failed, and the next pass reads it as text.
+            The cache keeps the guess that failed, and the next pass reads it as text.
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, behind=0)
             The pass read the newest token before the guesses: the cache holds it too, and may keep it.
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, p_cut=False, q_cut=False)
@@ -124,7 +124,7 @@ _DRAFT, _SURE = [[0.8, 1.4, 0.1, -0.6], [1.6, 0.3, -0.2, 0.9]], [[0.0, 2.1, 0.4,
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, rest=lambda a, b: a)
             After a rejection, drawing from p itself gives too much to what guesses already bring.
         _verify(logits, draft_logits, guesses, uniforms, top_p, held, stops=False)
-            A guess behind a rejected one was made for another text: the first rejection ends the round.
+            A guess after a rejected one was made for another text: the first rejection ends the round.
     """,
     hint="p and q both with top-p; accept with min(1, p/q), else the residual; the cache keeps what is in the text.",
 )
@@ -186,66 +186,55 @@ def scheduled(p: Sequence[float], q: Sequence[float], checked: Sequence[bool]) -
     return _comes_out(p, q, checked)
 
 
-def _seen(tokens: Sequence[int], confidences: Sequence[Sequence[float]], ahead: int = 0) -> list[float]:
-    """Each guess's confidence given the token before it; ``ahead`` 1 looks at the guess itself."""
-    return [row[tokens[n + ahead]] for n, row in enumerate(confidences)]
+def _read(tokens: float, num_experts: int, top_k: int, used: float, routed: float, shared=True) -> float:
+    """Billions of weights that a pass over so many tokens reads; without ``shared``, each token brings its own."""
+    distinct = num_experts * (1 - (1 - top_k / num_experts) ** tokens) if shared else top_k * tokens
+    return used - routed + routed * min(num_experts, distinct) / top_k
 
 
-def _speeds(
-    confidences: Sequence[float], draft_cost: float, pass_cost: Sequence[float], chained=True, own=1.0, each=False
-) -> list[float]:
-    """Tokens a step for 0, 1, … checked guesses; its options are the usual ways to get it wrong."""
-    tokens, alive, found = own, 1.0, []
-    for n, cost in enumerate(pass_cost[: len(confidences) + 1]):
-        if n:
-            alive = confidences[n - 1] * (alive if chained else 1.0)
-            tokens += alive
-        found.append(tokens / (cost + draft_cost * (n / len(confidences) if each else 1.0)))
+def _pays(num_experts, top_k, used, routed, guess, a, shared=True) -> list[bool]:
+    """For 1, 2, … texts, whether a guess for each makes decoding faster; options are usual ways to get it wrong."""
+    found = []
+    for texts in range(1, 5000):
+        one, two = (_read(n, num_experts, top_k, used, routed, shared) for n in (texts, 2 * texts))
+        found.append((1 + a) * one > two + guess)
     return found
 
 
-def _first_fall(speeds: Sequence[float]) -> int:
-    return next((n for n in range(len(speeds) - 1) if speeds[n + 1] <= speeds[n]), len(speeds) - 1)
-
-
-_SHORT, _LONG = [1.0, 1.05, 1.5, 1.52, 1.54], [1.0, 1.4, 1.8, 2.2, 2.6, 3.0]
+def _from(pays: Sequence[bool]) -> int:
+    return max((n for n, one in enumerate(pays, 1) if not one), default=0) + 1
 
 
 @exercise(
-    "speculation/confidence",
+    "speculation/mixture",
     cases=named(
-        "tokens confidences draft_cost pass_cost",
-        ([0, 1, 0, 1, 1], [[0.9, 0.3], [0.3, 0.8], [0.7, 0.2], [0.4, 0.6]], 0.2, [1.0, 1.02, 1.05, 1.1, 1.2]),
-        ([1, 1, 0, 0, 1], [[0.2, 0.9], [0.1, 0.6], [0.98, 0.5], [0.98, 0.3]], 0.1, _SHORT),
-        ([0, 1, 1], [[0.3, 0.9], [0.9, 0.2]], 0.05, [1.0, 1.5, 1.9]),
-        ([1, 0, 1, 0, 0, 1], [[0.3, 0.85], [0.8, 0.2], [0.1, 0.7], [0.5, 0.9], [0.4, 0.9]], 0.1, _LONG),
-        ([0, 0, 1, 0], [[0.8, 0.5], [0.7, 0.2], [0.9, 0.6]], 1.0, [1.0, 1.4, 1.9, 2.4]),
+        "num_experts top_k used routed guess a",
+        (256, 8, 36.62, 20.43, 1.61, 0.6),
+        (256, 8, 36.62, 20.43, 1.61, 0.8),
+        (16, 4, 3.0, 2.0, 0.3, 0.5),
+        (128, 8, 3.3, 2.4, 0.2, 0.7),
+        (128, 8, 3.3, 2.4, 1.5, 0.8),
+        (64, 1, 2.0, 0.2, 1.5, 0.8),
+        (60, 4, 2.7, 1.2, 0.4, 0.45),
     ),
     mistakes="""
-        _first_fall(_speeds(_seen(tokens, confidences, 1), draft_cost, pass_cost))
-            That looks at the guess itself to decide whether it is checked: an unlikely token would come out too seldom
-            or too often. Let each confidence see only the token before.
-        (lambda speeds: speeds.index(max(speeds)))(_speeds(_seen(tokens, confidences), draft_cost, pass_cost))
-            The best of all looks too far: whether a guess is checked would depend on guesses behind it, and the text
-            would no longer have the target's distribution. Stop at the first that does not make it faster.
-        _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost, chained=False))
-            A guess counts only if those before it are accepted too: multiply the confidences.
-        _first_fall(_speeds(_seen(tokens, confidences), 0.0, pass_cost))
-            The block has been guessed, and its cost belongs to the round.
-        _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost, each=True))
-            The block is guessed whole: checking fewer of its guesses does not make it cheaper.
-        _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost, own=0.0))
-            Every pass yields one token of the target's own, also if no guess is checked.
-        next((n for n, one in enumerate(_seen(tokens, confidences)) if one < 0.5), len(confidences))
-            A fixed threshold knows nothing of what checking costs: on a full server it checks too many.
+        next(n for n, one in enumerate(_pays(num_experts, top_k, used, routed, guess, a), 1) if one)
+            That is the first batch that pays. A fuller one may not: the cost of a second token rises before it falls.
+        _from(_pays(num_experts, top_k, used, routed, 0.0, a))
+            The guess has a price as well.
+        _from(_pays(num_experts, top_k, used, routed, guess, a, shared=False))
+            Tokens share experts: of E, a token misses each with chance 1 - k/E, and N tokens with that to the power N.
+        _from(_pays(num_experts, top_k, used, used, guess, a))
+            Only the experts' weights grow with the tokens; attention and the head are read once.
+        _from(_pays(num_experts, top_k, used, routed, guess, 1.0))
+            Not every guess is right: a round yields 1 + a tokens.
     """,
-    hint="Tokens: 1 + c₁ + c₁c₂ + …. Cost: the block and the pass. Go on while the quotient of the two grows.",
+    hint="Reading N tokens: used - routed + routed · distinct / top_k. Compare (1 + a) steps with a round.",
 )
-def to_check(
-    tokens: Sequence[int], confidences: Sequence[Sequence[float]], draft_cost: float, pass_cost: Sequence[float]
-) -> int:
-    """How many guesses of a block to check: one after another, until one does not make the round faster.
+def pays_from(num_experts: int, top_k: int, used: float, routed: float, guess: float, a: float) -> int:
+    """The smallest batch from which on one guess a text pays in every larger batch too, if passes only read weights.
 
-    ``tokens`` are the newest of the text and the guesses; ``confidences[n][y]`` is that of guess n behind a token y.
+    ``used``: billions of weights that a token reads, ``routed`` of them in its ``top_k`` of ``num_experts`` experts;
+    ``guess``: what a guess reads more, whatever the batch; ``a``: the chance that it is accepted.
     """
-    return _first_fall(_speeds(_seen(tokens, confidences), draft_cost, pass_cost))
+    return _from(_pays(num_experts, top_k, used, routed, guess, a))

@@ -300,11 +300,9 @@ RIGHT = {
         "(lambda p, q, look: (lambda rest: torch.minimum(p, q) * look + ((q - p).clamp(min=0) * look).sum() * rest /"
         " rest.sum() + (q * ~look).sum() * p)((p - q).clamp(min=0)))(*(torch.tensor(one) for one in (p, q, checked)))"
     ),
-    "speculation/confidence": (
-        "(lambda chances: int(np.argmax([*(np.diff(np.cumsum([1, *np.cumprod(chances)]) / (draft_cost + np.array("
-        "pass_cost))) <= 0), True])))([row[y] for row, y in zip(confidences, tokens)])",
-        "(lambda r: len(list(itertools.takewhile(lambda n: r(n) > r(n - 1), range(1, len(pass_cost))))))(lambda n: sum("
-        "math.prod(confidences[i][tokens[i]] for i in range(j)) for j in range(n + 1)) / (draft_cost + pass_cost[n]))",
+    "speculation/mixture": (
+        "(lambda r: 1 + max((n for n in range(1, 3000) if a * r(n) + r(n) <= guess + r(2 * n)), default=0))(lambda n: "
+        "used + routed / top_k * (num_experts - top_k - num_experts * (1 - top_k / num_experts) ** n))"
     ),
     "training/clip": "np.array(gradient) / max(scale, math.hypot(*gradient) / max_norm)",
     "training/accumulate": "np.mean(list(itertools.chain(*parts)))",
@@ -572,11 +570,12 @@ WRONG = {
         "scheduled(p, q, [not one for one in checked])",
         "scheduled(p, q, [True] * len(checked))[::-1]",
     ),
-    "speculation/confidence": (
-        "0",
-        "to_check(tokens[:-1], confidences[:-1], draft_cost, pass_cost)",
-        "to_check(tokens, confidences, draft_cost, [1.0] * len(pass_cost))",
-        "to_check(tokens[::-1], confidences, draft_cost, pass_cost)",
+    "speculation/mixture": (
+        "1",
+        "pays_from(num_experts, top_k, used, routed, guess, a) - 1",
+        "pays_from(num_experts, top_k, used, routed, 2 * guess, a)",
+        "pays_from(num_experts, 2 * top_k, used, routed, guess, a)",
+        "pays_from(num_experts, top_k, used, routed, guess, 1 - a)",
     ),
     "speed/decode-floor": ("decode_floor_ms(0, bits_per_weight, kv_bytes_per_token, context, bandwidth_gb_s)",),
     "speed/batch": ("rates(batch + 1, step_seconds)",),
