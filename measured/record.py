@@ -296,6 +296,7 @@ PARTS = {
         for change in ({"learning_rate": 1e-3}, {"updates": 8}, {"learning_rate": 1e-3, "steps": 320})
         for seed in range(5)
     ),
+    "reasoning-split": tuple((f"{REASONING}:split", {"seed": seed}) for seed in range(4)),
     "reasoning-again": tuple((f"{REASONING}:learned", {"again": again}) for again in range(1, 5)),
     "realtime-vllm": ((f"{REALTIME}_vllm:beside_vllm", {}),),
     "load": (

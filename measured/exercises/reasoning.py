@@ -6,7 +6,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from measured.exercises import exercise, named
+from measured.exercises import exercise, named, normal
 
 
 def _smallest(chances: Sequence[float], wanted: float, differ) -> int:
@@ -75,163 +75,196 @@ def _batch(seed: int, rows: int, tokens: int, beta: float) -> tuple:
     return new, old, torch.randn(rows, generator=draw), mask.float(), reference, beta
 
 
+def _faulty(new, old, advantage, mask, reference, beta, fault: int = 0, **rule) -> float:
+    """The loss with the faults whose codes (1 maximum, 2 all tokens, 4 the sign of the KL term) sum to ``fault``."""
+    pick = torch.maximum if fault & 1 else torch.minimum
+    rule = {"all_tokens": bool(fault & 2), "sign": -1 if fault & 4 else 1, **rule}
+    return _loss(new, old, advantage, mask, reference, beta, pick, **rule)
+
+
+def _nearest(new, old, advantage, mask, reference, beta, value, codes: Sequence[int] = range(8), **rule) -> int:
+    return min(codes, key=lambda n: abs(_faulty(new, old, advantage, mask, reference, beta, n, **rule) - value))
+
+
+def _returned(seed: int, rows: int, tokens: int, beta: float, fault: int) -> tuple:
+    batch = _batch(seed, rows, tokens, beta)
+    return *batch, _faulty(*batch, fault)
+
+
 @exercise(
-    "reasoning/mended",
+    "reasoning/faults",
     cases=named(
-        "new old advantage mask reference beta",
-        _batch(0, 4, 5, 0.1),
-        _batch(1, 3, 4, 0.0),
-        _batch(2, 6, 3, 1.0),
-        _batch(3, 2, 7, 0.5),
-        _batch(4, 5, 6, 0.02),
+        "new old advantage mask reference beta value",
+        _returned(0, 4, 5, 0.1, 3),
+        _returned(1, 3, 4, 0.4, 0),
+        _returned(2, 6, 3, 1.0, 6),
+        _returned(3, 2, 7, 0.5, 1),
+        _returned(4, 5, 6, 0.2, 7),
+        _returned(5, 4, 4, 0.3, 2),
+        _returned(6, 5, 5, 0.7, 4),
+        _returned(7, 6, 6, 0.6, 5),
     ),
     mistakes="""
-        _loss(new, old, advantage, mask, reference, beta, pick=torch.maximum, all_tokens=True, sign=-1)
-            All three causes are still there.
-        _loss(new, old, advantage, mask, reference, beta, pick=torch.maximum, all_tokens=True)
-            Two causes are left. What does the clip do when the ratio is 3 and the advantage positive, and which tokens
-            does the mean count?
-        _loss(new, old, advantage, mask, reference, beta, pick=torch.maximum, sign=-1)
-            Two causes are left. What does the clip do when the ratio is 3 and the advantage positive, and what does the
-            KL term weigh by?
-        _loss(new, old, advantage, mask, reference, beta, all_tokens=True, sign=-1)
-            Two causes are left: which tokens does the mean count, and what does the KL term weigh by?
-        _loss(new, old, advantage, mask, reference, beta, pick=torch.maximum)
-            One cause is left: with a ratio of 3 and a positive advantage, your loss still pushes. Take the smaller of
-            the two gains, so that the clip ends the push and never the way back.
-        _loss(new, old, advantage, mask, reference, beta, all_tokens=True)
-            One cause is left: tokens behind the end count. They were never judged, and a short answer is diluted by
-            them.
-        _loss(new, old, advantage, mask, reference, beta, sign=-1)
-            One cause is left: the estimate is exp(d) - d - 1 with d = log(reference / new). With the sign turned it
-            grows where the *policy* is likelier, and explodes there.
-        _loss(new, old, advantage, mask, reference, beta, together=True)
+        _nearest(new, old, advantage, mask, reference, beta, value, codes=(0, 1, 2, 4))
+            You look for one fault at a time. A loss may have several: try all eight combinations.
+        _nearest(new, old, advantage, mask, reference, beta, value, codes=(1, 2, 4))
+            You look for one fault at a time, and a loss may have several, or none.
+        _nearest(new, old, advantage, mask, reference, beta, value, codes=range(1, 8))
+            A loss may have no fault: then return 0.
+        _nearest(new, old, advantage, mask, reference, beta, value, together=True)
             You take one mean over all tokens of the batch. Here each answer counts alike: mean over its tokens first.
-        _loss(new, old, advantage, mask, reference, beta, clip=100.0)
+        _nearest(new, old, advantage, mask, reference, beta, value, clip=100.0)
             You left the clip out.
+        7 - _nearest(new, old, advantage, mask, reference, beta, value)
+            Sum the codes of the faults that are there, not of the parts that are sound.
+        bin(_nearest(new, old, advantage, mask, reference, beta, value)).count("1")
+            That is how many faults there are. Sum their codes.
+    """,
+    hint="Write the loss with a switch for each fault, try the eight combinations, return the code of the nearest.",
+)
+def faults(
+    new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, reference: Tensor, beta: float, value: float
+) -> int:
+    """Which faults a loss has that returned ``value``: 1 maximum for minimum, 2 no mask, 4 the KL term's sign; summed.
+
+    The clip is 0.2; (B, T) log-probabilities, (B,) advantages, float (B, T) mask, each answer counts alike.
+    """
+    return _nearest(new, old, advantage, mask, reference, beta, value)
+
+
+def _allowed(p: Tensor, top_p: float, crossing: bool = True) -> Tensor:
+    """bool (B, V): the tokens that top-p leaves; the one that crosses the line is among them."""
+    ranked, order = p.sort(dim=1, descending=True)
+    reached = ranked.cumsum(1) - (ranked if crossing else 0)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(1, order, (reached < top_p) | (order == order[:, :1]))
+
+
+def _ratios(new: Tensor, old: Tensor, drawn: Sequence[int], mine: Tensor, theirs: Tensor) -> list[float]:
+    """Ratios of the drawn tokens, where the policies are shared out among ``mine`` and ``theirs``."""
+    a, b = ((p * allowed / (p * allowed).sum(1, keepdim=True)) for p, allowed in ((new, mine), (old, theirs)))
+    return [(a[row, token] / b[row, token]).item() for row, token in enumerate(drawn)]
+
+
+def _drawn(seed: int, rows: int, top_p: float) -> tuple:
+    old = normal(rows, 6, seed=seed).softmax(1)
+    new = (old.log() + normal(rows, 6, seed=seed + 1)).softmax(1)
+    draw = torch.Generator().manual_seed(seed)
+    return new, old, _allowed(old, top_p).float().multinomial(1, generator=draw).flatten().tolist(), top_p
+
+
+@exercise(
+    "reasoning/kept",
+    cases=named(
+        "new old drawn top_p",
+        (torch.tensor([[0.3, 0.5, 0.15, 0.05]]), torch.tensor([[0.6, 0.3, 0.07, 0.03]]), [1], 0.8),
+        _drawn(20, 4, 0.6),
+        _drawn(30, 3, 0.9),
+        _drawn(40, 5, 0.7),
+        _drawn(50, 4, 0.5),
+    ),
+    mistakes="""
+        _ratios(new, old, drawn, torch.ones_like(new), torch.ones_like(old))
+            That is the ratio without `keep`. Divide by the mass of the tokens that could be drawn, now and then.
+        _ratios(new, old, drawn, torch.ones_like(new), _allowed(old, top_p))
+            Only the old policy is shared out. The new one has to be compared over the same tokens.
+        _ratios(new, old, drawn, _allowed(new, top_p), _allowed(old, top_p))
+            You cut the new policy by its own top-p. The set is the one that the answers were drawn from: the old one's.
+        _ratios(new, old, drawn, _allowed(new, top_p), _allowed(new, top_p))
+            You take the set from the new policy. The answers were drawn by the old one.
+        _ratios(new, old, drawn, _allowed(old, top_p, crossing=False), _allowed(old, top_p, crossing=False))
+            The token with which the mass reaches top_p is among those that can be drawn.
+        [1 / one for one in _ratios(new, old, drawn, _allowed(old, top_p), _allowed(old, top_p))]
+            The ratio is new over old.
     """,
     tolerance=1e-4,
-    hint="min of the two gains; d = reference - new in exp(d) - d - 1; masked mean of each answer, then over answers.",
+    hint="Keep a token if the old mass of those before it is below top_p; both policies divide by their mass there.",
 )
-def mended(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, reference: Tensor, beta: float) -> float:
-    """GRPO's loss with a clip of 0.2: (B, T) log-probabilities, (B,) advantages, float (B, T) mask."""
-    return _loss(new, old, advantage, mask, reference, beta)
+def kept(new: Tensor, old: Tensor, drawn: Sequence[int], top_p: float) -> list[float]:
+    """The importance ratio of each of B drawn tokens, both policies shared out among what the old one's top-p left.
 
-
-def _drift(new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    return ((old - new) * mask).sum(1) / mask.sum(1)
-
-
-def _answers(seed: int, limit: float) -> tuple:
-    new, old, advantage, mask, _, _ = _batch(seed, 24, 5, 0.0)
-    return new, old, advantage, mask, limit
-
-
-@exercise(
-    "reasoning/mask",
-    cases=named(
-        "new old advantage mask limit",
-        _answers(10, 0.1),
-        _answers(11, 0.5),
-        _answers(12, 0.0),
-        _answers(13, 0.3),
-        _answers(14, 0.2),
-    ),
-    mistakes="""
-        (_drift(new, old, mask) <= limit).long().tolist()
-            You leave out good answers, too. Only answers with a negative advantage are left out.
-        ((advantage >= 0) | (_drift(old, new, mask) <= limit)).long().tolist()
-            The sign is turned round: an answer is stale when it has become *rarer*, when old is above new.
-        ((advantage >= 0) | (((old - new) * mask).sum(1) <= limit)).long().tolist()
-            Take the mean over the answer's tokens, not the sum: long answers would be left out for their length.
-        ((advantage >= 0) | ((old - new).mean(1) <= limit)).long().tolist()
-            Tokens behind the end count in your mean.
-        ((advantage >= 0) | (((old - new).abs() * mask).sum(1) / mask.sum(1) <= limit)).long().tolist()
-            You take the distance of each token. Tokens that became likelier make up for those that became rarer.
-        ((advantage <= 0) | (_drift(new, old, mask) <= limit)).long().tolist()
-            The good answers are left out, and the bad ones kept.
-    """,
-    hint="Keep an answer if its advantage is not negative, or the masked mean of old - new is at most the limit.",
-)
-def kept(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, limit: float) -> list[int]:
-    """1 for each of B answers that V3.2's mask keeps, else 0: (B, T) log-probabilities and mask, (B,) advantages."""
-    return ((advantage >= 0) | (_drift(new, old, mask) <= limit)).long().tolist()
-
-
-def _log(reward: str, length: str, telling: str, ratio: str) -> list[tuple[float, ...]]:
-    """Every fourth step of a recorded run, in hundredths (of a token: tenths)."""
-    columns = [[int(word) / unit for word in text.split()] for text, unit in
-               ((reward, 100), (length, 10), (telling, 100), (ratio, 100))]  # fmt: skip
-    return list(zip(*columns, strict=True))
-
-
-def _verdict(log: Sequence, drift: float = 0.15, last: int = 5, solved: float = 0.85, coin: float = 0.35) -> int:
-    reward, moved = (fmean(row[n] for row in log[-last:]) for n in (0, 3))
-    if moved > drift:
-        return 2
-    return 0 if reward > solved else 3 if reward < coin else 1
-
-
-NONE = "0 0 0 0 0 0 0 0 0 0"
-
-
-@exercise(
-    "reasoning/diagnose",
-    cases=named(
-        "log",
-        (
-            _log(
-                "52 97 95 93 94 97 99 99 98 98", "55 80 80 80 80 80 80 80 80 80", "75 38 38 38 50 25 19 12 38 25", NONE
-            ),
-        ),
-        (
-            _log(
-                "15 17 16 11 9 14 5 16 4 4",
-                "29 58 83 62 65 79 66 62 38 75",
-                "44 25 50 19 50 50 25 25 6 31",
-                "63 93 54 47 35 44 77 77 40 60",
-            ),
-        ),
-        (_log("46 52 57 46 47 46 49 50 51 50", "39 47 50 60 70 56 62 60 50 63", " ".join(["100"] * 10), NONE),),
-        (_log("11 13 9 11 5 12 9 12 10 10", "33 40 53 67 76 78 77 78 78 79", "100 88 81 94 75 81 81 88 75 88", NONE),),
-        (
-            _log(
-                "27 27 68 89 95 99 92 97 93 98",
-                "40 45 66 77 80 80 80 80 80 80",
-                "56 38 62 31 50 12 44 25 44 25",
-                "28 32 20 13 2 1 5 2 3 1",
-            ),
-        ),
-        (
-            _log(
-                "50 50 46 33 32 39 32 21 8 14",
-                "67 77 80 81 84 81 77 79 79 82",
-                "88 81 75 50 44 50 44 38 25 25",
-                "48 47 41 50 29 45 42 60 45 62",
-            ),
-        ),
-        (_log("54 51 50 47 52 50 48 50 49 45", "24 20 20 20 20 17 14 13 11 10", " ".join(["100"] * 10), NONE),),
-        (_log("10 11 7 14 11 11 9 8 9 11", "21 21 22 21 21 23 21 20 20 20", "75 88 62 81 88 81 81 81 75 81", NONE),),
-    ),
-    mistakes="""
-        _verdict(log, drift=9)
-            You look at the reward alone. A run at a guess may have nothing to strengthen, or may have been pushed off
-            its own answers: the last column tells them apart.
-        2 if max(row[3] for row in log) > 0.15 else _verdict(log)
-            A sound run with eight steps a batch may start far from its answers, and come back. Look at the later half.
-        _verdict(log, coin=0.6)
-            Every log at a half or below is "nothing to strengthen" for you. Coins pay every second answer, for ever.
-        0 if _verdict(log) == 3 and log[-1][1] > 1.5 * log[0][1] else _verdict(log)
-            Longer answers are no learning: look at the reward.
-        2 if _verdict(log) == 3 else _verdict(log)
-            A run that stays at a guess, with every step on fresh answers, has not gone off its own answers.
-    """,
-    hint="Later half: a mean |log ratio| above 0.15 is 2; else the reward decides: near 1, near 1/2, near a guess.",
-)
-def diagnose(log: Sequence[Sequence[float]]) -> int:
-    """What a run's log says, from rows of reward, tokens, share of groups with a gradient, mean |log ratio|.
-
-    0: it learns and ends sound. 1: the rewards say nothing (coins). 2: it has gone off its own answers. 3: nothing to
-    strengthen is ever drawn.
+    ``new``, ``old``: probabilities (B, V). ``drawn``: B ids.
     """
-    return _verdict(log)
+    allowed = _allowed(old, top_p)
+    return _ratios(new, old, drawn, allowed, allowed)
+
+
+# Recorded stale runs: right at the end, and mean |log ratio| of every fourth step, in hundredths.
+RUNS = (
+    (0.09, "63 93 54 47 35 44 77 77 40 60"),
+    (0.66, "30 19 37 37 57 23 46 35 7 26"),
+    (0.73, "63 43 25 27 14 29 37 27 25 37"),
+    (0.09, "39 23 18 26 33 18 25 19 41 24"),
+    (0.77, "27 26 24 7 24 17 11 16 11 20"),
+    (0.68, "27 20 23 30 24 20 26 10 21 13"),
+    (0.72, "42 46 77 27 18 20 31 27 34 26"),
+    (0.10, "51 112 55 74 24 16 29 46 21 0"),
+    (0.91, "28 31 50 32 45 19 13 14 27 18"),
+    (0.81, "55 82 59 52 66 36 68 75 27 10"),
+    (0.53, "51 56 40 64 72 29 49 36 31 24"),
+    (0.73, "58 56 16 25 33 32 40 27 11 14"),
+    (0.10, "40 23 51 42 79 54 36 33 25 28"),
+    (0.09, "52 44 44 32 61 55 79 19 21 50"),
+    (0.76, "35 12 7 22 27 34 12 34 13 12"),
+)
+
+
+def _seen(*which: int) -> tuple[list[list[float]], list[float]]:
+    picked = [RUNS[n] for n in which]
+    return [[int(word) / 100 for word in text.split()] for _, text in picked], [end for end, _ in picked]
+
+
+def _late(log: Sequence[float], last: int | None = None) -> float:
+    return fmean(log[-(last or len(log) // 2) :])
+
+
+def _threshold(
+    logs: Sequence, ends: Sequence[float], miss: float, false_alarm: float, late=_late, lost: float = 0.2, side: int = 1
+) -> float:
+    """The run's mean with the least cost as a threshold, of equal ones the highest (``side`` -1: the lowest)."""
+    means = [late(log) for log in logs]
+
+    def cost(line: float) -> float:
+        rings = [mean >= line for mean in means]
+        pairs = list(zip(rings, (end < lost for end in ends), strict=True))
+        return miss * pairs.count((False, True)) + false_alarm * pairs.count((True, False))
+
+    return min(means, key=lambda line: (cost(line), -side * line))
+
+
+@exercise(
+    "reasoning/alarm",
+    cases=named(
+        "logs ends miss false_alarm",
+        (*_seen(*range(15)), 1, 1),
+        (*_seen(*range(15)), 10, 1),
+        (*_seen(*range(15)), 3, 3),
+        (*_seen(*range(15)), 2, 1),
+        (*_seen(0, 2, 3, 5, 6, 7, 9, 10), 3, 1),
+        (*_seen(1, 3, 4, 7, 8, 11, 12, 14), 1, 4),
+        (*_seen(0, 1, 3, 6, 7, 9, 12, 13), 2, 1),
+    ),
+    mistakes="""
+        _threshold(logs, ends, false_alarm, miss)
+            The two costs are exchanged: a miss is a lost run for which the monitor stays silent.
+        _threshold(logs, ends, 1, 1)
+            You count errors. A miss and a false alarm have costs of their own.
+        _threshold(logs, ends, miss, false_alarm, late=fmean)
+            You take the mean of the whole log. Runs may start far off and come back: the later half counts.
+        _threshold(logs, ends, miss, false_alarm, late=lambda log: log[-1])
+            You take the last step alone. The mean of the later half counts.
+        _threshold(logs, ends, miss, false_alarm, late=max)
+            You take the largest value. The mean of the later half counts.
+        _threshold(logs, ends, miss, false_alarm, side=-1)
+            Of thresholds that cost the same the highest is wanted.
+        _threshold(logs, ends, miss, false_alarm, lost=0.7)
+            A run is lost below 0.2; one that ends at a half is not.
+    """,
+    hint="Try each run's late mean as the threshold (it rings at or above it) and sum the costs over all runs.",
+)
+def alarm(logs: Sequence[Sequence[float]], ends: Sequence[float], miss: float, false_alarm: float) -> float:
+    """The threshold of a monitor with the least cost, of the runs' own late means; of equal ones the highest.
+
+    ``logs``: mean |log ratio| by step; the mean over the later half is compared. ``ends``: share right at the end, lost
+    below 0.2. ``miss``: what a lost run costs that does not ring, ``false_alarm``: another run that does.
+    """
+    return _threshold(logs, ends, miss, false_alarm)

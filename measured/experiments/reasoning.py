@@ -7,8 +7,8 @@ the running sum after each digit, the last of which is the answer. Both have the
 Each run starts from nothing: a DeepSeek of 0.19 million parameters is taught to work sums out, and then tuned on
 answers nine in ten of which are short. It can think, and rarely does. What follows changes that, or does not.
 
-Recorded by ``make record PART=reasoning-0`` (to 4), and ``PART=reasoning-…`` with ``cures``, ``apart`` (rate and reuse)
-and ``again``. Book: ``chapters/scenarios/reasoning.ipynb``.
+Recorded by ``make record PART=reasoning-0`` (to 4), and ``PART=reasoning-…`` with ``cures``, ``apart`` (rate, reuse),
+``split`` (old answers, each used once) and ``again``. Book: ``chapters/scenarios/reasoning.ipynb``.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,19 @@ from dslib.architecture.sparse_decoder import SparseConfig, SparseDecoder
 from dslib.check import one_of, whole
 from dslib.performance.muon import Muon, Optimizers, matrices_and_rest
 from dslib.performance.training import IGNORED, fit, next_token_loss
-from dslib.scenarios.reasoning import Answers, GrpoStep, answer_logits, distillation_loss, grpo, log_probs, sample
+from dslib.scenarios.reasoning import (
+    Answers,
+    GrpoStep,
+    advantages,
+    answer_logits,
+    distillation_loss,
+    grpo,
+    grpo_loss,
+    log_probs,
+    per_answer,
+    sample,
+    tells,
+)
 
 EQUALS, THINK, END = 10, 11, 12  # 0 to 9 are the digits
 DIGITS, LIMIT = 6, 10  # of a question; tokens of an answer: think, six sums and the end are eight
@@ -174,6 +186,38 @@ def learned(arm: str = "GRPO", seed: int = 0, steps: int = 40, again: int = 0, *
     drawn = {"end": END, "max_new_tokens": LIMIT, "steps": steps, "group": GROUP, "seed": 1000 * again + seed}
     grpo(model, ask, reward, on_step=told, **drawn, **options)
     before = {name: _taught(seed, worked, 40)[name] for name in ("taught", "start")}
+    return {**before, "end": look(model), "rows": rows}
+
+
+def split(seed: int = 0, steps: int = 40, parts: int = 8) -> dict[str, Any]:
+    """As many updates as *stale* at its rate, on answers as old, each used once; results as of :func:`learned`.
+
+    A rollout asks ``parts`` times as many questions, and each part of its answers makes one update: the last one is
+    ``parts - 1`` updates old, and no answer is seen twice.
+    """
+    whole(1, steps=steps, parts=parts)
+    model, generator, rows = taught(seed), torch.Generator().manual_seed(seed), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(steps):
+        asked = questions(parts * GROUPS, generator).repeat_interleave(GROUP, 0)  # (B, 7)
+        answers = sample(model, asked, END, LIMIT, Sampling(1.0), generator)
+        rewards = right(asked, answers).view(-1, GROUP)
+        with torch.no_grad():
+            old = log_probs(answer_logits(model, asked, answers), answers)
+        advantage, moved = advantages(rewards).flatten(), 0.0
+        for one in torch.arange(len(asked)).view(parts, -1):
+            if not tells(rewards.flatten()[one].view(-1, GROUP)).any():
+                continue
+            drawn = Answers(answers.ids[one], answers.mask[one])
+            new = log_probs(answer_logits(model, asked[one], drawn), drawn)
+            optimizer.zero_grad()
+            grpo_loss(new, old[one], advantage[one], drawn.mask).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            moved = per_answer((new - old[one]).detach().abs(), drawn.mask).mean().item()
+        seen = (rewards.mean().item(), answers.lengths.float().mean().item(), tells(rewards).float().mean().item())
+        rows.append([round(value, 4) for value in (*seen, moved)])
+    before = {name: _taught(seed, 120, 40)[name] for name in ("taught", "start")}
     return {**before, "end": look(model), "rows": rows}
 
 

@@ -66,6 +66,12 @@ def test_a_short_run_of_grpo_has_what_the_page_shows_and_repeats():
     assert lab.learned("GRPO", steps=1, again=1)["rows"] != lab.learned("GRPO", steps=1)["rows"]
 
 
+def test_answers_split_into_one_part_are_learned_from_as_fresh_ones():
+    """With one part a rollout is one batch; with two, the second learns from answers one update old."""
+    assert lab.split(steps=2, parts=1) == lab.learned(steps=2, learning_rate=1e-3)
+    assert lab.split(steps=1, parts=2)["rows"][0][3] > 0
+
+
 def test_the_recorded_arms_are_all_arms():
     assert sorted((*record.REWARDED, *record.CURES)) == sorted(lab.ARMS)
 

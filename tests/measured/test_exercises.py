@@ -250,18 +250,23 @@ RIGHT = {
         "next((c for c in sorted(chunks, reverse=True) if (lambda gaps: (gaps > limit).mean() <= allowed and gaps.max()"
         " <= never)(np.array(_gaps(prompts, c, fixed, per_token)))), None)"
     ),
-    "reasoning/diagnose": (
-        "(lambda r: 2 if r[3] > 0.15 else 0 if r[0] > 0.8 else 1 if r[0] > 0.3 else 3)(np.array(log)[5:].mean(0))"
-    ),
     "reasoning/group-size": (
         "next((g for g in range(2, 1025) if np.mean([1 - q**g - (1 - q) ** g for q in chances]) >= wanted), 0)"
     ),
-    "reasoning/mask": (
-        "[int(a >= 0 or ((o - n)[m > 0]).mean().item() <= limit) for n, o, a, m in zip(new, old, advantage, mask)]"
+    "reasoning/faults": (
+        "int(np.argmin([abs(np.mean([((lambda r, d: beta * (d.exp() - d - 1) - (torch.maximum if n % 2 else"
+        " torch.minimum)(r * a, r.clamp(0.8, 1.2) * a))((x - o).exp(), (f - x) * (1 - n // 4 * 2))[(m > 0) | (n // 2 %"
+        " 2 > 0)]).mean().item() for x, o, a, m, f in zip(new, old, advantage, mask, reference)]) - value)"
+        " for n in range(8)]))"
     ),
-    "reasoning/mended": (
-        "np.mean([((torch.maximum(-(n - o).exp() * a, -(n - o).exp().clamp(0.8, 1.2) * a) + beta * ((r - n).exp()"
-        " + n - r - 1))[m > 0]).mean().item() for n, o, a, m, r in zip(new, old, advantage, mask, reference)])"
+    "reasoning/kept": (
+        "[(x[y] / x[k].sum() / (o[y] / o[k].sum())).item() for x, o, y in zip(new, old, drawn)"
+        " for k in [[v for v in range(len(o)) if o[o > o[v]].sum() < top_p]]]"
+    ),
+    "reasoning/alarm": (
+        "min(sorted((np.mean(log[len(log) // 2 :]) for log in logs), reverse=True), key=lambda line: sum(miss * (end <"
+        " 0.2 and np.mean(log[len(log) // 2 :]) < line) + false_alarm * (end >= 0.2 and np.mean(log[len(log) // 2 :])"
+        " >= line) for log, end in zip(logs, ends)))"
     ),
     "sampling/temperature": ("math.log(ratio, wanted)", "np.log2(ratio) / np.float64(math.log2(wanted))"),
     "sampling/top-k-top-p": (
@@ -536,19 +541,23 @@ WRONG = {
         "group_size(chances, wanted) + 1",
         "group_size([0.5] * len(chances), wanted)",
     ),
-    "reasoning/mended": (
-        "-mended(new, old, advantage, mask, reference, beta)",
-        "mended(new, old, -advantage, mask, reference, beta)",
-        "mended(old, new, advantage, mask, reference, beta)",
-        "mended(new, old, advantage, mask, reference, 0.0)",
+    "reasoning/faults": (
+        "0",
+        "faults(new, old, advantage, mask, reference, beta, -value)",
+        "faults(old, new, advantage, mask, reference, beta, value)",
+        "faults(new, old, advantage, mask, reference, 0.0, value)",
     ),
-    "reasoning/mask": (
-        "[1 - one for one in kept(new, old, advantage, mask, limit)]",
-        "[1] * len(new)",
-        "kept(new, old, -advantage, mask, limit)",
-        "kept(new, old, advantage, mask, 2 * limit + 0.1)",
+    "reasoning/kept": (
+        "kept(old, new, drawn, top_p)",
+        "kept(new, old, drawn, 1.0)",
+        "kept(new, old, [0] * len(drawn), top_p)",
     ),
-    "reasoning/diagnose": ("3 - diagnose(log)", "diagnose(log[:5])", "int(log[-1][0] < 0.85)"),
+    "reasoning/alarm": (
+        "0.15",
+        "max(np.mean(log[len(log) // 2 :]) for log in logs)",
+        "alarm([log[:5] for log in logs], ends, miss, false_alarm)",
+        "alarm(logs, [1 - end for end in ends], miss, false_alarm)",
+    ),
     "sampling/temperature": ("wanted / ratio", "math.sqrt(ratio / wanted)", "-temperature_for(ratio, wanted)"),
     "sampling/top-k-top-p": ("top_k_top_p(logits, k + 1, p)", "top_k_top_p(logits, k, 1 - p)", "logits"),
     "sampling/penalty": ("logits", "penalise(logits, ~written, theta)", "logits.masked_fill(written, -torch.inf)"),
